@@ -1,0 +1,136 @@
+"""Question/answer data: splits of TOFU from the hub, or JSON-lines files of any data set with named columns.
+
+A split is named as in the `datasets` library, slices and sums included: "forget01[:20] + retain99[:60]".
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.config import DataConfig
+from common.runtime import ROOT, UserError, did_you_mean, looks_local, resolve_path
+
+SCORED_RETAIN_ROWS = 400
+_PART = re.compile(r"^(?P<name>[\w.\-]+)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question with its answer; `index` is its position in its split and the only key that names it.
+
+    Question texts are no keys: two authors' rows may share one.
+    """
+
+    index: int
+    question: str
+    answer: str
+    paraphrased_question: str | None = None
+    paraphrased_answer: str | None = None
+    perturbed_answer: tuple[str, ...] = ()
+
+
+def load_split(data: DataConfig, role: str) -> list[Row]:
+    """The rows of the split that plays a role (train, forget, retain, ...).
+
+    Raises:
+        UserError: for a role, split, file or column that is not there, a malformed line, an empty question or answer.
+    """
+    if role not in data.splits:
+        known = ", ".join(data.splits)
+        raise UserError(f"data.splits.{role}: missing{did_you_mean(role, data.splits)} (given: {known})")
+    rows = [row for part in data.splits[role].split("+") for row in _load_part(data, role, part.strip())]
+    if not rows:
+        raise UserError(f"data.splits.{role}={data.splits[role]}: has no row")
+    return [_to_row(index, record, where, data.columns) for index, (where, record) in enumerate(rows)]
+
+
+def load_splits(data: DataConfig, roles: tuple[str, ...]) -> dict[str, list[Row]]:
+    """Several splits; all their problems in one error."""
+    splits, problems = {}, []
+    for role in roles:
+        try:
+            splits[role] = load_split(data, role)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n  - ".join(problems))
+    return splits
+
+
+def scored_retain_rows(rows: list[Row], full_eval: bool) -> list[Row]:
+    """The retain rows that utility is measured on: all of them, or 400 drawn with replacement as the PMC authors draw them."""
+    if full_eval or len(rows) <= SCORED_RETAIN_ROWS:
+        return rows
+    drawn = np.random.default_rng(12345).integers(0, len(rows), SCORED_RETAIN_ROWS)
+    return [rows[i] for i in drawn]
+
+
+def _load_part(data: DataConfig, role: str, part: str) -> list[tuple[str, dict]]:
+    """The records of one "name" or "name[start:stop]", each with where it stands."""
+    match = _PART.match(part)
+    if not match:
+        raise UserError(f"data.splits.{role}={part!r}: expected a split's name, a slice name[:20], or a sum of them")
+    start, stop = (int(bound) if bound else None for bound in (match["start"], match["stop"]))
+    path = resolve_path(data.path)
+    if Path(path).is_dir():
+        records = _read_json_lines(Path(path), match["name"], role)
+    elif looks_local(data.path):
+        raise UserError(f"data.path={data.path}: no such folder (looked in the working folder and in {ROOT})")
+    else:
+        records = _read_from_hub(data, match["name"])
+    return records[start:stop]
+
+
+def _read_json_lines(folder: Path, name: str, role: str) -> list[tuple[str, dict]]:
+    file = next((folder / f"{name}{end}" for end in (".json", ".jsonl") if (folder / f"{name}{end}").is_file()), None)
+    if file is None:
+        known = sorted({path.stem for path in folder.iterdir() if path.suffix in (".json", ".jsonl")})
+        listed = ", ".join(known) or "none"
+        raise UserError(f"data.splits.{role}={name}: no {folder / name}.json{did_you_mean(name, known)} (there: {listed})")
+    records = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}, line {number}: not a JSON object ({error.msg}, column {error.colno})") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{file}, line {number}: not a JSON object but {type(record).__name__}")
+        records.append((f"{file}, line {number}", record))
+    return records
+
+
+def _read_from_hub(data: DataConfig, name: str) -> list[tuple[str, dict]]:
+    from datasets import load_dataset
+
+    try:
+        if data.hub_configurations:
+            dataset = load_dataset(data.path, name, split="train")
+        else:
+            dataset = load_dataset(data.path, split=name)
+    except Exception as error:  # the hub's client raises a family of its own, requests' and OS errors
+        raise UserError(
+            f"data.path={data.path}, split {name}: could not be loaded from the hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0][:200]}). Without the hub: data.path=FOLDER with {name}.json in it"
+        ) from error
+    return [(f"{data.path}/{name}, row {number}", record) for number, record in enumerate(dataset)]
+
+
+def _to_row(index: int, record: dict, where: str, columns: dict[str, str]) -> Row:
+    values = {}
+    for field, column in columns.items():
+        if column in record:
+            values[field] = record[column]
+        elif field in ("question", "answer"):
+            known = ", ".join(record)
+            raise UserError(f"{where}: no column '{column}' (data.columns.{field}{did_you_mean(column, record)}); has {known}")
+    for field, value in values.items():
+        texts = value if field == "perturbed_answer" else [value]
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise UserError(f"{where}: {columns[field]} is empty or not text: {value!r}")
+    values["perturbed_answer"] = tuple(values.get("perturbed_answer", ()))
+    return Row(index=index, **values)

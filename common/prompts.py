@@ -1,0 +1,117 @@
+"""From questions and answers to token ids. Ids are concatenated; text that was joined is never tokenised again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from common.config import PromptConfig
+from common.data import Row
+from common.runtime import UserError
+
+IGNORED = -100  # label of a position that has no loss
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with the answer that the model is trained to give; the end token is part of the answer's ids."""
+
+    prompt: list[int]
+    answer: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+class PromptFormat:
+    """How a model is asked: by its tokenizer's chat template, or by plain "Question: ... Answer:" text.
+
+    Args:
+        tokenizer: of the model.
+        config: the `model.prompt` section.
+    Raises:
+        UserError: when a chat is asked for and the tokenizer has no chat template, or no end token can be found.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig):
+        self.tokenizer = tokenizer
+        self.config = config
+        if config.style == "chat" and not tokenizer.chat_template:
+            raise UserError("model.prompt.style=chat: the tokenizer has no chat template; use model.prompt.style=plain")
+        self.end_token_id = self._find_end_token()
+
+    def prompt(self, question: str) -> list[int]:
+        """Token ids that the answer follows."""
+        if self.config.style == "plain":
+            return self.tokenizer(self.config.question.replace("{question}", question))["input_ids"]
+        return self._chat(self._messages(question), add_generation_prompt=True, tokenize=True, return_dict=False)
+
+    def answer(self, answer: str) -> list[int]:
+        """Token ids of an answer, the end token included."""
+        text = self.config.answer.replace("{answer}", answer) if self.config.style == "plain" else answer
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_token_id]
+
+    def example(self, row: Row, max_length: int) -> Example:
+        """The row as an example of at most `max_length` tokens; a longer answer is cut, its end token with it."""
+        prompt = self.prompt(row.question)
+        return Example(prompt, self.answer(row.answer)[: max_length - len(prompt)])
+
+    def text(self, answer_ids: Sequence[int]) -> str:
+        """The words of an answer: without special tokens and outer space."""
+        return self.tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
+
+    def _messages(self, question: str) -> list[dict[str, str]]:
+        system = [{"role": "system", "content": self.config.system}] if self.config.system else []
+        return [*system, {"role": "user", "content": question}]
+
+    def _chat(self, messages: list[dict[str, str]], **options: Any) -> Any:
+        if self.config.date_string is not None:
+            options["date_string"] = self.config.date_string
+        return self.tokenizer.apply_chat_template(messages, **options)
+
+    def _find_end_token(self) -> int:
+        """The token that ends an answer: what the chat template puts after one, else the tokenizer's end token."""
+        if self.config.style == "chat":
+            marker = "ANSWER"
+            chat = [*self._messages("?"), {"role": "assistant", "content": marker}]
+            after = self._chat(chat, tokenize=False).rpartition(marker)[2]
+            ids = self.tokenizer(after.strip(), add_special_tokens=False)["input_ids"]
+            if ids and ids[0] in self.tokenizer.all_special_ids + list(self.tokenizer.added_tokens_decoder):
+                return ids[0]
+        if self.tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end token (eos_token), so no answer could ever end")
+        return self.tokenizer.eos_token_id
+
+
+def check_prompt_lengths(prompts: Sequence[list[int]], max_length: int, key: str) -> None:
+    """Refuse prompts that leave no room for an answer.
+
+    Raises:
+        UserError: naming the longest prompt's length.
+    """
+    longest = max(map(len, prompts), default=0)
+    if longest >= max_length:
+        raise UserError(f"{key}={max_length}: the longest prompt has {longest} tokens; set it to more than that")
+
+
+def collate(examples: Sequence[Example], pad_id: int = 0) -> dict[str, torch.Tensor]:
+    """Pad examples on the right to the longest of them.
+
+    >>> collate([Example([5, 6], [7, 2]), Example([5], [2])])
+    {'input_ids': tensor([[5, 6, 7, 2], [5, 2, 0, 0]]), 'attention_mask': tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+     'labels': tensor([[-100, -100, 7, 2], [-100, 2, -100, -100]])}
+
+    Masks come from lengths, so any id can pad. Shapes: (rows, longest).
+    """
+    longest = max(map(len, examples))
+    input_ids = torch.full((len(examples), longest), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
+    for row, example in enumerate(examples):
+        ids = torch.tensor(example.prompt + example.answer)
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = 1
+        labels[row, len(example.prompt) : len(ids)] = ids[len(example.prompt) :]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

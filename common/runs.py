@@ -1,0 +1,203 @@
+"""A run's folder: where it is, whether its result exists, where it continues, and how the result appears whole.
+
+    models/<stage>/<recipe>/seed-0+method.num_samples-2/
+        in_progress/     configuration and trainer checkpoints while the run is going on; gone afterwards
+        previous/        figures (not weights) of the results that this run replaced
+        result.json, generations.jsonl, history.jsonl, config.yaml, report.md, model.safetensors, tokenizer.json, ...
+
+Everything is written to in_progress/ first and moved up at the end, result.json last: a folder with a result.json is
+complete, and a run that is killed or meets a full disk leaves the old result as it was.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from common.config import RunConfig
+from common.runtime import ROOT, UserError, full_disk_as_user_error, read_json, write_json
+
+RESULT = "result.json"
+FIGURES = (RESULT, "generations.jsonl", "history.jsonl", "config.yaml", "report.md", "report.png")
+# Keys that say how to run, not what: they do not name a folder and do not make a result stale.
+NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoints")
+
+log = logging.getLogger(__name__)
+
+
+def run_name(seed: int, overrides: list[str]) -> str:
+    """A folder name of its own for every combination: the seed first, then the overrides that shape the run.
+
+    >>> run_name(0, ["method.num_samples=2", "seed=0", "overwrite=true"])
+    'seed-0+method.num_samples-2'
+    """
+    kept = []
+    for override in sorted(overrides):
+        key = override.partition("=")[0].lstrip("+~")
+        if key not in (*NOT_PART_OF_THE_RUN, "seed") and not key.startswith("hydra"):
+            kept.append(re.sub(r"[^A-Za-z0-9._+\-]+", "-", override.lstrip("+~")).strip("-"))
+    name = "+".join([f"seed-{seed}", *kept])
+    if len(name) > 180:  # file systems stop at 255 bytes
+        name = f"{name[:160]}+{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return name
+
+
+def run_folder(stage: str, config: RunConfig) -> Path:
+    """Where a run's files go: output_dir, else models/<stage>/<recipe>/<seed and overrides>.
+
+    In a sweep every combination gets a folder of its own below an output_dir, too.
+    """
+    if not HydraConfig.initialized():
+        return Path(config.output_dir or Path(config.models_dir) / stage / f"seed-{config.seed}").resolve()
+    hydra = HydraConfig.get()
+    name = run_name(config.seed, list(hydra.overrides.task))
+    if config.output_dir:
+        folder = Path(config.output_dir)
+        return (folder / name if hydra.mode == RunMode.MULTIRUN else folder).resolve()
+    return (Path(config.models_dir) / stage / hydra.job.config_name / name).resolve()
+
+
+def finetuned_run(config: RunConfig, recipe: str) -> tuple[Path, str]:
+    """Where a finetuning recipe writes with this run's seed and overrides of model and data, and the command for it."""
+    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    shared = [o for o in overrides if o.lstrip("+~").startswith(("model.", "model=", "data.", "data="))]
+    folder = Path(config.models_dir) / "finetuned" / recipe / run_name(config.seed, shared)
+    command = ["python finetuning/main.py -cd=configs", f"-cn={recipe}", f"seed={config.seed}", *map(shlex.quote, shared)]
+    return folder, " ".join(command)
+
+
+@contextlib.contextmanager
+def job_errors(folder: str | Path) -> Iterator[None]:
+    """Around one job: name a full disk as such, and in a sweep log a job's error at once, for the others go on."""
+    try:
+        with full_disk_as_user_error(folder):
+            yield
+    except UserError as error:
+        if _in_sweep():
+            log.error("this job failed, the others go on: %s", error)
+        raise
+    except Exception:
+        if _in_sweep():
+            log.exception("this job failed, the others go on")
+        raise
+
+
+def _in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def identity(cfg: DictConfig, start: str | None = None) -> dict[str, Any]:
+    """What a result depends on, as plain data: the configuration without the keys that only say how to run.
+
+    Args:
+        start: the `id` of the result that this run starts from, so that a remade checkpoint makes a new run.
+    """
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    plain = {key: value for key, value in plain.items() if key not in NOT_PART_OF_THE_RUN}
+    if start is not None:
+        plain["start"] = start
+    # A result stays valid when the repository or the folder of runs moves.
+    text = json.dumps(plain).replace(json.dumps(cfg.models_dir)[1:-1], "models").replace(json.dumps(str(ROOT))[1:-1], ".")
+    return json.loads(text)
+
+
+def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The dotted keys in which two nested dictionaries differ, each with its two values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(set(old) | set(new))
+        return [line for key in keys for line in differing_keys(old.get(key), new.get(key), f"{prefix}{key}.")]
+    return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
+
+
+def result_of(folder: Path | str) -> dict | None:
+    """The result in a folder, or None where there is none."""
+    path = Path(folder) / RESULT
+    return read_json(path) if path.is_file() else None
+
+
+class RunFolder:
+    """One run's folder on disk.
+
+    Args:
+        folder: where the finished run's files lie.
+        configuration: `identity(...)` of the run.
+    """
+
+    def __init__(self, folder: Path, configuration: dict[str, Any]):
+        self.folder = folder
+        self.work = folder / "in_progress"
+        self.configuration = configuration
+
+    def is_done(self) -> bool:
+        """Whether a result of exactly this configuration is there; says so, or says why it is stale."""
+        result = result_of(self.folder)
+        if result is None:
+            return False
+        changes = differing_keys(result.get("config"), self.configuration)
+        if not changes:
+            log.info("%s: the result is there already, nothing to do (overwrite=true redoes it)", self.folder)
+            return True
+        log.info("%s: the configuration changed, so the run is redone: %s", self.folder, "; ".join(changes[:8]))
+        return False
+
+    def open(self, fresh: bool) -> Path:
+        """The folder to work in, with what an interrupted run of the same configuration left there.
+
+        Args:
+            fresh: throw away what an interrupted run left.
+        Raises:
+            UserError: when the folder cannot be made.
+        """
+        recorded = self.work / "run.json"
+        same = recorded.is_file() and read_json(recorded) == self.configuration
+        try:
+            if self.work.exists() and (fresh or not same):
+                shutil.rmtree(self.work)
+            self.work.mkdir(parents=True, exist_ok=True)
+            if not recorded.exists():
+                write_json(recorded, self.configuration)
+        except (NotADirectoryError, FileExistsError, PermissionError) as error:
+            raise UserError(f"output_dir={self.folder}: cannot be written to ({error.strerror}); name another") from error
+        return self.work
+
+    def publish(self, keep_checkpoints: bool = False) -> Path:
+        """Move the finished files up, result.json last, and put the figures of the result they replace aside.
+
+        Returns the folder.
+        """
+        self._put_old_figures_aside()
+        names = sorted(path.name for path in self.work.iterdir() if path.name not in (RESULT, "run.json"))
+        for name in names:
+            if name.startswith("checkpoint-") and not keep_checkpoints:
+                continue
+            target = self.folder / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            (self.work / name).replace(target)
+        (self.work / RESULT).replace(self.folder / RESULT)
+        shutil.rmtree(self.work)
+        return self.folder
+
+    def _put_old_figures_aside(self) -> None:
+        if not (self.folder / RESULT).exists():
+            return
+        aside = self.folder / "previous" / time.strftime("%Y%m%d-%H%M%S")
+        aside.mkdir(parents=True, exist_ok=True)
+        for name in FIGURES:  # result.json first: from here on the folder does not count as complete
+            if (self.folder / name).exists():
+                (self.folder / name).replace(aside / name)
+        # Weights of another shape (more shards, an adapter) must not lie beside the new ones.
+        for pattern in ("*.safetensors*", "adapter_config.json"):
+            for path in self.folder.glob(pattern):
+                path.unlink()

@@ -1,0 +1,114 @@
+"""The two headline scores of the PMC paper (arXiv 2507.04219), from greedy answers by ROUGE-L recall.
+
+    unlearn_quality = 50 * (2 - R[forget] - R[paraphrased question against paraphrased answer of forget])
+    utility         = 100/3 * (R[retain] + R[real_authors] + R[world_facts])
+
+R[split] is the mean over the split's rows. Both are percentages, higher is better. Neither sees whether an answer is
+fluent: an empty or garbled forget answer scores as well as a sensible wrong one, so the length and the share of empty
+forget answers stand beside them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from transformers import PreTrainedModel
+
+from common.config import DataConfig, EvaluationConfig
+from common.data import Row, load_splits, scored_retain_rows
+from common.model import end_token_ids
+from common.prompts import PromptFormat
+from common.rouge import rouge_l_recall
+from common.runtime import UserError
+from common.sampling import SamplingSettings, generate
+
+ROLES = ("forget", "forget_paraphrased", "retain", "real_authors", "world_facts")
+HIGHER_IS_BETTER = {
+    "unlearn_quality": True,
+    "utility": True,
+    "rougeL_recall/forget": False,
+    "rougeL_recall/forget_paraphrased": False,
+    "rougeL_recall/retain": True,
+    "rougeL_recall/real_authors": True,
+    "rougeL_recall/world_facts": True,
+    "forget_answer_words": None,
+    "forget_answers_empty": False,
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question to be put to a model, with the answer that recall is measured against."""
+
+    split: str
+    index: int
+    question: str
+    reference: str
+
+
+def load_questions(data: DataConfig, evaluation: EvaluationConfig) -> list[Question]:
+    """The questions of every split that the headline scores need.
+
+    Raises:
+        UserError: when a split is missing or the paraphrased forget rows lack their paraphrases.
+    """
+    rows = load_splits(data, ROLES)
+    rows["retain"] = scored_retain_rows(rows["retain"], evaluation.full_eval)
+    questions = []
+    for split in ROLES:
+        for row in rows[split]:
+            question, reference = row.question, row.answer
+            if split == "forget_paraphrased":
+                question, reference = _paraphrase(row, data)
+            questions.append(Question(split, row.index, question, reference))
+    return questions
+
+
+def _paraphrase(row: Row, data: DataConfig) -> tuple[str, str]:
+    if row.paraphrased_question is None or row.paraphrased_answer is None:
+        raise UserError(
+            f"data.splits.forget_paraphrased={data.splits['forget_paraphrased']}: row {row.index} has no paraphrase; the "
+            "split needs the columns that data.columns.paraphrased_question and .paraphrased_answer name"
+        )
+    return row.paraphrased_question, row.paraphrased_answer
+
+
+def answer_questions(
+    model: PreTrainedModel, prompts: PromptFormat, questions: Sequence[Question], evaluation: EvaluationConfig
+) -> list[str]:
+    """The model's greedy answer to every question."""
+    ids = [prompts.prompt(question.question) for question in questions]
+    settings = SamplingSettings(max_length=evaluation.max_length, batch_size=evaluation.batch_size)
+    ends = end_token_ids(model, prompts.end_token_id)
+    answers = generate(model, ids, settings, ends, description="answering")
+    return [prompts.text(answer[0]) for answer in answers]
+
+
+def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> tuple[dict[str, float], list[dict]]:
+    """The headline scores, and a row an answer with its recall."""
+    rows = [
+        {
+            "split": question.split,
+            "index": question.index,
+            "question": question.question,
+            "answer": answer,
+            "reference": question.reference,
+            "rougeL_recall": rouge_l_recall(question.reference, answer),
+        }
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    recall = {split: fmean(row["rougeL_recall"] for row in rows if row["split"] == split) for split in ROLES}
+    forget_words = [len(row["answer"].split()) for row in rows if row["split"] == "forget"]
+    scores = {
+        "unlearn_quality": 50 * (2 - recall["forget"] - recall["forget_paraphrased"]),
+        "utility": 100 / 3 * (recall["retain"] + recall["real_authors"] + recall["world_facts"]),
+        **{f"rougeL_recall/{split}": value for split, value in recall.items()},
+        "forget_answer_words": fmean(forget_words),
+        "forget_answers_empty": fmean(words == 0 for words in forget_words),
+    }
+    return scores, rows
+
+
+def counts(questions: Sequence[Question]) -> dict[str, int]:
+    """How many rows each split's mean is taken over."""
+    return {split: sum(question.split == split for question in questions) for split in ROLES}

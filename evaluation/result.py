@@ -1,0 +1,154 @@
+"""result.json and generations.jsonl: what a run found, and everything that the finding depends on."""
+
+import logging
+import shutil
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from common.config import RunConfig
+from common.prompts import PromptFormat, check_prompt_lengths
+from common.runs import RESULT, result_of
+from common.runtime import device_name, git_commit, package_versions, peak_memory_bytes, write_json, write_json_lines
+from common.training import ExampleTrainer, save_trained
+from evaluation.headline import HIGHER_IS_BETTER, answer_questions, counts, load_questions, score_answers
+
+GENERATIONS = "generations.jsonl"
+HISTORY = "history.jsonl"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Evaluation:
+    """The scores of one model.
+
+    Attributes:
+        scores: name -> value.
+        generations: a row an answer.
+        counts: rows of each split.
+        seconds: time the evaluation took.
+    """
+
+    scores: dict[str, float]
+    generations: list[dict]
+    counts: dict[str, int]
+    seconds: float
+
+
+def write_result(folder: Path, evaluation: Evaluation, identity: dict[str, Any], seconds: dict[str, float]) -> None:
+    """Write generations.jsonl, then result.json: a folder with a result.json is complete.
+
+    Args:
+        identity: the run's configuration, from `common.runs.identity`.
+        seconds: where the time went.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_lines(folder / GENERATIONS, evaluation.generations)
+    write_json(
+        folder / RESULT,
+        {
+            "scores": evaluation.scores,
+            "higher_is_better": {name: HIGHER_IS_BETTER[name] for name in evaluation.scores},
+            "counts": evaluation.counts,
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "device": device_name(),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "versions": package_versions(),
+            "git_commit": git_commit(),
+            "id": uuid.uuid4().hex,
+            "config": identity,
+        },
+    )
+
+
+def stored_result(folder: str | Path, identity: dict[str, Any]) -> dict | None:
+    """The result in a checkpoint's folder, if it was evaluated on the same data in the same way."""
+    result = result_of(folder)
+    if result is None:
+        return None
+    same = all(_how_evaluated(result["config"])[key] == value for key, value in _how_evaluated(identity).items())
+    return result if same else None
+
+
+def _how_evaluated(identity: dict[str, Any]) -> dict[str, Any]:
+    data, evaluation = identity["data"], identity["evaluation"]
+    return {
+        "data": (data["path"], {role: split for role, split in data["splits"].items() if role != "train"}),
+        "evaluation": {key: evaluation[key] for key in ("max_length", "full_eval")},
+        "prompt": identity["model"]["prompt"],
+    }
+
+
+class Evaluator:
+    """Evaluates models on one run's questions: the start, the model during training, and the final one.
+
+    Args:
+        config: the run's configuration.
+        prompts: how the models are asked.
+        identity: the run's configuration as it is written into results.
+    Raises:
+        UserError: when a split is missing or a prompt leaves no room for an answer.
+    """
+
+    def __init__(self, config: RunConfig, prompts: PromptFormat, identity: dict[str, Any]):
+        self.config = config
+        self.prompts = prompts
+        self.identity = identity
+        self.questions = load_questions(config.data, config.evaluation)
+        ids = [prompts.prompt(question.question) for question in self.questions]
+        check_prompt_lengths(ids, config.evaluation.max_length, "evaluation.max_length")
+
+    def evaluate(self, model: PreTrainedModel) -> Evaluation:
+        """Answer every question greedily and score the answers."""
+        started = time.perf_counter()
+        answers = answer_questions(model, self.prompts, self.questions, self.config.evaluation)
+        scores, generations = score_answers(self.questions, answers)
+        return Evaluation(scores, generations, counts(self.questions), time.perf_counter() - started)
+
+    def headline(self, model: PreTrainedModel) -> dict[str, float]:
+        """The two headline scores alone, for a look while training."""
+        scores = self.evaluate(model).scores
+        return {name: scores[name] for name in ("unlearn_quality", "utility")}
+
+    def start(self, folder: Path, checkpoint: str | Path, model: PreTrainedModel) -> None:
+        """Put the results of the model that training starts from into `folder`.
+
+        They are copied from the checkpoint's own folder where it was evaluated in the same way.
+        """
+        if result_of(folder):
+            return
+        if stored_result(checkpoint, self.identity):
+            copy_result(checkpoint, folder)
+            return
+        log.info("evaluating the model that training starts from")
+        evaluation = self.evaluate(model)
+        write_result(folder, evaluation, self.identity, {"evaluation": evaluation.seconds})
+        _log_scores(folder.name, evaluation.scores)
+
+    def finish(self, trainer: ExampleTrainer, folder: Path, stage: str) -> None:
+        """Evaluate the trained model and write weights, history and result into `folder`."""
+        evaluation = self.evaluate(trainer.model)
+        if self.config.save_model:
+            save_trained(trainer, folder, merge=bool(self.config.model.lora and self.config.model.lora.merge))
+        write_json_lines(folder / HISTORY, trainer.history)
+        seconds = dict(trainer.seconds)
+        seconds[stage] = seconds["training"] + seconds.get("sampling", 0.0)
+        seconds["evaluation"] = seconds.get("evaluation", 0.0) + evaluation.seconds
+        write_result(folder, evaluation, self.identity, seconds)
+        _log_scores(stage, evaluation.scores)
+
+
+def copy_result(source: str | Path, target: Path) -> None:
+    """Copy result.json and generations.jsonl, the result last."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (GENERATIONS, RESULT):
+        shutil.copyfile(Path(source) / name, target / name)
+
+
+def _log_scores(what: str, scores: dict[str, float]) -> None:
+    log.info("%s: unlearn quality %.1f, utility %.1f", what, scores["unlearn_quality"], scores["utility"])

@@ -1,0 +1,70 @@
+"""Finetune a model on questions and answers, those that it will be made to forget among them.
+
+    python finetuning/main.py -cd=configs -cn=tiny
+
+Writes models/finetuned/<recipe>/<seed and overrides>/: the checkpoint, result.json, generations.jsonl, history.jsonl,
+and in vanilla/ the results of the model that it started from.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from transformers import set_seed
+
+from common.config import RunConfig, read_config
+from common.data import load_split
+from common.model import load_model, load_tokenizer
+from common.prompts import PromptFormat, check_prompt_lengths
+from common.runs import RunFolder, identity, job_errors, run_folder
+from common.runtime import CONFIGS, launch
+from common.training import ExampleTrainer, training_arguments
+from evaluation.result import Evaluator
+
+
+def finetune(cfg: DictConfig) -> Path:
+    """Run the stage; returns the run's folder.
+
+    Raises:
+        UserError: for whatever is wrong with the configuration, the data or the model, before training starts.
+    """
+    config = read_config(cfg)
+    run = RunFolder(run_folder("finetuned", config), identity(cfg))
+    if not config.overwrite and run.is_done():
+        return run.folder
+    rows = load_split(config.data, "train")
+    tokenizer = load_tokenizer(config.model, tokenizer_texts(config))
+    prompts = PromptFormat(tokenizer, config.model.prompt)
+    check_prompt_lengths([prompts.prompt(row.question) for row in rows], config.data.max_length, "data.max_length")
+    examples = [prompts.example(row, config.data.max_length) for row in rows]
+    evaluator = Evaluator(config, prompts, run.configuration)
+    args = training_arguments(config, run.work, len(examples))
+    set_seed(config.seed)
+    model = load_model(config.model, tokenizer, trainable=True)
+    work = run.open(fresh=config.overwrite)
+    trainer = ExampleTrainer(model, args, examples, tokenizer)
+    if config.evaluation.start:
+        evaluator.start(work / "vanilla", config.model.path or "", trainer.model)
+    trainer.train_or_resume()
+    evaluator.finish(trainer, work, stage="finetuning")
+    return run.publish(config.keep_checkpoints)
+
+
+def tokenizer_texts(config: RunConfig) -> list[str]:
+    """The text that a new model's tokenizer is trained on; none for a model that has its own."""
+    if not config.model.new:
+        return []
+    data = replace(config.data, splits={"tokenizer": " + ".join(config.model.new.tokenizer_splits)})
+    rows = load_split(data, "tokenizer")
+    return [f"{row.question} {row.answer}" for row in rows]
+
+
+@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="finetune")
+def main(cfg: DictConfig) -> None:
+    with job_errors(cfg.models_dir):
+        finetune(cfg)
+
+
+if __name__ == "__main__":
+    launch(main)

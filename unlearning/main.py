@@ -1,0 +1,112 @@
+"""Make a finetuned model forget: by PMC, or by any method that configs/method/ names.
+
+    python unlearning/main.py -cd=configs -cn=PMC-unlearn-tiny
+    python unlearning/main.py -m -cd=configs -cn=PMC-unlearn-tiny method.lambda_unlearning=0.5,1.5 method.num_samples=2,5
+
+Writes models/unlearned/<recipe>/<seed and overrides>/: the checkpoint, result.json, generations.jsonl, history.jsonl and
+the report, with the results of the vanilla and the finetuned model beside them.
+"""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from transformers import set_seed
+
+from common.config import ModelConfig, RunConfig, read_config
+from common.data import load_splits
+from common.model import load_model, load_tokenizer
+from common.prompts import PromptFormat, check_prompt_lengths
+from common.runs import RunFolder, finetuned_run, identity, job_errors, result_of, run_folder
+from common.runtime import CONFIGS, UserError, launch, resolve_path
+from common.training import training_arguments
+from evaluation.report import write_report
+from evaluation.result import Evaluator, copy_result, stored_result
+from unlearning.trainer import UnlearningData, UnlearningTrainer
+
+log = logging.getLogger(__name__)
+
+
+def unlearn(cfg: DictConfig) -> Path:
+    """Run the stage; returns the run's folder.
+
+    Raises:
+        UserError: for whatever is wrong with the configuration, the data or the model, before training starts.
+    """
+    method = method_class(cfg)
+    config = read_config(cfg, method.Settings, also=("finetuned",))
+    config = replace(config, model=start_checkpoint(config, str(cfg.finetuned)))
+    start = result_of(resolve_path(config.model.path)) or {}
+    run = RunFolder(run_folder("unlearned", config), identity(cfg, start.get("id")))
+    if not config.overwrite and run.is_done():
+        show_report(run.folder)
+        return run.folder
+    rows = load_splits(config.data, ("forget", "retain"))
+    tokenizer = load_tokenizer(config.model)
+    prompts = PromptFormat(tokenizer, config.model.prompt)
+    data = UnlearningData(rows["forget"], rows["retain"], prompts, config.data.max_length)
+    for split in rows.values():
+        check_prompt_lengths([prompts.prompt(row.question) for row in split], config.data.max_length, "data.max_length")
+    evaluator = Evaluator(config, prompts, run.configuration)
+    args = training_arguments(config, run.work, len(data.forget))
+    set_seed(config.seed)
+    model = load_model(config.model, tokenizer, trainable=True)
+    work = run.open(fresh=config.overwrite)
+    trainer = method(model, args, data, config.settings)
+    if config.evaluation.start:
+        vanilla = Path(config.model.path) / "vanilla"
+        if stored_result(vanilla, run.configuration):
+            copy_result(vanilla, work / "vanilla")
+        evaluator.start(work / "finetuned", config.model.path, trainer.model)
+    if config.evaluation.every_epochs:
+        trainer.evaluate_model, trainer.evaluate_every = evaluator.headline, config.evaluation.every_epochs
+    trainer.train_or_resume()
+    evaluator.finish(trainer, work, stage="unlearning")
+    write_report(work, method.__name__)
+    run.publish(config.keep_checkpoints)
+    show_report(run.folder)
+    return run.folder
+
+
+def method_class(cfg: DictConfig) -> type[UnlearningTrainer]:
+    """The class that `method._target_` names.
+
+    Raises:
+        UserError: when there is none, or it is no unlearning method.
+    """
+    target = cfg.get("method", {}).get("_target_")
+    try:
+        found = hydra.utils.get_class(target)
+    except (HydraException, ValueError, ImportError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"method._target_={target}: no such class ({reason}); see configs/method/") from error
+    if not (issubclass(found, UnlearningTrainer) and hasattr(found, "Settings")):
+        raise UserError(f"method._target_={target}: not a subclass of UnlearningTrainer with a Settings dataclass")
+    return found
+
+
+def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
+    """The model section with the finetuned checkpoint as its path: a folder, or what a finetuning recipe writes."""
+    if "/" in finetuned:
+        path, made_by = finetuned, None
+    else:
+        path, made_by = finetuned_run(config, finetuned)
+    return replace(config.model, path=str(path), made_by=made_by, gguf_file=None, revision=None, new=None)
+
+
+def show_report(folder: Path) -> None:
+    print((folder / "report.md").read_text(encoding="utf-8").split("\n## ")[0])
+    print(f"Report: {folder / 'report.md'}")
+
+
+@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="unlearn")
+def main(cfg: DictConfig) -> None:
+    with job_errors(cfg.models_dir):
+        unlearn(cfg)
+
+
+if __name__ == "__main__":
+    launch(main)

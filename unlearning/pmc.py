@@ -1,0 +1,228 @@
+"""Partial Model Collapse (arXiv 2507.04219): unlearn by training on the model's own answers.
+
+    python unlearning/main.py -cd=configs -cn=PMC-unlearn-tiny
+
+1. Before training, the finetuned model answers every forget question greedily: the *initial responses*.
+2. For each forget question of an optimizer step, draw `num_samples` answers from the current model.
+3. Score each: s = ROUGE-L recall of the sample against the initial response (1 - reward).
+4. Keep per question the answer with the lowest s so far; one whose s is 0 is not sampled again.
+5. Train: cross-entropy on the kept answers + lambda_unlearning * cross-entropy on retain answers.
+
+The forget answers of the data set are never looked at.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from transformers import PreTrainedModel, TrainingArguments
+
+from common.data import Row
+from common.model import end_token_ids
+from common.prompts import Example, check_prompt_lengths
+from common.sampling import Replica, SamplingSettings, generate
+from unlearning.trainer import UnlearningData, UnlearningTrainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class PMCSettings:
+    lambda_unlearning: float = 1.5
+    """Weight of the retain loss."""
+    num_samples: int = 5
+    """Answers drawn for each forget question and step."""
+    temperature: float = 1.25
+    """The logits are divided by it; 0 is greedy."""
+    top_p: float = 0.95
+    """Draw from the smallest set of likeliest tokens with at least this probability."""
+    top_k: int = 50
+    """Draw from the k likeliest tokens; 0: all."""
+    max_length: int = 200
+    """Prompt and sampled answer together, in tokens."""
+    min_len: int = 0
+    """Answers of fewer words score worse, by exp(-words); 0: off."""
+    sampling_batch_size: int = 512
+    """Answers drawn side by side; less needs less memory."""
+    reward: Any = field(default_factory=lambda: {"_target_": "unlearning.rewards.rouge_l"})
+    """Function (reference, samples) -> list of rewards in [0, 1]."""
+
+    def problems(self) -> list[str]:
+        found = []
+        for name in ("num_samples", "max_length", "sampling_batch_size"):
+            if getattr(self, name) < 1:
+                found.append(f"{name}={getattr(self, name)}: expected at least 1")
+        for name in ("lambda_unlearning", "temperature", "top_k", "min_len"):
+            if getattr(self, name) < 0:
+                found.append(f"{name}={getattr(self, name)}: expected 0 or more")
+        if self.temperature == 0 and self.num_samples > 1:
+            found.append(
+                f"temperature=0: all {self.num_samples} samples would be the same greedy answer; "
+                "expected more than 0, or num_samples=1"
+            )
+        if not 0 < self.top_p <= 1:
+            found.append(f"top_p={self.top_p}: expected 0 < top_p <= 1")
+        return found
+
+
+@dataclass(frozen=True)
+class Pick:
+    """The answer that a question is trained on: its score s (0: nothing of the initial response left) and its ids."""
+
+    score: float
+    answer: list[int]
+
+
+def scores(rewards: Sequence[float], samples: Sequence[str], min_len: int) -> list[float]:
+    """s = 1 - reward; samples of w < min_len words get min(1, s + exp(-w)).
+
+    >>> scores([1.0, 1.0], ["a b", "a b c"], min_len=3)
+    [0.1353352832366127, 0.0]
+    """
+    result = []
+    for reward, sample in zip(rewards, samples, strict=True):
+        s, words = 1.0 - reward, len(sample.split())
+        result.append(min(1.0, s + math.exp(-words)) if words < min_len else s)
+    return result
+
+
+def select(stored: Pick | None, candidates: Sequence[Pick]) -> Pick:
+    """The candidate with the lowest score, the first of equals, unless the stored pick's score is lower still."""
+    best = min(candidates, key=lambda pick: pick.score)
+    return best if stored is None or best.score <= stored.score else stored
+
+
+class PMC(UnlearningTrainer):
+    """Trains on the model's own answers, picked to be least like the initial responses."""
+
+    Settings = PMCSettings
+
+    def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: PMCSettings):
+        # Made before super() wraps the model. A model kept in bfloat16 already is its own replica.
+        self.replica = Replica(model, torch.bfloat16) if args.bf16 and model.dtype != torch.bfloat16 else None
+        super().__init__(model, args, data, settings)
+        self.reward = instantiate(settings.reward, _partial_=True)
+        self.end_token_ids = end_token_ids(model, data.prompts.end_token_id)
+        self.prompt_ids = {row.index: data.prompts.prompt(row.question) for row in data.forget}
+        check_prompt_lengths(list(self.prompt_ids.values()), settings.max_length, "method.max_length")
+        self.initial_responses: dict[int, str] = {}  # by row index, as is the memory
+        self.memory: dict[int, Pick] = {}
+        self.seconds["sampling"] = 0.0
+        self.stalled_epochs = 0
+
+    # --- step 1 ---
+
+    def before_training(self) -> None:
+        rows = self.data.forget
+        settings = SamplingSettings(self.settings.max_length, batch_size=self.settings.sampling_batch_size)
+        prompts = [self.prompt_ids[row.index] for row in rows]
+        answers = generate(self.model, prompts, settings, self.end_token_ids, description="initial responses")
+        texts = [self.data.prompts.text(answer[0]) for answer in answers]
+        self.initial_responses = {row.index: text for row, text in zip(rows, texts, strict=True)}
+
+    # --- steps 2 to 4 ---
+
+    def forget_examples(self, rows: list[Row]) -> list[Example]:
+        started = time.perf_counter()
+        open_rows = [row for row in rows if row.index not in self.memory or self.memory[row.index].score > 0]
+        for row, answers in zip(open_rows, self.sample(open_rows), strict=True):
+            candidates = self.score(row, answers)
+            self.memory[row.index] = select(self.memory.get(row.index), candidates)
+            self.count(candidates)
+        self.add_to_epoch(
+            questions=len(rows),
+            selected_score=sum(self.memory[row.index].score for row in rows),
+            finished=sum(self.memory[row.index].score == 0 for row in rows),
+        )
+        elapsed = time.perf_counter() - started
+        self.seconds["sampling"] += elapsed
+        self.add_to_epoch(seconds_sampling=elapsed)
+        return [Example(self.prompt_ids[row.index], self.memory[row.index].answer) for row in rows]
+
+    def sample(self, rows: list[Row]) -> list[list[list[int]]]:
+        """`num_samples` answers of the current model to each row's question, as token ids."""
+        if not rows:
+            return []
+        s = self.settings
+        settings = SamplingSettings(s.max_length, s.num_samples, s.temperature, s.top_k, s.top_p, s.sampling_batch_size)
+        model = self.replica.refresh() if self.replica else self.model
+        prompts = [self.prompt_ids[row.index] for row in rows]
+        keys = [(self.args.seed, self.state.global_step, row.index) for row in rows]
+        return generate(model, prompts, settings, self.end_token_ids, keys, description="sampling")
+
+    def score(self, row: Row, answers: list[list[int]]) -> list[Pick]:
+        texts = [self.data.prompts.text(answer) for answer in answers]
+        rewards = self.reward(self.initial_responses[row.index], texts)
+        values = scores(rewards, texts, self.settings.min_len)
+        return [Pick(value, answer) for value, answer in zip(values, answers, strict=True)]
+
+    # --- the epoch's line ---
+
+    def count(self, candidates: list[Pick]) -> None:
+        self.add_to_epoch(
+            sampled_questions=1,
+            all_equal_initial=all(pick.score == 1 for pick in candidates),
+            samples=len(candidates),
+            sample_score=sum(pick.score for pick in candidates),
+            sample_tokens=sum(len(pick.answer) for pick in candidates),
+        )
+
+    def epoch_record(self, steps: int) -> dict[str, float]:
+        total = self.epoch_sum
+        questions, samples, sampled = total("questions"), total("samples"), total("sampled_questions")
+        losses = super().epoch_record(steps)
+        record = {"collapse_loss": losses["forget_loss"], "retain_loss": losses["retain_loss"]}
+        record["selected_score"] = total("selected_score") / questions
+        record["finished"] = total("finished") / questions
+        if samples:
+            record["sample_score"] = total("sample_score") / samples
+            record["sample_tokens"] = total("sample_tokens") / samples
+        record["seconds_sampling"] = total("seconds_sampling") / self.args.world_size
+        self.warn_when_stalled(total("all_equal_initial") / sampled if sampled else 0.0)
+        return record
+
+    def warn_when_stalled(self, share: float) -> None:
+        """Say so when, two epochs running, all samples of most questions equal the initial response."""
+        self.stalled_epochs = self.stalled_epochs + 1 if share > 0.5 else 0
+        if self.stalled_epochs == 2:
+            log.warning(
+                "for %.0f%% of the questions every sample equals the initial response, so there is nothing to select: the "
+                "model knows these answers too well by heart. Raise method.temperature (now %g) or method.num_samples (now "
+                "%d), or finetune for fewer epochs (training.num_epochs of the finetuning recipe).",
+                100 * share,
+                self.settings.temperature,
+                self.settings.num_samples,
+            )
+
+    # --- checkpoints ---
+
+    def state_to_save(self) -> dict[str, Any]:
+        memory = [[index, pick.score, pick.answer] for index, pick in self.gathered(self.memory).items()]
+        return super().state_to_save() | {
+            "initial_responses": list(self.initial_responses.items()),
+            "memory": memory,
+            "stalled_epochs": self.stalled_epochs,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.initial_responses = dict(state["initial_responses"])
+        self.memory = {index: Pick(score, answer) for index, score, answer in state["memory"]}
+        self.stalled_epochs = state["stalled_epochs"]
+
+    def gathered(self, memory: dict[int, Pick]) -> dict[int, Pick]:
+        """The memories of all processes, the lowest score of each question."""
+        if self.args.world_size == 1:
+            return memory
+        from accelerate.utils import gather_object
+
+        union: dict[int, Pick] = {}
+        for index, pick in gather_object(list(memory.items())):
+            if index not in union or pick.score <= union[index].score:
+                union[index] = pick
+        return union

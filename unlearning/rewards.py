@@ -1,0 +1,15 @@
+"""Rewards: how unlike the initial response a sampled answer is.
+
+A reward is a function `(reference, samples) -> list[float]` with one value in [0, 1] a sample; 1 means that nothing of
+the reference is left. Add one: write such a function, and name it in configs/method/*.yaml or on the command line as
+`method.reward._target_=my_module.my_reward`.
+"""
+
+from collections.abc import Sequence
+
+from common.rouge import rouge_l_recall
+
+
+def rouge_l(reference: str, samples: Sequence[str]) -> list[float]:
+    """1 - ROUGE-L recall (stemmed) of each sample against the initial response: the reward of the PMC paper."""
+    return [1.0 - rouge_l_recall(reference, sample) for sample in samples]
