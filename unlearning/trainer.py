@@ -98,9 +98,6 @@ class UnlearningTrainer(ExampleTrainer):
     def epoch_record(self, steps: int) -> dict[str, float]:
         return {name: self.epoch_sum(name) / steps for name in ("forget_loss", "retain_loss")}
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return self.model.floating_point_ops({"input_ids": inputs["input_ids"]})
-
 
 def _answer_tokens(labels: torch.Tensor) -> int:
     return int((labels[:, 1:] != IGNORED).sum())
