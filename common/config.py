@@ -249,15 +249,13 @@ def read_section(name: str, schema: type, node: Any, problems: list[str]) -> Any
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             problems.append(f"{name}.{key}={_raw(node, key)}: expected {_type_name(hints[key])} ({reason})")
-    for key, spec in fields.items():
-        required = spec.default is MISSING or (spec.default is spec.default_factory is dataclasses.MISSING)
-        if required and key not in node:
-            problems.append(f"{name}.{key}: missing; give it a value")
-    if len(problems) > before:
-        return None
-    section = schema(**values)
-    problems += [f"{name}.{problem}" for problem in section.problems()]
-    return section
+    missing = [key for key, spec in fields.items() if spec.default is MISSING and key not in node]
+    problems += [f"{name}.{key}: missing; give it a value" for key in missing]
+    complete = all(key in values for key, spec in fields.items() if spec.default is MISSING)
+    section = schema(**values) if complete else None
+    if section:  # keys that did not fit have their defaults here, so the others are still checked
+        problems += [f"{name}.{problem}" for problem in section.problems()]
+    return section if len(problems) == before else None
 
 
 def _typed(schema: type, key: str, value: Any) -> Any:
@@ -319,6 +317,8 @@ def _training(node: Any, problems: list[str]) -> dict[str, Any]:
     """The `training` section as a dictionary, its names checked against TrainingArguments."""
     from transformers import TrainingArguments
 
+    if node is None:  # a stage that does not train
+        return {}
     if not isinstance(node, DictConfig):
         problems.append(f"training: expected a section with keys, got {node!r}")
         return {}
@@ -348,7 +348,9 @@ def _training_ranges(values: dict[str, Any]) -> list[str]:
     """What TrainingArguments itself would notice late or not at all."""
     at_least_one = ("per_device_train_batch_size", "gradient_accumulation_steps")
     found = [
-        f"training.{key}={values[key]}: expected at least 1" for key in at_least_one if key in values and values[key] < 1
+        f"training.{key}={values[key]}: expected at least 1"
+        for key in at_least_one
+        if key in values and values[key] < 1
     ]
     found += [
         f"training.{key}={values[key]}: expected more than 0"

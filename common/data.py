@@ -17,6 +17,10 @@ SCORED_RETAIN_ROWS = 400
 _PART = re.compile(r"^(?P<name>[\w.\-]+)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$")
 
 
+class HubError(UserError):
+    """The hub could not be reached or has no such data; the other splits would fail alike, after as many retries."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One question with its answer; `index` is its position in its split and the only key that names it.
@@ -53,6 +57,8 @@ def load_splits(data: DataConfig, roles: tuple[str, ...]) -> dict[str, list[Row]
     for role in roles:
         try:
             splits[role] = load_split(data, role)
+        except HubError:
+            raise
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -89,7 +95,9 @@ def _read_json_lines(folder: Path, name: str, role: str) -> list[tuple[str, dict
     if file is None:
         known = sorted({path.stem for path in folder.iterdir() if path.suffix in (".json", ".jsonl")})
         listed = ", ".join(known) or "none"
-        raise UserError(f"data.splits.{role}={name}: no {folder / name}.json{did_you_mean(name, known)} (there: {listed})")
+        raise UserError(
+            f"data.splits.{role}={name}: no {folder / name}.json{did_you_mean(name, known)} (there: {listed})"
+        )
     records = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -113,7 +121,7 @@ def _read_from_hub(data: DataConfig, name: str) -> list[tuple[str, dict]]:
         else:
             dataset = load_dataset(data.path, split=name)
     except Exception as error:  # the hub's client raises a family of its own, requests' and OS errors
-        raise UserError(
+        raise HubError(
             f"data.path={data.path}, split {name}: could not be loaded from the hub ({type(error).__name__}: "
             f"{str(error).splitlines()[0][:200]}). Without the hub: data.path=FOLDER with {name}.json in it"
         ) from error
@@ -127,7 +135,9 @@ def _to_row(index: int, record: dict, where: str, columns: dict[str, str]) -> Ro
             values[field] = record[column]
         elif field in ("question", "answer"):
             known = ", ".join(record)
-            raise UserError(f"{where}: no column '{column}' (data.columns.{field}{did_you_mean(column, record)}); has {known}")
+            raise UserError(
+                f"{where}: no column '{column}' (data.columns.{field}{did_you_mean(column, record)}); has {known}"
+            )
     for field, value in values.items():
         texts = value if field == "perturbed_answer" else [value]
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):

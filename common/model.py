@@ -93,7 +93,9 @@ def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
         )
         return get_peft_model(model, settings)
     except ValueError as error:
-        leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        leaves = {
+            name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+        }
         raise UserError(
             f"model.lora.target_modules={lora.target_modules}: {error}; linear layers here: {', '.join(sorted(leaves))}"
         ) from error
@@ -161,7 +163,9 @@ def _checkpoint_path(config: ModelConfig) -> str:
         return path
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"model.path={config.path}: is a file; name the folder it is in (model.gguf_file names a GGUF file)")
+        raise UserError(
+            f"model.path={config.path}: is a file; name the folder it is in (model.gguf_file names a GGUF file)"
+        )
     if config.gguf_file:
         if not (folder / config.gguf_file).is_file():
             raise UserError(f"model.gguf_file={config.gguf_file}: no such file in {folder}")

@@ -73,7 +73,12 @@ def finetuned_run(config: RunConfig, recipe: str) -> tuple[Path, str]:
     overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     shared = [o for o in overrides if o.lstrip("+~").startswith(("model.", "model=", "data.", "data="))]
     folder = Path(config.models_dir) / "finetuned" / recipe / run_name(config.seed, shared)
-    command = ["python finetuning/main.py -cd=configs", f"-cn={recipe}", f"seed={config.seed}", *map(shlex.quote, shared)]
+    command = [
+        "python finetuning/main.py -cd=configs",
+        f"-cn={recipe}",
+        f"seed={config.seed}",
+        *map(shlex.quote, shared),
+    ]
     return folder, " ".join(command)
 
 
@@ -108,7 +113,9 @@ def identity(cfg: DictConfig, start: str | None = None) -> dict[str, Any]:
     if start is not None:
         plain["start"] = start
     # A result stays valid when the repository or the folder of runs moves.
-    text = json.dumps(plain).replace(json.dumps(cfg.models_dir)[1:-1], "models").replace(json.dumps(str(ROOT))[1:-1], ".")
+    text = (
+        json.dumps(plain).replace(json.dumps(cfg.models_dir)[1:-1], "models").replace(json.dumps(str(ROOT))[1:-1], ".")
+    )
     return json.loads(text)
 
 
@@ -168,7 +175,9 @@ class RunFolder:
             if not recorded.exists():
                 write_json(recorded, self.configuration)
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
-            raise UserError(f"output_dir={self.folder}: cannot be written to ({error.strerror}); name another") from error
+            raise UserError(
+                f"output_dir={self.folder}: cannot be written to ({error.strerror}); name another"
+            ) from error
         return self.work
 
     def publish(self, keep_checkpoints: bool = False) -> Path:

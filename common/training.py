@@ -39,6 +39,8 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
     values = {key: value for key, value in config.training.items() if key not in ("num_epochs", "warmup_epochs")}
     if values.get("bf16") == "auto":
         values["bf16"] = has_fast_bf16() and not values.get("fp16", False)
+    if values.get("bf16") and not torch.cuda.is_available():
+        values.setdefault("use_cpu", True)  # TrainingArguments asks for it before it allows bfloat16 on a CPU
     if config.training.get("warmup_epochs"):
         per_step = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * _world_size()
         values["warmup_steps"] = math.ceil(config.training["warmup_epochs"] * math.ceil(num_rows / per_step))
@@ -108,9 +110,7 @@ class ExampleTrainer(Trainer):
     evaluate_every: int = 1
 
     def __init__(self, model: Any, args: TrainingArguments, examples: list, tokenizer: Any):
-        super().__init__(
-            model=model, args=args, train_dataset=examples, data_collator=list, processing_class=tokenizer
-        )
+        super().__init__(model=model, args=args, train_dataset=examples, data_collator=list, processing_class=tokenizer)
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback):
             self.add_callback(QuietProgress())

@@ -39,7 +39,7 @@ def evaluate(cfg: DictConfig) -> Path:
         evaluation = evaluator.evaluate(model)
         write_result(run.open(fresh=True), evaluation, run.configuration, {"evaluation": evaluation.seconds})
         run.publish()
-    print(table({Path(config.model.path).name: result_of(run.folder)}))
+    print(table({config.model.path: result_of(run.folder)}))
     print(f"\nResult: {run.folder / 'result.json'}")
     return run.folder
 
@@ -50,7 +50,8 @@ def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
     Raises:
         UserError: when a value is needed and no run of ours made the checkpoint.
     """
-    for section, keys in (("model", ["prompt"]), ("data", ["path", "splits", "columns"])):
+    needed = {"model": ["prompt"], "data": ["path", "splits", "columns"]}
+    for section, keys in needed.items():
         empty = [key for key in keys if cfg[section].get(key) is None]
         if empty and made_by is None:
             raise UserError(

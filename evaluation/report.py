@@ -76,7 +76,12 @@ def plot(curve: list[tuple[float, float, float]], path: Path) -> None:
     for values, label, color in ((quality, "unlearn quality", "#b5432e"), (utility, "utility", "#2f6f9f")):
         axes.plot(times, values, marker="o", markersize=4, linewidth=2, color=color)
         axes.annotate(
-            f"{label} {values[-1]:.1f}", (times[-1], values[-1]), (8, 0), textcoords="offset points", va="center", color=color
+            f"{label} {values[-1]:.1f}",
+            (times[-1], values[-1]),
+            (8, 0),
+            textcoords="offset points",
+            va="center",
+            color=color,
         )
     axes.set(xlabel=f"{unit} of unlearning (sampling and training)", ylabel="percent, higher is better", ylim=(0, 102))
     axes.set_xlim(0, times[-1] * 1.32)

@@ -44,8 +44,8 @@ def unlearn(cfg: DictConfig) -> Path:
     if not config.overwrite and run.is_done():
         show_report(run.folder)
         return run.folder
-    rows = load_splits(config.data, ("forget", "retain"))
     tokenizer = load_tokenizer(config.model)
+    rows = load_splits(config.data, ("forget", "retain"))
     prompts = PromptFormat(tokenizer, config.model.prompt)
     data = UnlearningData(rows["forget"], rows["retain"], prompts, config.data.max_length)
     for split in rows.values():

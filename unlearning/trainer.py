@@ -75,15 +75,21 @@ class UnlearningTrainer(ExampleTrainer):
         for window in windows:
             examples = [next(forget) for _ in window] + [self.paired_retain_example(row) for row in window]
             micro_batches.append({**collate(examples), "num_forget": len(window)})
-        forget_tokens = self.total(sum(_answer_tokens(batch["labels"][: batch["num_forget"]]) for batch in micro_batches))
-        retain_tokens = self.total(sum(_answer_tokens(batch["labels"][batch["num_forget"] :]) for batch in micro_batches))
+        forget_tokens = self.total(
+            sum(_answer_tokens(batch["labels"][: batch["num_forget"]]) for batch in micro_batches)
+        )
+        retain_tokens = self.total(
+            sum(_answer_tokens(batch["labels"][batch["num_forget"] :]) for batch in micro_batches)
+        )
         for batch in micro_batches:
             batch |= {"forget_tokens": forget_tokens, "retain_tokens": retain_tokens}
         return micro_batches, None
 
     def paired_retain_example(self, row: Row) -> Example:
         """A retain example drawn at random, the same whatever the order of the data or the number of processes."""
-        drawn = np.random.default_rng((self.args.seed, self.state.global_step, row.index)).integers(len(self.retain_examples))
+        drawn = np.random.default_rng((self.args.seed, self.state.global_step, row.index)).integers(
+            len(self.retain_examples)
+        )
         return self.retain_examples[drawn]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

