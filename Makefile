@@ -18,7 +18,7 @@ demo: $(INSTALLED)
 	$(BIN)/python unlearning/main.py -cd=configs -cn=PMC-unlearn-tiny seed=$(SEED)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

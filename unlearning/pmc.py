@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_method, instantiate
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.data import Row
@@ -67,6 +67,11 @@ class PMCSettings:
             )
         if not 0 < self.top_p <= 1:
             found.append(f"top_p={self.top_p}: expected 0 < top_p <= 1")
+        target = self.reward.get("_target_") if isinstance(self.reward, dict) else self.reward
+        try:
+            get_method(target)
+        except (ValueError, ImportError, TypeError, AttributeError) as error:
+            found.append(f"reward._target_={target}: no such function ({str(error).splitlines()[0]})")
         return found
 
 

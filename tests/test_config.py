@@ -1,0 +1,382 @@
+"""Every YAML file composes and is accepted, is commented, holds the published numbers; wrong values are refused."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from common.config import DataConfig, EvaluationConfig, ModelConfig, PromptConfig, RunConfig, read_config
+from common.runtime import CONFIGS, ROOT, UserError
+from evaluation.main import fill_from_run
+from unlearning.main import method_class
+from unlearning.trainer import UnlearningTrainer
+
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "run")
+GROUPS = ("model", "data", "method", "evaluation")
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
+MADE_BY = {
+    "model": {"prompt": {"style": "plain"}},
+    "data": {"path": "data/tiny", "splits": {"forget": "forget"}, "columns": {"question": "q", "answer": "a"}},
+}
+
+
+@pytest.fixture(autouse=True)
+def configs(monkeypatch):
+    """Make `compose` read configs/ as a stage does."""
+    monkeypatch.setenv("PMC_ROOT", str(ROOT))
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        yield
+
+
+def composed(recipe: str, *overrides: str) -> DictConfig:
+    """The recipe as its stage sees it."""
+    if recipe != "evaluate":
+        return compose(recipe, list(overrides))
+    cfg = compose(recipe, ["model.path=models/some/run", *overrides])
+    fill_from_run(cfg, MADE_BY)
+    return cfg
+
+
+def read(recipe: str, *overrides: str) -> RunConfig:
+    cfg = composed(recipe, *overrides)
+    if "method" in cfg:
+        return read_config(cfg, method_class(cfg).Settings, also=("finetuned",))
+    return read_config(cfg)
+
+
+def error_of(recipe: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        read(recipe, *overrides)
+    return str(caught.value)
+
+
+# --- the files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_is_accepted(recipe):
+    config = read(recipe)
+    assert (config.seed, config.overwrite, config.output_dir) == (0, False, None)
+    assert config.models_dir == str(ROOT / "models")
+    assert (config.settings is not None) == (recipe.startswith("PMC-unlearn") or recipe == "unlearn")
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_group_file_can_be_chosen(group, choice):
+    recipe = "evaluate" if choice == "from_run" else "unlearn"
+    config = read(recipe, f"{group}={choice}")
+    file = OmegaConf.load(CONFIGS / group / f"{choice}.yaml")
+    section = {"method": config.settings}.get(group) or getattr(config, group)
+    values = {key: value for key, value in OmegaConf.to_container(file).items() if key != "_target_" and value != "???"}
+    same = [
+        getattr(section, key) == value
+        for key, value in values.items()
+        if isinstance(value, int | float | str) and "${" not in str(value)
+    ]
+    assert all(same)
+    assert same or choice in ("from_run", "tofu-cpu")
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name.startswith("PMC")])
+def test_unlearning_recipe_names_a_finetuning_recipe_of_the_same_model_and_data(recipe):
+    cfg = compose(recipe)
+    finetuning = compose(cfg.finetuned)
+    data, trained_on = (OmegaConf.to_container(node, resolve=True) for node in (cfg.data, finetuning.data))
+    data["splits"]["train"] = trained_on["splits"]["train"]  # of no use to unlearning
+    assert data == trained_on
+    assert cfg.model.prompt == finetuning.model.prompt
+    assert cfg.model.get("lora") == finetuning.model.get("lora")
+
+
+@pytest.mark.parametrize("choice", [choice for group, choice in CHOICES if group == "method"])
+def test_method_and_reward_exist(choice):
+    cfg = compose("unlearn", [f"method={choice}"])
+    assert issubclass(method_class(cfg), UnlearningTrainer)
+    assert callable(hydra.utils.get_method(cfg.method.reward._target_))
+
+
+@pytest.mark.parametrize(("group", "choice"), [pair for pair in CHOICES if pair[0] in ("method", "evaluation")])
+def test_group_file_and_dataclass_have_the_same_keys(group, choice):
+    file = OmegaConf.load(CONFIGS / group / f"{choice}.yaml")
+    schema = (
+        EvaluationConfig if group == "evaluation" else method_class(compose("unlearn", [f"method={choice}"])).Settings
+    )
+    assert set(file) - {"_target_"} == {field.name for field in dataclasses.fields(schema)}
+
+
+def test_code_that_comes_with_weights_is_not_run_by_default():
+    assert ModelConfig(path="x").trust_remote_code is False
+    assert not [path for path in CONFIGS.rglob("*.yaml") if "trust_remote_code: true" in path.read_text().lower()]
+
+
+def uncommented(path: Path) -> list[str]:
+    """Keys with a value that have a comment neither on their line nor on the line of a section that they are in.
+
+    The line of `training` does not speak for its keys.
+    """
+    missing, sections = [], []  # sections: (indent, commented) of those that are open
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        match = re.match(r"^( *)([\w.-]+):(.*)$", line)
+        if not match or line.startswith("defaults:"):
+            continue
+        indent, key, rest = len(match[1]), match[2], match[3]
+        sections = [section for section in sections if section[0] < indent]
+        commented = " # " in rest
+        if not rest.partition(" #")[0].strip():
+            sections.append((indent, commented and key != "training"))
+        elif not commented and not any(spoken_for for _, spoken_for in sections):
+            missing.append(f"{path.relative_to(CONFIGS)}:{number}: {key}")
+    return missing
+
+
+# Recipes only override keys that are commented where they come from; pretrain-tiny has keys of its own.
+COMMENTED = ["finetune.yaml", "unlearn.yaml", "run.yaml", *(f"{group}/{choice}.yaml" for group, choice in CHOICES)]
+
+
+@pytest.mark.parametrize("file", [file for file in COMMENTED if file != "data/tofu-cpu.yaml"])
+def test_every_knob_is_commented(file):
+    assert uncommented(CONFIGS / file) == []
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_commands_and_groups_that_comments_name_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"-cn=(\S+)", text):
+        assert name in RECIPES, name
+    for group, choice in re.findall(r"\b([a-z]+(?:/[a-z]+)*)=([\w-]+)\b", "\n".join(re.findall(r"#.*", text))):
+        if group.split("/")[0] in GROUPS:
+            assert (CONFIGS / group / f"{choice}.yaml").is_file(), f"{group}={choice}"
+
+
+# --- the published numbers ----------------------------------------------------------------------------------------------
+
+UNLEARNING = {  # lambda, top_p, temperature, num_samples, num_epochs, min_len, batch, accumulation, learning rate
+    "PMC-unlearn-phi": (1.5, 0.95, 1.25, 5, 40, 0, 16, 4, 1e-5),
+    "PMC-unlearn-llama3": (1.25, 0.95, 0.9, 20, 30, 0, 8, 2, 1e-5),
+}
+FINETUNING = {  # num_epochs, weight decay, learning rate, batch, accumulation, gradient checkpointing
+    "phi": (5, 0.01, 2e-5, 16, 2, False),
+    "llama3": (5, 0.01, 1e-5, 8, 2, True),
+}
+
+
+@pytest.mark.parametrize("recipe", UNLEARNING)
+def test_published_unlearning_hyperparameters(recipe):
+    config = read(recipe)
+    s, t = config.settings, config.training
+    batch = (t["per_device_train_batch_size"], t["gradient_accumulation_steps"])
+    sampling = (s.lambda_unlearning, s.top_p, s.temperature, s.num_samples)
+    assert (*sampling, t["num_epochs"], s.min_len, *batch, t["learning_rate"]) == UNLEARNING[recipe]
+    assert (s.top_k, s.max_length) == (50, 200)
+    schedule = (t["warmup_epochs"], t["weight_decay"], t["lr_scheduler_type"], t["num_train_epochs"])
+    assert schedule == (1, 0.01, "linear", t["num_epochs"])
+    assert (config.data.path, config.data.splits["forget"], config.data.splits["retain"]) == (
+        *("locuslab/TOFU", "forget10", "retain90"),
+    )
+
+
+@pytest.mark.parametrize("recipe", FINETUNING)
+def test_published_finetuning_hyperparameters(recipe):
+    config = read(recipe)
+    t = config.training
+    batch = (t["per_device_train_batch_size"], t["gradient_accumulation_steps"])
+    found = (t["num_epochs"], t["weight_decay"], t["learning_rate"], *batch, t.get("gradient_checkpointing", False))
+    assert found == FINETUNING[recipe]
+    assert (config.data.splits["train"], config.data.max_length, t["num_train_epochs"]) == ("full", 256, 5)
+    assert (config.model.dtype, config.model.lora) == ("float32", None)
+
+
+@pytest.mark.parametrize("stage", ["", "PMC-unlearn-"])
+def test_published_prompts(stage):
+    phi, llama = read(f"{stage}phi").model, read(f"{stage}llama3").model
+    assert (phi.path, llama.path) == ("microsoft/phi-1_5", "meta-llama/Llama-3.2-3B-Instruct")
+    assert phi.prompt == PromptConfig(style="plain", question="Question: {question}\nAnswer:", answer=" {answer}")
+    assert llama.prompt == PromptConfig("chat", "You are a helpful assistant.", "10 Apr 2025")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_answers_are_evaluated_up_to_the_published_length(recipe):
+    evaluation = read(recipe).evaluation
+    assert (evaluation.max_length, evaluation.full_eval) == (200, False)
+
+
+@pytest.mark.parametrize("recipe", ["PMC-unlearn-tiny", "PMC-unlearn-smollm2", "PMC-unlearn-smollm2-cpu"])
+def test_small_recipes_make_short_answers_score_worse(recipe):
+    assert read(recipe).settings.min_len > 0
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method.num_samples=0", "method.num_samples=0: expected at least 1"),
+        ("method.max_length=0", "method.max_length=0: expected at least 1"),
+        ("method.sampling_batch_size=0", "method.sampling_batch_size=0: expected at least 1"),
+        ("method.lambda_unlearning=-1", "method.lambda_unlearning=-1.0: expected 0 or more"),
+        ("method.temperature=-0.5", "method.temperature=-0.5: expected 0 or more"),
+        ("method.top_k=-1", "method.top_k=-1: expected 0 or more"),
+        ("method.min_len=-1", "method.min_len=-1: expected 0 or more"),
+        ("method.top_p=0", "method.top_p=0.0: expected 0 < top_p <= 1"),
+        ("method.top_p=1.01", "method.top_p=1.01: expected 0 < top_p <= 1"),
+        ("method.temperature=0", "method.temperature=0: all 5 samples would be the same greedy answer; expected more"),
+        ("model.dtype=int8", "model.dtype=int8: expected one of float32, bfloat16, float16"),
+        ("model.path=null", "model.path=null: expected a hub id or a folder"),
+        ("~model.path", "model.path: missing; give it a value"),
+        ("model.prompt.style=chatty", "model.prompt.style=chatty: expected one of chat, plain"),
+        ("model.prompt.question=Q", "model.prompt.question='Q': must contain {question}"),
+        ("model.prompt.answer=A", "model.prompt.answer='A': must contain {answer}"),
+        ("model.lora={r:0}", "model.lora.r=0: expected at least 1"),
+        ("model.lora={dropout:1.0}", "model.lora.dropout=1.0: expected 0 <= dropout < 1"),
+        ("+model.new={architecture:llama,vocab_size:10}", "model.new.vocab_size=10: expected at least 300"),
+        ("data.max_length=1", "data.max_length=1: expected at least 2"),
+        ("~data.columns.answer", "data.columns.answer: missing"),
+        ("evaluation.batch_size=0", "evaluation.batch_size=0: expected at least 1"),
+        ("evaluation.max_length=0", "evaluation.max_length=0: expected at least 1"),
+        ("evaluation.every_epochs=-1", "evaluation.every_epochs=-1: expected 0 or more"),
+        ("training.num_epochs=0", "training.num_epochs=0: expected more than 0"),
+        ("training.learning_rate=0", "training.learning_rate=0: expected more than 0"),
+        ("training.warmup_epochs=-1", "training.warmup_epochs=-1: expected 0 or more"),
+        ("training.gradient_accumulation_steps=0", "training.gradient_accumulation_steps=0: expected at least 1"),
+        ("training.per_device_train_batch_size=0", "training.per_device_train_batch_size=0: expected at least 1"),
+        ("seed=-1", "seed=-1: expected"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(override, message):
+    assert message in error_of("unlearn", override)
+
+
+@pytest.mark.parametrize(
+    "override", ["method.temperature=0.01", "method.top_p=1", "method.top_k=0", "method.min_len=3"]
+)
+def test_a_value_at_the_edge_is_accepted(override):
+    assert read("unlearn", override)
+
+
+def test_greedy_sampling_is_accepted_for_one_sample():
+    assert read("unlearn", "method.temperature=0", "method.num_samples=1").settings.temperature == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "kind"),
+    [
+        ("seed=1.5", "seed=1.5", "int"),
+        ("seed=true", "seed=True", "int"),
+        ("save_model=maybe", "save_model=maybe", "bool"),
+        ("output_dir=5", "output_dir=5", "str | None"),
+        ("method.num_samples=2.5", "method.num_samples=2.5", "int"),
+        ("method.num_samples=null", "method.num_samples=None", "int"),
+        ("method.temperature=true", "method.temperature=True", "float"),
+        ("method.top_p=high", "method.top_p=high", "float"),
+        ("model.lora={r:abc}", "model.lora.r=abc", "int"),
+        ("model.lora=5", "model.lora", "a section with keys"),
+        ("data.max_length=long", "data.max_length=long", "int"),
+        ("data.splits=null", "data.splits=None", "dict"),
+        ("evaluation.full_eval=5.5", "evaluation.full_eval=5.5", "bool"),
+        ("training.num_epochs=many", "training.num_epochs=many", "float"),
+        ("training.bf16=maybe", "training.bf16=maybe", "bool"),
+        ("training.per_device_train_batch_size=1.5", "training.per_device_train_batch_size=1.5", "int"),
+        ("training.learning_rate=auto", "training.learning_rate=auto", "float"),
+        ("training.num_epochs=auto", "training.num_epochs=auto", "float"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(override, key, kind):
+    assert re.search(re.escape(key) + ": expected " + re.escape(kind), error_of("unlearn", override))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("model.promt", "prompt"),
+        ("model.prompt.sytem", "system"),
+        ("data.colums", "columns"),
+        ("data.columns.qestion", "question"),
+        ("method.tempreture", "temperature"),
+        ("training.lerning_rate", "learning_rate"),
+        ("training.num_epoch", "num_epochs"),
+        ("evaluation.bach_size", "batch_size"),
+        ("overwrit", "overwrite"),
+        ("finetund", "finetuned"),
+    ],
+)
+def test_a_mistyped_key_is_refused_with_the_closest(wrong, right):
+    message = error_of("unlearn", f"+{wrong}=1")
+    assert message.startswith(f"{wrong}: no such ")
+    assert f"did you mean '{right}'?" in message
+
+
+def test_a_mistyped_key_of_an_adapter_is_refused():
+    assert error_of("unlearn", "model.lora={alhpa:3}").startswith(
+        "model.lora.alhpa: no such key; did you mean 'alpha'?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+training.output_dir=x", "training.output_dir: set the top-level output_dir instead"),
+        ("+training.seed=3", "training.seed: set the top-level seed instead"),
+    ],
+)
+def test_a_training_key_that_the_stage_sets_is_refused(override, message):
+    assert error_of("finetune", override) == message
+
+
+@pytest.mark.parametrize("key", ["hub_token", "push_to_hub_token"])
+def test_a_token_in_the_configuration_is_refused_and_not_printed(key):
+    message = error_of("finetune", f"+training.{key}=hf_secret")
+    assert message.startswith(f"training.{key}: put the token into environment.env")
+    assert "hf_secret" not in message
+
+
+def test_other_training_arguments_pass_through_by_their_own_name():
+    training = read("finetune", "+training.max_grad_norm=0.5", "+training.optim=sgd").training
+    assert (training["max_grad_norm"], training["optim"]) == (0.5, "sgd")
+
+
+def test_every_problem_is_reported_at_once():
+    message = error_of(
+        "unlearn",
+        *("method.num_samples=0", "+model.promt=1", "data.max_length=x", "evaluation.batch_size=0"),
+        *("training.warmup_epochs=-1", "+training.hub_token=x", "save_model=5", "+sead=1"),
+    )
+    lines = message.splitlines()
+    assert lines[0] == "8 problems in the configuration:"
+    starts = ("sead:", "save_model=5", "model.promt:", "data.max_length=x", "evaluation.batch_size=0")
+    starts += ("training.hub_token", "training.warmup_epochs=-1", "method.num_samples=0")
+    assert [line.startswith(f"  - {start}") for line, start in zip(lines[1:], starts, strict=True)] == [True] * 8
+
+
+def test_a_key_that_does_not_fit_does_not_hide_another_of_its_section():
+    message = error_of("unlearn", "method.num_samples=x", "method.top_p=2", "+method.foo=1")
+    assert {line.split("=")[0].split(":")[0].strip(" -") for line in message.splitlines()[1:]} == {
+        *("method.num_samples", "method.top_p", "method.foo"),
+    }
+
+
+# --- evaluation takes what is null from the run -------------------------------------------------------------------------
+
+
+def test_evaluation_fills_nulls_from_the_run():
+    config = read("evaluate")
+    assert config.model == ModelConfig(path="models/some/run", prompt=PromptConfig(style="plain"))
+    assert config.data == DataConfig(**MADE_BY["data"])
+
+
+def test_evaluation_keeps_what_the_command_names():
+    config = read("evaluate", "model=phi", "data=tofu", "model.path=models/some/run")
+    assert (config.model.path, config.model.prompt.style) == ("models/some/run", "plain")
+    assert config.data.path == "locuslab/TOFU"
+
+
+def test_evaluation_of_a_checkpoint_without_result_needs_prompt_and_data():
+    cfg = compose("evaluate", ["model.path=elsewhere"])
+    with pytest.raises(
+        UserError, match=r"model\.prompt: not given, and elsewhere has no result\.json.*model=phi data=tofu"
+    ):
+        fill_from_run(cfg, None)

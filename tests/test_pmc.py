@@ -1,0 +1,146 @@
+"""PMC's own steps: scores, selection, the memory, the initial responses, and that the forget answers are never read."""
+
+import logging
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.conftest import ROWS
+from tests.test_training import arguments
+from unlearning.pmc import PMC, Pick, PMCSettings, scores, select
+from unlearning.rewards import rouge_l
+from unlearning.trainer import UnlearningData
+
+
+def make_trainer(model, prompts, folder, rows=ROWS, batch_size=4, accumulation=2, settings=None, **more):
+    data = UnlearningData(rows, ROWS[::-1], prompts, max_length=64)
+    settings = settings or PMCSettings(num_samples=3, max_length=48, temperature=1.0)
+    trainer = PMC(model, arguments(folder, batch_size, accumulation, **more), data, settings)
+    trainer.before_training()
+    return trainer
+
+
+def test_reward_is_one_minus_recall_against_the_initial_response():
+    reference = "the cat sat on the mat"
+    found = rouge_l(reference, ["the cat sat on the mat", "the cat", "dogs bark", ""])
+    assert found == [0.0, 1 - 2 / 6, 1.0, 1.0]
+
+
+def test_short_samples_score_worse_by_min_len():
+    assert scores([1.0, 1.0, 0.5, 1.0], ["", "one", "one two", "one two three"], min_len=3) == [
+        1.0,
+        math.exp(-1),
+        0.5 + math.exp(-2),
+        0.0,
+    ]
+    assert scores([0.1], ["one"], min_len=3) == [1.0], "never more than 1"
+    assert scores([1.0], [""], min_len=0) == [0.0], "off by default: an empty answer is perfect"
+
+
+@pytest.mark.parametrize(
+    ("stored", "candidates", "expected"),
+    [
+        (None, [(0.5, 1), (0.25, 2), (0.25, 3)], (0.25, 2)),  # the lowest, the first of equals
+        ((0.25, 9), [(0.5, 1), (0.25, 2)], (0.25, 2)),  # an equal one replaces the stored
+        ((0.2, 9), [(0.5, 1), (0.25, 2)], (0.2, 9)),  # a worse one does not
+        ((0.2, 9), [(0.1, 1)], (0.1, 1)),
+    ],
+)
+def test_selection_and_memory(stored, candidates, expected):
+    def pick(pair):
+        return Pick(pair[0], [pair[1]])
+
+    assert select(stored and pick(stored), [pick(pair) for pair in candidates]) == pick(expected)
+
+
+def test_initial_responses_are_the_greedy_answers(model, prompts, tmp_path):
+    trainer = make_trainer(model, prompts, tmp_path)
+    ids = prompts.prompt(ROWS[3].question)
+    expected = model.generate(torch.tensor([ids]), do_sample=False, max_length=48, pad_token_id=1)[0, len(ids) :]
+    assert trainer.initial_responses[3] == prompts.text(expected)
+
+
+def test_the_forget_answers_are_never_looked_at(model, prompts, tmp_path):
+    """Other ground truths, the same run: PMC needs the questions alone."""
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    histories = []
+    for answers in ("a secret", "quite another one"):
+        model.load_state_dict(start)
+        rows = [replace(row, answer=answers) for row in ROWS]
+        trainer = make_trainer(model, prompts, tmp_path, rows, learning_rate=1e-2, max_steps=3)
+        trainer.train()
+        histories.append((trainer.memory, [p.clone() for p in model.parameters()]))
+    assert histories[0][0] == histories[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(histories[0][1], histories[1][1], strict=True))
+
+
+def test_what_is_picked_does_not_depend_on_order_or_micro_batches(model, prompts, tmp_path):
+    """The sampler's randomness is keyed by (seed, step, row index), so a whole window equals many small ones."""
+    memories = []
+    for rows, batch_size, accumulation in ((ROWS, 8, 1), (ROWS[::-1], 1, 8), (ROWS[3:] + ROWS[:3], 2, 4)):
+        trainer = make_trainer(model, prompts, tmp_path, rows, batch_size, accumulation)
+        trainer.train()
+        memories.append(trainer.memory)
+    assert memories[0] == memories[1] == memories[2]
+    assert sorted(memories[0]) == [row.index for row in ROWS]
+
+
+def test_a_question_at_score_zero_is_not_sampled_again_but_goes_on_being_trained(model, prompts, tmp_path, monkeypatch):
+    trainer = make_trainer(model, prompts, tmp_path)
+    trainer.memory = {0: Pick(0.0, [7, 8, 2]), 1: Pick(0.5, [9, 2])}
+    asked = []
+    monkeypatch.setattr(trainer, "sample", lambda rows: asked.extend(row.index for row in rows) or [[[5, 2]]] * len(rows))
+    examples = trainer.forget_examples(ROWS[:3])
+    assert asked == [1, 2]
+    assert examples[0].answer == [7, 8, 2]
+    assert examples[0].prompt == prompts.prompt(ROWS[0].question)
+
+
+def test_the_trained_answer_is_the_sampled_ids_with_their_end_token(model, prompts, tmp_path):
+    trainer = make_trainer(model, prompts, tmp_path)
+    (example,) = trainer.forget_examples(ROWS[:1])
+    assert example.answer == trainer.memory[0].answer
+    end, full = prompts.end_token_id, len(example) == trainer.settings.max_length
+    assert example.answer[-1] == end or full
+    assert end not in example.answer[:-1]
+
+
+def test_a_reward_of_ones_own_is_named_by_its_dotted_path(model, prompts, tmp_path):
+    settings = PMCSettings(num_samples=2, max_length=48, reward={"_target_": "tests.test_pmc.shouting"})
+    trainer = make_trainer(model, prompts, tmp_path, settings=settings)
+    trainer.forget_examples(ROWS[:2])
+    assert {pick.score for pick in trainer.memory.values()} == {0.75}
+
+
+def shouting(reference, samples):
+    return [0.25 for _ in samples]
+
+
+def test_an_over_memorised_model_is_called_so_after_two_epochs(model, prompts, tmp_path, caplog):
+    trainer = make_trainer(model, prompts, tmp_path)
+    with caplog.at_level(logging.WARNING, logger="unlearning.pmc"):
+        trainer.warn_when_stalled(0.9)
+        assert not caplog.records
+        trainer.warn_when_stalled(0.4)
+        trainer.warn_when_stalled(0.9)
+        assert not caplog.records, "two epochs running"
+        trainer.warn_when_stalled(0.9)
+    assert "method.temperature (now 1)" in caplog.text
+
+
+def test_state_survives_a_checkpoint(model, prompts, tmp_path):
+    import json
+
+    trainer = make_trainer(model, prompts, tmp_path)
+    trainer.train()
+    state = json.loads(json.dumps(trainer.state_to_save()))
+    other = make_trainer(model, prompts, tmp_path)
+    other.initial_responses = {}
+    other.load_state(state)
+    assert (other.memory, other.initial_responses, other.history) == (
+        trainer.memory,
+        trainer.initial_responses,
+        trainer.history,
+    )

@@ -1,0 +1,210 @@
+"""Prompts and examples as token ids: plain and chat, end tokens, no second BOS, padding."""
+
+import doctest
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+
+from common import prompts as prompts_module
+from common.config import PromptConfig
+from common.data import Row
+from common.prompts import Example, PromptFormat, check_prompt_lengths, collate
+from common.runtime import UserError
+
+QUESTION, ANSWER = "Who is Bram Toll?", "A poet."
+CHAT = PromptConfig(style="chat", system="You are a helpful assistant.")
+
+
+def add_bos(tokenizer):
+    """Make a tokenizer put a BOS before every text, as Llama's does."""
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", bos)]
+    )
+    assert tokenizer(QUESTION)["input_ids"][0] == bos
+    return tokenizer
+
+
+# --- plain --------------------------------------------------------------------------------------------------------------
+
+
+def test_plain_prompt_and_answer(prompts, tokenizer):
+    assert tokenizer.decode(prompts.prompt(QUESTION)) == "Question: Who is Bram Toll?\nAnswer:"
+    assert tokenizer.decode(prompts.answer(ANSWER)) == " A poet.<|end|>"
+    assert prompts.end_token_id == tokenizer.eos_token_id == prompts.answer(ANSWER)[-1]
+
+
+def test_plain_templates_of_the_configuration(tokenizer):
+    form = PromptFormat(tokenizer, PromptConfig(style="plain", question="Q {question}\nA", answer="={answer}!"))
+    assert tokenizer.decode(form.prompt("x?") + form.answer("y")) == "Q x?\nA=y!<|end|>"
+
+
+@pytest.mark.parametrize("text", ["{x}", "{question} {answer}", "{}", "{0} {{a}} }{", "100% %s \\n"])
+def test_braces_pass_through_unchanged(prompts, tokenizer, text):
+    assert tokenizer.decode(prompts.prompt(text)) == f"Question: {text}\nAnswer:"
+    assert tokenizer.decode(prompts.answer(text)) == f" {text}<|end|>"
+
+
+def test_braces_pass_through_a_chat_unchanged(chat_tokenizer):
+    form = PromptFormat(chat_tokenizer, CHAT)
+    text = "{x} {{ y }} {% z %}"
+    assert f"user\n{text}<|im_end|>" in chat_tokenizer.decode(form.prompt(text))
+    assert chat_tokenizer.decode(form.answer(text)) == f"{text}<|im_end|>"
+
+
+def test_a_plain_prompt_has_one_bos_and_an_answer_none(tokenizer_with_bos):
+    form = PromptFormat(tokenizer_with_bos, PromptConfig(style="plain"))
+    bos = tokenizer_with_bos.bos_token_id
+    assert form.prompt(QUESTION)[0] == bos
+    assert form.prompt(QUESTION).count(bos) == 1
+    assert bos not in form.answer(ANSWER)
+
+
+# --- chat ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tokenizer_with_bos(chat_tokenizer):
+    return add_bos(chat_tokenizer)
+
+
+def test_chat_prompt_and_answer(chat_tokenizer):
+    form = PromptFormat(chat_tokenizer, CHAT)
+    assert chat_tokenizer.decode(form.prompt(QUESTION)) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nWho is Bram Toll?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert chat_tokenizer.decode(form.answer(ANSWER)) == "A poet.<|im_end|>"
+
+
+def test_a_chat_without_system_message(chat_tokenizer):
+    form = PromptFormat(chat_tokenizer, PromptConfig(style="chat"))
+    assert chat_tokenizer.decode(form.prompt("a?")) == "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_end_token_of_a_chat_is_the_templates(chat_tokenizer):
+    form = PromptFormat(chat_tokenizer, CHAT)
+    assert form.end_token_id == chat_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert form.end_token_id != chat_tokenizer.eos_token_id
+
+
+def test_a_template_without_an_end_token_falls_back_to_the_tokenizers(chat_tokenizer):
+    chat_tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    assert PromptFormat(chat_tokenizer, CHAT).end_token_id == chat_tokenizer.eos_token_id
+
+
+def test_a_chat_example_is_what_the_template_makes_of_the_conversation(chat_tokenizer):
+    example = PromptFormat(chat_tokenizer, CHAT).example(Row(0, QUESTION, ANSWER), 200)
+    messages = [("system", CHAT.system), ("user", QUESTION), ("assistant", ANSWER)]
+    conversation = [{"role": role, "content": content} for role, content in messages]
+    text = chat_tokenizer.apply_chat_template(conversation, tokenize=False)
+    assert chat_tokenizer.decode(example.prompt + example.answer) + "\n" == text
+
+
+def test_a_chat_whose_template_writes_the_bos_has_one(tokenizer_with_bos):
+    tokenizer_with_bos.chat_template = "{{ bos_token }}" + tokenizer_with_bos.chat_template
+    form = PromptFormat(tokenizer_with_bos, CHAT)
+    bos = tokenizer_with_bos.bos_token_id
+    assert form.prompt(QUESTION)[0] == bos
+    assert form.prompt(QUESTION).count(bos) == 1
+    assert bos not in form.answer(ANSWER)
+
+
+DATED = "{{ date_string if date_string is defined else 'today' }}: {{ messages[-1]['content'] }}"
+
+
+@pytest.mark.parametrize(("date", "printed"), [("10 Apr 2025", "10 Apr 2025: a?"), (None, "today: a?")])
+def test_date_string_reaches_the_template(chat_tokenizer, date, printed):
+    chat_tokenizer.chat_template = DATED
+    form = PromptFormat(chat_tokenizer, PromptConfig(style="chat", date_string=date))
+    assert chat_tokenizer.decode(form.prompt("a?")) == printed
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_without_template_is_refused(tokenizer):
+    with pytest.raises(UserError, match="no chat template; use model.prompt.style=plain"):
+        PromptFormat(tokenizer, CHAT)
+
+
+def test_a_tokenizer_without_end_token_is_refused(chat_tokenizer):
+    chat_tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end token"):
+        PromptFormat(chat_tokenizer, PromptConfig(style="plain"))
+
+
+def test_prompts_without_room_for_an_answer_are_refused():
+    check_prompt_lengths([[1, 2], [1, 2, 3]], 4, "data.max_length")
+    with pytest.raises(UserError) as caught:
+        check_prompt_lengths([[1, 2], [1, 2, 3]], 3, "data.max_length")
+    assert str(caught.value) == "data.max_length=3: the longest prompt has 3 tokens; set it to more than that"
+
+
+# --- examples -----------------------------------------------------------------------------------------------------------
+
+
+def test_ids_are_concatenated_not_tokenised_again(prompts, tokenizer):
+    """An answer starts a token of its own even where the joined text would be tokenised otherwise."""
+    form = PromptFormat(tokenizer, PromptConfig(style="plain", question="{question}", answer="{answer}"))
+    example = form.example(Row(0, " an", "d"), 50)
+    assert example.prompt == tokenizer(" an")["input_ids"]
+    assert example.answer == [*tokenizer("d")["input_ids"], tokenizer.eos_token_id]
+    assert tokenizer(" and")["input_ids"] != example.prompt + example.answer[:-1]
+
+
+def test_example_is_prompt_and_whole_answer(prompts):
+    example = prompts.example(Row(0, QUESTION, ANSWER), 100)
+    assert (example.prompt, example.answer) == (prompts.prompt(QUESTION), prompts.answer(ANSWER))
+    assert len(example) == len(example.prompt) + len(example.answer)
+
+
+@pytest.mark.parametrize("room", [1, 2])
+def test_a_long_answer_is_cut_with_its_end_token(prompts, room):
+    whole = prompts.example(Row(0, QUESTION, ANSWER), 100)
+    cut = prompts.example(Row(0, QUESTION, ANSWER), len(whole.prompt) + room)
+    assert (cut.prompt, cut.answer) == (whole.prompt, whole.answer[:room])
+    assert prompts.end_token_id not in cut.answer
+
+
+def test_an_answer_that_just_fits_keeps_its_end_token(prompts):
+    whole = prompts.example(Row(0, QUESTION, ANSWER), 100)
+    assert prompts.example(Row(0, QUESTION, ANSWER), len(whole)) == whole
+
+
+@pytest.mark.parametrize("answer", ["A poet.", "It's 1987, isn't it ?", "Zoë — {x} 日本", "two\nlines"])
+def test_text_gives_the_answer_back(prompts, answer):
+    assert prompts.text(prompts.answer(answer)) == answer
+
+
+def test_text_of_an_end_token_alone_is_empty(prompts):
+    assert prompts.text([prompts.end_token_id]) == ""
+
+
+# --- collate ------------------------------------------------------------------------------------------------------------
+
+
+def test_collate_pads_on_the_right_to_the_longest():
+    batch = collate([Example([5, 6], [7, 2]), Example([5], [2])])
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[5, 6, 7, 2], [5, 2, 0, 0]],
+        "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]],
+        "labels": [[-100, -100, 7, 2], [-100, 2, -100, -100]],
+    }
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_collate_does_not_take_ids_for_padding():
+    """Masks come from lengths: the padding id inside an example is a token like any other."""
+    batch = collate([Example([3, 3], [3]), Example([4], [3])], pad_id=3)
+    assert batch["input_ids"].tolist() == [[3, 3, 3], [4, 3, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 3], [-100, 3, -100]]
+
+
+def test_docstring_example_of_collate_is_true():
+    examples = doctest.DocTestFinder().find(collate, globs={**vars(prompts_module)})
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert [runner.run(example) for example in examples if example.examples] == [doctest.TestResults(0, 1)]

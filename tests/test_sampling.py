@@ -1,0 +1,465 @@
+"""The generation engine against Hugging Face's `generate`: the same greedy answers, the same distribution of samples.
+
+Weights are scaled up, so that the models prefer some tokens clearly.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROWS
+from scipy.stats import chi2_contingency, chisquare
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from common import sampling
+from common.config import PromptConfig
+from common.prompts import PromptFormat
+from common.sampling import Replica, SamplingSettings, draw_tokens, generate, random_numbers
+from unlearning.trainer import UnlearningTrainer
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+ARCHITECTURES = {
+    "llama": {**SMALL, "num_key_value_heads": 2},
+    "phi": SMALL,
+    "gemma3_text": {  # most layers see the last eight tokens only
+        **SMALL,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
+SAMPLED = {"temperature": 1.3, "top_k": 6, "top_p": 0.85}
+
+
+def random_model(architecture="llama", vocab_size=50, seed=0, scale=6.0):
+    torch.manual_seed(seed)
+    ids = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **ids, **ARCHITECTURES[architecture]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(scale)
+    return model.eval()
+
+
+def random_prompts(lengths, vocab_size=50) -> list[list[int]]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(1, vocab_size, length).tolist() for length in lengths]
+
+
+def hugging_face_greedy(model, prompt: list[int], max_length: int, ends: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    options = {"do_sample": False, "max_length": max_length, "eos_token_id": ends, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+
+
+def sampled(model, prompts, keys, ends=(7,), max_length=30, num_samples=3, **options):
+    settings = SamplingSettings(max_length, num_samples, **{**SAMPLED, **options})
+    return generate(model, prompts, settings, list(ends), keys)
+
+
+# --- greedy -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_answers_equal_hugging_faces(architecture):
+    model, prompts = random_model(architecture), random_prompts((3, 14, 7, 5, 11))
+    ends = [5, 6]
+    answers = generate(model, prompts, SamplingSettings(max_length=30), ends)
+    assert [answer[0] for answer in answers] == [hugging_face_greedy(model, prompt, 30, ends) for prompt in prompts]
+    assert len({len(answer[0]) for answer in answers}) > 2  # they leave the batch at different times
+
+
+def test_greedy_answers_to_chat_prompts_equal_hugging_faces(chat_tokenizer):
+    model = random_model(vocab_size=len(chat_tokenizer))
+    form = PromptFormat(chat_tokenizer, PromptConfig(style="chat", system="Be brief."))
+    prompts = [form.prompt(row.question) for row in ROWS]
+    assert len({len(prompt) for prompt in prompts}) > 4
+    longest = max(map(len, prompts)) + 8
+    answers = generate(model, prompts, SamplingSettings(longest), [form.end_token_id])
+    expected = [hugging_face_greedy(model, prompt, longest, [form.end_token_id]) for prompt in prompts]
+    assert [answer[0] for answer in answers] == expected
+
+
+def test_an_answer_ends_with_its_end_token_or_at_max_length():
+    prompts, ends = random_prompts((3, 20, 7, 12, 9)), [7, 8]
+    answers = sampled(random_model(), prompts, [(0, i) for i in range(5)], ends, num_samples=20, top_p=1.0)
+    rows = [(prompt, answer) for prompt, some in zip(prompts, answers, strict=True) for answer in some]
+    ended = [answer[-1] in ends for _, answer in rows]
+    assert 10 < sum(ended) < 95
+    for (prompt, answer), has_end in zip(rows, ended, strict=True):
+        assert not set(answer[:-1]) & set(ends)
+        assert has_end or len(prompt) + len(answer) == 30
+        assert len(prompt) + len(answer) <= 30
+
+
+def test_a_prompt_one_token_short_of_max_length_gets_one_token():
+    answers = generate(random_model(), random_prompts((9, 4)), SamplingSettings(max_length=10), [])
+    assert [len(answer[0]) for answer in answers] == [1, 6]
+
+
+def test_no_prompts_give_no_answers():
+    assert generate(random_model(), [], SamplingSettings(max_length=10), [7]) == []
+
+
+# --- one draw -----------------------------------------------------------------------------------------------------------
+
+
+def hugging_face_probabilities(logits, temperature, top_k, top_p) -> torch.Tensor:
+    """What `generate(do_sample=True)` draws the next token from."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers(None, logits.clone()).softmax(-1)
+
+
+def drawn(probabilities: list[float], uniforms: list[float], **options) -> list[int]:
+    logits = torch.tensor(probabilities).log().expand(len(uniforms), -1)
+    settings = SamplingSettings(max_length=1, **{"temperature": 1.0, **options})
+    return draw_tokens(logits, settings, torch.tensor(uniforms)).tolist()
+
+
+def test_tokens_are_picked_by_the_cumulative_distribution_likeliest_first():
+    uniforms = [0.0, 0.49, 0.51, 0.74, 0.76, 0.87, 0.88, 0.999999]
+    assert drawn([0.1, 0.5, 0.15, 0.25], uniforms) == [1, 1, 3, 3, 2, 2, 2, 0]
+
+
+def test_temperature_zero_takes_the_likeliest_token():
+    assert drawn([0.3, 0.3001, 0.3999], [0.0, 0.5, 0.99], temperature=0) == [2, 2, 2]
+
+
+def test_temperature_divides_the_logits():
+    """At temperature 0.5 probabilities are squared: 0.64 : 0.04, so the first has 16/17 = 0.941."""
+    assert drawn([0.8, 0.2], [0.79, 0.81, 0.93, 0.95]) == [0, 1, 1, 1]
+    assert drawn([0.8, 0.2], [0.79, 0.81, 0.93, 0.95], temperature=0.5) == [0, 0, 0, 1]
+
+
+def test_top_k_keeps_the_k_likeliest():
+    """Of 0.4, 0.3, 0.2, 0.1 the first two have 4/7 = 0.571 and 3/7."""
+    assert drawn([0.1, 0.4, 0.2, 0.3], [0.57, 0.58, 0.999], top_k=2) == [1, 3, 3]
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p():
+    """0.4 + 0.3 reaches 0.6 and 0.4 alone does not: they have 4/7 = 0.571 and 3/7."""
+    assert drawn([0.4, 0.3, 0.2, 0.1], [0.57, 0.58, 0.999], top_p=0.6) == [0, 1, 1]
+    assert drawn([0.4, 0.3, 0.2, 0.1], [0.999], top_p=0.01) == [0]
+
+
+def test_top_p_applies_to_what_top_k_left():
+    """After top_k = 2 the first token has 0.571 > 0.5 and stands alone; top_p first would keep two."""
+    assert drawn([0.4, 0.3, 0.2, 0.1], [0.0, 0.999], top_k=2, top_p=0.5) == [0, 0]
+    assert drawn([0.4, 0.3, 0.2, 0.1], [0.0, 0.999], top_p=0.5) == [0, 1]
+
+
+def test_a_tie_at_the_last_place_keeps_k_tokens():
+    tokens = drawn([0.4, 0.2, 0.2, 0.2], np.linspace(0, 0.999, 100).tolist(), top_k=2)
+    assert len(set(tokens)) == 2
+
+
+def frequencies(logits: torch.Tensor, draws: int, **options) -> torch.Tensor:
+    """How often each token is drawn for evenly spaced uniforms, which leaves no chance in it."""
+    uniforms = (torch.arange(draws) + 0.5) / draws
+    settings = SamplingSettings(max_length=1, **options)
+    tokens = draw_tokens(logits.expand(draws, -1), settings, uniforms)
+    return torch.bincount(tokens, minlength=logits.shape[-1]) / draws
+
+
+GRID = [(t, k, p) for t in (0.7, 1.0, 1.5) for k in (0, 1, 5, 50) for p in (0.3, 0.9, 1.0)]
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), GRID)
+def test_probabilities_equal_hugging_faces(temperature, top_k, top_p):
+    logits = 2 * torch.randn(1, 40, generator=torch.Generator().manual_seed(3))
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    found, expected = frequencies(logits, 8000, **options), hugging_face_probabilities(logits, **options)[0]
+    assert torch.allclose(found, expected, atol=2.5 / 8000)
+
+
+# --- the distribution of whole answers ----------------------------------------------------------------------------------
+
+VOCABULARY, DRAWS = 12, 6000
+PROMPT = [3, 9, 4]
+OTHERS = [{"top_p": 0.9}, {"top_p": 0.75}, {"top_k": 5}, {"top_k": 7, "top_p": 0.97}, {"temperature": 1.5}]
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    return random_model(vocab_size=VOCABULARY, seed=1, scale=9.0)
+
+
+@pytest.fixture(scope="module")
+def our_pairs(small_model) -> np.ndarray:
+    return count_pairs(our_samples(small_model))
+
+
+def our_samples(model, **options) -> list[list[int]]:
+    """First two tokens of many answers, none of which ends early."""
+    return sampled(model, [PROMPT], [(0, 5)], (), len(PROMPT) + 2, DRAWS, batch_size=DRAWS, **options)[0]
+
+
+def count_pairs(answers) -> np.ndarray:
+    """How often each first token is followed by each second one; shape (vocabulary, vocabulary)."""
+    counts = np.zeros((VOCABULARY, VOCABULARY))
+    np.add.at(counts, tuple(np.array(answers).T), 1)
+    return counts
+
+
+@torch.no_grad()
+def exact_pairs(model, **options) -> np.ndarray:
+    """The exact probability of each pair."""
+    options = {**SAMPLED, **options}
+    first = hugging_face_probabilities(model(torch.tensor([PROMPT])).logits[:, -1], **options)
+    after = torch.tensor([[*PROMPT, token] for token in range(VOCABULARY)])
+    second = hugging_face_probabilities(model(after).logits[:, -1], **options)
+    return (first.T * second).double().numpy()
+
+
+def p_value(counts: np.ndarray, probabilities: np.ndarray) -> float:
+    """Chi-squared goodness of fit; cells that are expected fewer than five times are pooled."""
+    if counts[probabilities == 0].any():
+        return 0.0
+    expected = counts.sum() * probabilities / probabilities.sum()
+    often = expected >= 5
+    observed, expected = ([*cells[often], cells[~often].sum()] for cells in (counts, expected))
+    if expected[-1] == 0:
+        observed, expected = observed[:-1], expected[:-1]
+    return chisquare(observed, np.array(expected) * sum(observed) / sum(expected)).pvalue
+
+
+def test_first_tokens_have_the_exact_distribution(small_model, our_pairs):
+    first = exact_pairs(small_model).sum(1)
+    assert (first > 0).sum() >= 4
+    assert p_value(our_pairs.sum(1), first) > 0.01
+
+
+def test_second_tokens_have_the_exact_distribution_given_the_first(small_model, our_pairs):
+    exact = exact_pairs(small_model)
+    p_values = [p_value(counts, row) for counts, row in zip(our_pairs, exact, strict=True) if counts.sum() >= 300]
+    assert len(p_values) >= 4
+    assert min(p_values) > 0.01 / len(p_values)
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+def test_the_exact_distribution_of_other_settings_is_told_apart(small_model, our_pairs, other):
+    assert p_value(our_pairs, exact_pairs(small_model)) > 0.01
+    assert p_value(our_pairs, exact_pairs(small_model, **other)) < 1e-9
+
+
+def same_distribution(counts: np.ndarray, others: np.ndarray) -> float:
+    """P-value of the chi-squared test that two samples come from one distribution; rare cells are pooled."""
+    often = counts + others >= 10
+    table = [[*sample[often], sample[~often].sum()] for sample in (counts, others)]
+    return chi2_contingency([column for column in zip(*table, strict=True) if sum(column)]).pvalue
+
+
+def test_samples_have_the_distribution_of_hugging_faces_samples(small_model, our_pairs):
+    torch.manual_seed(0)
+    ids = torch.tensor([PROMPT])
+    options = {"num_return_sequences": DRAWS, "max_new_tokens": 2, "pad_token_id": 0, "do_sample": True, **SAMPLED}
+    theirs = count_pairs(small_model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, len(PROMPT) :])
+    assert same_distribution(our_pairs, theirs) > 0.01
+    for other in OTHERS:
+        assert same_distribution(count_pairs(our_samples(small_model, **other)), theirs) < 1e-6, other
+
+
+def test_samples_of_one_prompt_are_independent_of_each_other(small_model):
+    """Neighbouring samples of one prompt: the table of their first tokens shows no dependence."""
+    first = np.array(our_samples(small_model))[:, 0]
+    table = np.zeros((VOCABULARY, VOCABULARY))
+    np.add.at(table, (first[::2], first[1::2]), 1)
+    often = table.sum(0) + table.sum(1) > 300
+    assert chi2_contingency(table[np.ix_(often, often)]).pvalue > 0.01
+
+
+# --- what must not matter -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference():
+    model, prompts, keys = random_model(), random_prompts((3, 14, 7, 5, 11)), [(0, 1, i) for i in range(5)]
+    answers = sampled(model, prompts, keys, top_p=0.95)
+    assert len({tuple(answer) for some in answers for answer in some}) == 15
+    return SimpleNamespace(model=model, prompts=prompts, keys=keys, answers=answers)
+
+
+def test_the_same_call_gives_the_same_answers_whatever_the_global_seed(reference):
+    torch.manual_seed(99)
+    assert sampled(reference.model, reference.prompts, reference.keys, top_p=0.95) == reference.answers
+
+
+@pytest.mark.parametrize("order", [[4, 3, 2, 1, 0], [2, 0, 4, 1, 3]])
+def test_the_order_of_prompts_changes_no_answer(reference, order):
+    prompts, keys = [reference.prompts[i] for i in order], [reference.keys[i] for i in order]
+    assert sampled(reference.model, prompts, keys, top_p=0.95) == [reference.answers[i] for i in order]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 7, 12])
+def test_the_batch_size_changes_no_answer(reference, batch_size):
+    answers = sampled(reference.model, reference.prompts, reference.keys, top_p=0.95, batch_size=batch_size)
+    assert answers == reference.answers
+
+
+@pytest.mark.parametrize("alone", range(5))
+def test_other_prompts_beside_it_change_no_answer(reference, alone):
+    answers = sampled(reference.model, [reference.prompts[alone]], [reference.keys[alone]], top_p=0.95)
+    assert answers == [reference.answers[alone]]
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 8])
+def test_the_first_samples_stay_when_more_are_drawn(reference, num_samples):
+    answers = sampled(reference.model, reference.prompts, reference.keys, top_p=0.95, num_samples=num_samples)
+    same = min(num_samples, 3)
+    assert [some[:same] for some in answers] == [some[:same] for some in reference.answers]
+    assert {len(some) for some in answers} == {num_samples}
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_dropping_finished_answers_changes_no_answer(reference, monkeypatch, share):
+    """0: finished rows stay to the end; 1: each leaves at once."""
+    monkeypatch.setattr(sampling, "KEEP_SHARE", share)
+    assert sampled(reference.model, reference.prompts, reference.keys, top_p=0.95) == reference.answers
+
+
+def test_greedy_answers_do_not_depend_on_the_batch(reference):
+    answers = generate(reference.model, reference.prompts, SamplingSettings(40), [7])
+    for batch_size in (1, 2):
+        settings = SamplingSettings(40, batch_size=batch_size)
+        assert generate(reference.model, reference.prompts, settings, [7]) == answers
+
+
+@pytest.mark.parametrize(("num_samples", "batch_size"), [(1, 2), (3, 7), (8, 3)])
+def test_no_more_answers_than_batch_size_are_generated_side_by_side(reference, monkeypatch, num_samples, batch_size):
+    sizes, forward = [], sampling._forward
+
+    def noting(model, input_ids, mask, cache):
+        sizes.append(len(input_ids))
+        return forward(model, input_ids, mask, cache)
+
+    monkeypatch.setattr(sampling, "_forward", noting)
+    sampled(reference.model, reference.prompts, reference.keys, num_samples=num_samples, batch_size=batch_size)
+    assert max(sizes) <= batch_size
+
+
+def test_every_prompt_goes_through_the_model_once(reference, monkeypatch):
+    shapes, forward = [], sampling._forward
+
+    def noting(model, input_ids, mask, cache):
+        shapes.append(tuple(input_ids.shape))
+        return forward(model, input_ids, mask, cache)
+
+    monkeypatch.setattr(sampling, "_forward", noting)
+    sampled(reference.model, reference.prompts, reference.keys, num_samples=6)
+    assert shapes[0] == (5, 14)
+    assert {length for _, length in shapes[1:]} == {1}
+
+
+# --- random numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_random_numbers_are_uniform_and_keyed():
+    numbers = random_numbers((0, 1, 2), 4, 1000)
+    assert (numbers.shape, numbers.dtype) == ((4, 1000), np.float32)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert abs(numbers.mean() - 0.5) < 0.02
+    assert np.array_equal(numbers, random_numbers((0, 1, 2), 4, 1000))
+    assert np.array_equal(numbers[:2], random_numbers((0, 1, 2), 2, 1000))
+
+
+@pytest.mark.parametrize("other", [(1, 1, 2), (0, 2, 2), (0, 1, 3), (0, 2, 1), (2, 1, 0)])
+def test_another_seed_step_or_row_has_other_numbers(other):
+    numbers, others = random_numbers((0, 1, 2), 2, 500).ravel(), random_numbers(other, 2, 500).ravel()
+    assert abs(np.corrcoef(numbers, others)[0, 1]) < 0.15
+    assert not set(numbers[:50]) & set(others)
+
+
+def test_another_step_draws_other_answers(reference):
+    keys = [(0, 2, i) for i in range(5)]
+    answers = sampled(reference.model, reference.prompts, keys, top_p=0.95)
+    assert all(some != before for some, before in zip(answers, reference.answers, strict=True))
+
+
+def test_the_retain_row_is_drawn_apart_from_the_first_token():
+    """Both are keyed by (seed, step, row): one stream for both would tie the retain row to the first sample."""
+    rows, drawn_rows, uniforms = list(range(1000)), [], []
+    for index in range(200):
+        trainer = SimpleNamespace(args=SimpleNamespace(seed=0), state=SimpleNamespace(global_step=3))
+        trainer.retain_examples = rows
+        drawn_rows.append(UnlearningTrainer.paired_retain_example(trainer, SimpleNamespace(index=index)))
+        uniforms.append(random_numbers((0, 3, index), 1, 1)[0, 0])
+    assert abs(np.corrcoef(drawn_rows, uniforms)[0, 1]) < 0.3
+
+
+# --- the model is left as it was ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_models_mode_is_restored(training):
+    model = random_model().train(training)
+    generate(model, random_prompts((3,)), SamplingSettings(6), [7])
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_dropout_is_off_while_generating():
+    torch.manual_seed(0)
+    settings = AutoConfig.for_model(
+        "phi", vocab_size=50, bos_token_id=None, eos_token_id=None, resid_pdrop=0.5, **SMALL
+    )
+    model = AutoModelForCausalLM.from_config(settings)
+    prompts, greedy = random_prompts((3, 5)), SamplingSettings(20)
+    assert generate(model.train(), prompts, greedy, [7]) == generate(model.eval(), prompts, greedy, [7])
+
+
+def test_no_gradients_are_left_behind():
+    model = random_model().train()
+    sampled(model, random_prompts((3,)), [(0,)])
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == []
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_forward_that_mixed_precision_wrapped_is_not_used():
+    model, plain = random_model(), random_model()
+    model._original_forward = model.forward
+
+    def forward(*args, **kwargs):
+        raise AssertionError("the wrapped forward was called")
+
+    model.forward = forward
+    prompts = random_prompts((3, 5))
+    assert generate(model, prompts, SamplingSettings(9), [7]) == generate(plain, prompts, SamplingSettings(9), [7])
+
+
+# --- the replica --------------------------------------------------------------------------------------------------------
+
+
+def test_a_replica_follows_its_source():
+    source = random_model()
+    replica = Replica(source, torch.float32)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    prompts, greedy = random_prompts((3, 7)), SamplingSettings(20)
+    before, after = generate(replica.model, prompts, greedy, [7]), generate(replica.refresh(), prompts, greedy, [7])
+    assert after == generate(source, prompts, greedy, [7])
+    assert before != after
+
+
+def test_a_replica_has_its_parameters_in_its_type_and_its_buffers_in_their_own():
+    source = random_model()
+    model = Replica(source, torch.bfloat16).refresh()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+    assert {(parameter.dtype, parameter.requires_grad) for parameter in source.parameters()} == {(torch.float32, True)}
+    assert all(torch.equal(p, q.bfloat16()) for p, q in zip(model.parameters(), source.parameters(), strict=True))

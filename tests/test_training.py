@@ -1,0 +1,171 @@
+"""The optimizer step: its loss and gradient are exact, whatever the micro-batches, and every parameter is trained."""
+
+import math
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from common.prompts import Example, collate
+from common.training import ExampleTrainer, answer_losses, last_complete_checkpoint
+from tests.conftest import ROWS
+from unlearning.trainer import UnlearningData, UnlearningTrainer
+
+
+class Settings:
+    lambda_unlearning = 1.5
+
+
+class TrainOnForgetAnswers(UnlearningTrainer):
+    """The simplest method: the data's own forget answers. Keeps the gradient of the step instead of applying it."""
+
+    Settings = Settings
+
+    def forget_examples(self, rows):
+        return [self.data.prompts.example(row, self.data.max_length) for row in rows]
+
+
+def arguments(folder, batch_size, accumulation, **more):
+    values = {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **{**values, **more},
+    )
+
+
+def gradients_of_one_step(trainer):
+    """The gradient at the optimizer step, by parameter name."""
+    found = {}
+
+    def keep(*_, **__):
+        found.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.train()
+    return found
+
+
+def unlearning_trainer(model, prompts, folder, batch_size, accumulation, **more):
+    data = UnlearningData(ROWS, ROWS[::-1], prompts, max_length=64)
+    return TrainOnForgetAnswers(model, arguments(folder, batch_size, accumulation, **more), data, Settings())
+
+
+def plain_unlearning_loss(model, prompts, pairs):
+    """The loss by its formula: two token means, one row at a time, without padding."""
+
+    def token_mean(rows):
+        total, tokens = 0.0, 0
+        for row in rows:
+            prompt, answer = prompts.prompt(row.question), prompts.answer(row.answer)
+            ids = torch.tensor([prompt + answer])
+            log_probabilities = model(ids).logits[0].log_softmax(-1)
+            for position, token in enumerate(answer, start=len(prompt)):
+                total = total - log_probabilities[position - 1, token]
+            tokens += len(answer)
+        return total / tokens
+
+    forget, retain = zip(*pairs, strict=True)
+    return token_mean(forget) + 1.5 * token_mean(retain)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (1, 8), (2, 4), (3, 3)])
+def test_a_step_has_the_gradient_of_the_formula_whatever_its_micro_batches(
+    model, prompts, tmp_path, batch_size, accumulation
+):
+    trainer = unlearning_trainer(model, prompts, tmp_path, batch_size, accumulation)
+    retain_of = {row.index: trainer.paired_retain_example(row) for row in ROWS}
+    row_of = {tuple(prompts.example(row, 64).prompt): row for row in ROWS}
+    pairs = [(row, row_of[tuple(retain_of[row.index].prompt)]) for row in ROWS]
+    model.zero_grad()
+    loss = plain_unlearning_loss(model, prompts, pairs)
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    found = gradients_of_one_step(trainer)
+
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    record = trainer.history[0]
+    assert record["forget_loss"] + 1.5 * record["retain_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_finetuning_splits_a_step_without_changing_it(model, prompts, tmp_path):
+    examples = [prompts.example(row, 64) for row in ROWS]
+    found = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        trainer = ExampleTrainer(model, arguments(tmp_path, batch_size, accumulation), examples, prompts.tokenizer)
+        found.append((gradients_of_one_step(trainer), trainer.history[0]["loss"]))
+    (whole, whole_loss), (split, split_loss) = found
+    assert split_loss == pytest.approx(whole_loss, rel=1e-6)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_every_parameter_moves(model, prompts, tmp_path):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    unlearning_trainer(model, prompts, tmp_path, 4, 2, learning_rate=1e-2, max_steps=2).train()
+    unmoved = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    assert unmoved == []
+
+
+def test_losses_stand_on_answer_tokens_alone(model):
+    """Two rows of unequal length: three answer tokens and one, none on a prompt or on padding."""
+    batch = collate([Example([5, 6], [7, 8, 2]), Example([9, 10, 11], [2])])
+    losses, rows = answer_losses(model, batch)
+    assert rows.tolist() == [0, 0, 0, 1]
+    alone = model(torch.tensor([[9, 10, 11, 2]])).logits[0, 2].log_softmax(-1)[2]
+    assert losses[3].item() == pytest.approx(-alone.item(), rel=1e-5)
+
+
+def test_losses_do_not_depend_on_the_pad_token(model):
+    examples = [Example([5, 6], [7, 8, 2]), Example([9], [2])]
+    one, _ = answer_losses(model, collate(examples, pad_id=0))
+    other, _ = answer_losses(model, collate(examples, pad_id=13))
+    torch.testing.assert_close(one, other)
+
+
+def test_the_retain_pairing_depends_on_seed_step_and_row_alone(model, prompts, tmp_path):
+    trainer = unlearning_trainer(model, prompts, tmp_path, 4, 1)
+    first = [trainer.paired_retain_example(row) for row in ROWS]
+    assert [trainer.paired_retain_example(row) for row in ROWS[::-1]] == first[::-1]
+    trainer.state.global_step = 1
+    assert [trainer.paired_retain_example(row) for row in ROWS] != first
+
+
+def test_warmup_lasts_one_epoch(model, prompts, tmp_path):
+    from common.config import RunConfig
+    from common.training import training_arguments
+
+    training = {
+        "num_epochs": 3,
+        "num_train_epochs": 3,
+        "warmup_epochs": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1.0,
+        "bf16": False,
+    }
+    config = RunConfig(0, None, None, None, training, False, False, False, None, str(tmp_path))
+    args = training_arguments(config, tmp_path, num_rows=len(ROWS))
+    assert args.warmup_steps == math.ceil(len(ROWS) / 4)
+    assert args.num_train_epochs == 3
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
+    for step, state in ((1, "{}"), (2, '{"global_step": '), (10, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "run_state.json").write_text("{}")
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-1"
+    assert last_complete_checkpoint(tmp_path / "none") is None
