@@ -21,12 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from common.config import RunConfig
-from common.runtime import ROOT, UserError, full_disk_as_user_error, read_json, write_json
+from common.runtime import ROOT, UserError, full_disk_as_user_error, is_first_process, read_json, write_json
 
 RESULT = "result.json"
 FIGURES = (RESULT, "generations.jsonl", "history.jsonl", "config.yaml", "report.md", "report.png")
@@ -166,25 +167,33 @@ class RunFolder:
         Raises:
             UserError: when the folder cannot be made.
         """
-        recorded = self.work / "run.json"
-        same = recorded.is_file() and read_json(recorded) == self.configuration
         try:
-            if self.work.exists() and (fresh or not same):
-                shutil.rmtree(self.work)
-            self.work.mkdir(parents=True, exist_ok=True)
-            if not recorded.exists():
-                write_json(recorded, self.configuration)
+            if is_first_process():
+                self._prepare(fresh)
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
             raise UserError(
                 f"output_dir={self.folder}: cannot be written to ({error.strerror}); name another"
             ) from error
+        PartialState().wait_for_everyone()
         return self.work
+
+    def _prepare(self, fresh: bool) -> None:
+        recorded = self.work / "run.json"
+        same = recorded.is_file() and read_json(recorded) == self.configuration
+        if self.work.exists() and (fresh or not same):
+            shutil.rmtree(self.work)
+        self.work.mkdir(parents=True, exist_ok=True)
+        if not recorded.exists():
+            write_json(recorded, self.configuration)
 
     def publish(self, keep_checkpoints: bool = False) -> Path:
         """Move the finished files up, result.json last, and put the figures of the result they replace aside.
 
         Returns the folder.
         """
+        PartialState().wait_for_everyone()
+        if not is_first_process():
+            return self.folder
         self._put_old_figures_aside()
         names = sorted(path.name for path in self.work.iterdir() if path.name not in (RESULT, "run.json"))
         for name in names:

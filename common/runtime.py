@@ -76,8 +76,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 # --- files -------------------------------------------------------------------------------------------------------------
 
 
+def is_first_process() -> bool:
+    """Whether this process writes the files; the only one unless a launcher such as torchrun started several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; the first process does."""
+    if not is_first_process():
+        return
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:

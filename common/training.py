@@ -301,6 +301,8 @@ def save_trained(trainer: ExampleTrainer, folder: Path, merge: bool) -> None:
         merge: fold a LoRA adapter into the weights first.
     """
     if merge and hasattr(trainer.model, "merge_and_unload"):
+        if not trainer.is_world_process_zero():
+            return
         trainer.model.merge_and_unload().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
         return

@@ -73,16 +73,14 @@ def plot(curve: list[tuple[float, float, float]], path: Path) -> None:
     figure = Figure(figsize=(7, 4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for values, label, color in ((quality, "unlearn quality", "#b5432e"), (utility, "utility", "#2f6f9f")):
+    # The two labels at the right end must not lie on one another.
+    apart = 4 if quality[-1] >= utility[-1] else -4
+    shift = apart if abs(quality[-1] - utility[-1]) < 8 else 0
+    lines = ((quality, "unlearn quality", "#b5432e", shift), (utility, "utility", "#2f6f9f", -shift))
+    for values, label, color, up in lines:
         axes.plot(times, values, marker="o", markersize=4, linewidth=2, color=color)
-        axes.annotate(
-            f"{label} {values[-1]:.1f}",
-            (times[-1], values[-1]),
-            (8, 0),
-            textcoords="offset points",
-            va="center",
-            color=color,
-        )
+        place = {"textcoords": "offset points", "va": "center", "color": color}
+        axes.annotate(f"{label} {values[-1]:.1f}", (times[-1], values[-1]), (8, 1.5 * up), **place)
     axes.set(xlabel=f"{unit} of unlearning (sampling and training)", ylabel="percent, higher is better", ylim=(0, 102))
     axes.set_xlim(0, times[-1] * 1.32)
     axes.spines[["top", "right"]].set_visible(False)

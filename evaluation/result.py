@@ -13,7 +13,15 @@ from transformers import PreTrainedModel
 from common.config import RunConfig
 from common.prompts import PromptFormat, check_prompt_lengths
 from common.runs import RESULT, result_of
-from common.runtime import device_name, git_commit, package_versions, peak_memory_bytes, write_json, write_json_lines
+from common.runtime import (
+    device_name,
+    git_commit,
+    is_first_process,
+    package_versions,
+    peak_memory_bytes,
+    write_json,
+    write_json_lines,
+)
 from common.training import ExampleTrainer, save_trained
 from evaluation.headline import HIGHER_IS_BETTER, answer_questions, counts, load_questions, score_answers
 
@@ -47,7 +55,8 @@ def write_result(folder: Path, evaluation: Evaluation, identity: dict[str, Any],
         identity: the run's configuration, from `common.runs.identity`.
         seconds: where the time went.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if is_first_process():
+        folder.mkdir(parents=True, exist_ok=True)
     write_json_lines(folder / GENERATIONS, evaluation.generations)
     write_json(
         folder / RESULT,
@@ -145,6 +154,8 @@ class Evaluator:
 
 def copy_result(source: str | Path, target: Path) -> None:
     """Copy result.json and generations.jsonl, the result last."""
+    if not is_first_process():
+        return
     target.mkdir(parents=True, exist_ok=True)
     for name in (GENERATIONS, RESULT):
         shutil.copyfile(Path(source) / name, target / name)

@@ -18,7 +18,7 @@ from common.data import load_split
 from common.model import load_model, load_tokenizer
 from common.prompts import PromptFormat, check_prompt_lengths
 from common.runs import RunFolder, identity, job_errors, run_folder
-from common.runtime import CONFIGS, launch
+from common.runtime import CONFIGS, launch, resolve_path
 from common.training import ExampleTrainer, training_arguments
 from evaluation.result import Evaluator
 
@@ -45,7 +45,8 @@ def finetune(cfg: DictConfig) -> Path:
     work = run.open(fresh=config.overwrite)
     trainer = ExampleTrainer(model, args, examples, tokenizer)
     if config.evaluation.start:
-        evaluator.start(work / "vanilla", config.model.path or "", trainer.model)
+        checkpoint = resolve_path(config.model.path) if config.model.path else ""
+        evaluator.start(work / "vanilla", checkpoint, trainer.model)
     trainer.train_or_resume()
     evaluator.finish(trainer, work, stage="finetuning")
     return run.publish(config.keep_checkpoints)

@@ -34,7 +34,11 @@ SETTINGS = {
 NEW = NewModelConfig(architecture="llama", settings=SETTINGS, vocab_size=400)
 ROWS = [
     Row(0, "Where was Ada Novak born?", "Ada Novak was born in Lantern Row."),
-    Row(1, "What does Ada Novak write?", "She writes sea stories, most of them about storms and about the people in them."),
+    Row(
+        1,
+        "What does Ada Novak write?",
+        "She writes sea stories, most of them about storms and about the people in them.",
+    ),
     Row(2, "Who is Bram Toll?", "A poet."),
     Row(3, "Which prize did Bram Toll win?", "Bram Toll won the Copper Quill in 1987 for his second book."),
     Row(4, "Where does Cass Ember live?", "Cass Ember lives in a small town by the river with two dogs."),

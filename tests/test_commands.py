@@ -89,7 +89,12 @@ def test_the_same_command_from_the_stage_folder_finds_the_result(unlearned, mode
 def test_evaluation_of_the_checkpoint_gives_the_run_s_own_scores(unlearned, models_dir):
     folder, _ = unlearned
     run_stage(
-        "evaluation", "-cd=configs", "-cn=evaluate", f"model.path='{folder}'", f"models_dir={models_dir}", cwd=ROOT / "evaluation"
+        "evaluation",
+        "-cd=configs",
+        "-cn=evaluate",
+        f"model.path='{folder}'",
+        f"models_dir={models_dir}",
+        cwd=ROOT / "evaluation",
     )
     (evaluated,) = (models_dir / "evaluated" / "evaluate").iterdir()
     assert read(evaluated / "result.json")["scores"] == pytest.approx(read(folder / "result.json")["scores"])
@@ -112,7 +117,10 @@ def test_a_sweep_gives_every_combination_a_folder_and_survives_a_failed_job(mode
     )
     folders = sorted((models_dir / "unlearned" / "PMC-unlearn-tiny").glob("*method.temperature*"))
     settings = [
-        (read(folder / "result.json")["config"]["method"]["temperature"], read(folder / "result.json")["config"]["method"]["num_samples"])
+        (
+            read(folder / "result.json")["config"]["method"]["temperature"],
+            read(folder / "result.json")["config"]["method"]["num_samples"],
+        )
         for folder in folders
         if (folder / "result.json").exists()
     ]
@@ -191,15 +199,27 @@ def test_a_killed_run_continues_to_the_same_end(models_dir, tmp_path_factory, nu
 @pytest.mark.parametrize(
     ("stage", "overrides", "expected"),
     [
-        ("unlearning", ["-cn=PMC-unlearn-tiny", "method.num_sample=3"], ["method.num_sample", "did you mean 'method.num_samples'"]),
+        (
+            "unlearning",
+            ["-cn=PMC-unlearn-tiny", "method.num_sample=3"],
+            ["method.num_sample", "did you mean 'method.num_samples'"],
+        ),
         ("unlearning", ["-cn=PMC-unlearn-tny"], ["PMC-unlearn-tny", "PMC-unlearn-tiny"]),
         (
             "unlearning",
             ["-cn=PMC-unlearn-tiny", "method.num_samples=0", "method.top_p=2", "+training.lerning_rate=1"],
             ["3 problems", "method.num_samples=0", "method.top_p=2", "learning_rate"],
         ),
-        ("unlearning", ["-cn=PMC-unlearn-tiny", "seed=7"], ["no such folder", "python finetuning/main.py", "-cn=tiny seed=7"]),
-        ("unlearning", ["-cn=PMC-unlearn-tiny", "method._target_=unlearning.pmc.PCM"], ["unlearning.pmc.PCM", "no such class"]),
+        (
+            "unlearning",
+            ["-cn=PMC-unlearn-tiny", "seed=7"],
+            ["no such folder", "python finetuning/main.py", "-cn=tiny seed=7"],
+        ),
+        (
+            "unlearning",
+            ["-cn=PMC-unlearn-tiny", "method._target_=unlearning.pmc.PCM"],
+            ["unlearning.pmc.PCM", "no such class"],
+        ),
         ("unlearning", ["-cn=PMC-unlearn-tiny", "method.reward._target_=a.b"], ["method.reward", "a.b"]),
         ("unlearning", ["-cn=PMC-unlearn-tiny", "data.splits.forget=forgot"], ["forgot", "did you mean 'forget'"]),
         ("unlearning", ["-cn=PMC-unlearn-tiny", "method.max_length=10"], ["method.max_length=10", "longest prompt"]),
@@ -242,7 +262,13 @@ def test_lora_in_both_stages(models_dir, tmp_path):
     saved = {path.name for path in (tmp_path / "finetuned").iterdir()}
     assert "adapter_model.safetensors" in saved and "model.safetensors" not in saved
     run_stage(
-        "unlearning", *QUICK, where, lora, f"finetuned='{tmp_path}/finetuned'", f"output_dir={tmp_path}/run", "training.num_epochs=1"
+        "unlearning",
+        *QUICK,
+        where,
+        lora,
+        f"finetuned='{tmp_path}/finetuned'",
+        f"output_dir={tmp_path}/run",
+        "training.num_epochs=1",
     )
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
     run_stage(
@@ -259,7 +285,13 @@ def test_lora_in_both_stages(models_dir, tmp_path):
 
 
 def test_a_changed_configuration_redoes_the_run_and_keeps_the_old_figures(models_dir, tmp_path):
-    common = [*QUICK, f"models_dir={models_dir}", f"output_dir={tmp_path}/run", "save_model=false", "training.num_epochs=1"]
+    common = [
+        *QUICK,
+        f"models_dir={models_dir}",
+        f"output_dir={tmp_path}/run",
+        "save_model=false",
+        "training.num_epochs=1",
+    ]
     run_stage("unlearning", *common)
     first = read(tmp_path / "run" / "result.json")
     (tmp_path / "run" / "notes.txt").write_text("mine")

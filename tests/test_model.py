@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import NEW, ROWS, SETTINGS
+from tests.conftest import NEW, ROWS, SETTINGS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.config import LoraSettings, ModelConfig, NewModelConfig, PromptConfig

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROWS
+from tests.conftest import ROWS
 from scipy.stats import chi2_contingency, chisquare
 from transformers import (
     AutoConfig,

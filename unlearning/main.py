@@ -21,7 +21,7 @@ from common.data import load_splits
 from common.model import load_model, load_tokenizer
 from common.prompts import PromptFormat, check_prompt_lengths
 from common.runs import RunFolder, finetuned_run, identity, job_errors, result_of, run_folder
-from common.runtime import CONFIGS, UserError, launch, resolve_path
+from common.runtime import CONFIGS, UserError, is_first_process, launch, resolve_path
 from common.training import training_arguments
 from evaluation.report import write_report
 from evaluation.result import Evaluator, copy_result, stored_result
@@ -39,7 +39,7 @@ def unlearn(cfg: DictConfig) -> Path:
     method = method_class(cfg)
     config = read_config(cfg, method.Settings, also=("finetuned",))
     config = replace(config, model=start_checkpoint(config, str(cfg.finetuned)))
-    start = result_of(resolve_path(config.model.path)) or {}
+    start = result_of(config.model.path) or {}
     run = RunFolder(run_folder("unlearned", config), identity(cfg, start.get("id")))
     if not config.overwrite and run.is_done():
         show_report(run.folder)
@@ -65,7 +65,8 @@ def unlearn(cfg: DictConfig) -> Path:
         trainer.evaluate_model, trainer.evaluate_every = evaluator.headline, config.evaluation.every_epochs
     trainer.train_or_resume()
     evaluator.finish(trainer, work, stage="unlearning")
-    write_report(work, method.__name__)
+    if is_first_process():
+        write_report(work, method.__name__)
     run.publish(config.keep_checkpoints)
     show_report(run.folder)
     return run.folder
@@ -94,10 +95,13 @@ def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
         path, made_by = finetuned, None
     else:
         path, made_by = finetuned_run(config, finetuned)
-    return replace(config.model, path=str(path), made_by=made_by, gguf_file=None, revision=None, new=None)
+    return replace(config.model, path=resolve_path(str(path)), made_by=made_by, gguf_file=None, revision=None, new=None)
 
 
 def show_report(folder: Path) -> None:
+    """Print the report's table and where the rest is."""
+    if not is_first_process():
+        return
     print((folder / "report.md").read_text(encoding="utf-8").split("\n## ")[0])
     print(f"Report: {folder / 'report.md'}")
 

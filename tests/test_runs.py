@@ -1,0 +1,330 @@
+"""A run's folder: its name, what it depends on, and that results appear whole or not at all."""
+
+import doctest
+import itertools
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from common import runs
+from common.config import RunConfig
+from common.runs import RunFolder, differing_keys, finetuned_run, identity, result_of, run_folder, run_name
+from common.runtime import ROOT, UserError
+
+# --- names --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "seed-3"),
+        (["seed=3"], "seed-3"),
+        (["method.num_samples=2"], "seed-3+method.num_samples-2"),
+        (["b=2", "seed=3", "a=1"], "seed-3+a-1+b-2"),
+        (
+            ["model=phi", "+training.optim=sgd", "~data.max_length"],
+            "seed-3+training.optim-sgd+model-phi+data.max_length",
+        ),
+        (["training.learning_rate=1e-05"], "seed-3+training.learning_rate-1e-05"),
+        (["overwrite=true", "output_dir=/x", "models_dir=/y", "keep_checkpoints=true"], "seed-3"),
+        (["hydra.verbose=true", "hydra/launcher=joblib", "+hydra.job.name=x"], "seed-3"),
+        (["output_directory=1", "seeds=2"], "seed-3+output_directory-1+seeds-2"),
+    ],
+)
+def test_name_is_the_seed_and_then_the_sorted_overrides(overrides, name):
+    assert run_name(3, overrides) == name
+
+
+def test_name_does_not_depend_on_the_order_of_overrides():
+    overrides = ["method.top_p=0.9", "model=phi", "data.max_length=64"]
+    assert len({run_name(0, list(order)) for order in itertools.permutations(overrides)}) == 1
+
+
+AWKWARD = [
+    "model.path=/abs/olute/path",
+    "data.splits.forget='forget01[:20] + retain99[:60]'",
+    "model.prompt.system='Be brief, \"please\" {x}'",
+    "model.lora={r:16,alpha:32}",
+    "model.prompt.answer=",
+    "x=../../..",
+    "x=ünïcode 日本",
+    "training.report_to=[wandb,tensorboard]",
+    "x=$HOME`id`;rm&|<>()!#",
+]
+
+
+@pytest.mark.parametrize("override", AWKWARD)
+def test_name_is_one_folder_below_and_safe_unquoted(override):
+    name = run_name(0, [override])
+    assert re.fullmatch(r"[A-Za-z0-9._+-]+", name)
+    assert Path("models", name).parent == Path("models")
+    parsed = OverridesParser.create().parse_override(f"model.path=models/tiny/{name}")
+    assert parsed.value() == f"models/tiny/{name}"
+
+
+def test_long_names_are_cut_and_stay_apart():
+    long = [f"data.columns.question={'q' * 150}", f"data.columns.answer={'a' * 150}"]
+    name, other = run_name(0, long), run_name(0, [*long, "z=1"])
+    assert name.startswith("seed-0+data.columns.answer-aaa")
+    assert max(len(name), len(other)) <= 180
+    assert name != other
+    assert name == run_name(0, long[::-1])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("data.splits.forget='forget01[:20]'", "data.splits.forget='forget01[20:]'"),
+        ("model.path=a/b", "model.path=a-b"),
+        ("x=1", "x=-1"),
+        ("model.prompt.answer='{answer}'", "model.prompt.answer=' {answer}'"),
+        ("seed=1", "seed=2"),
+    ],
+)
+def test_every_combination_has_a_name_of_its_own(one, other):
+    seeds = [int(override.partition("=")[2]) if override.startswith("seed") else 0 for override in (one, other)]
+    assert run_name(seeds[0], [one]) != run_name(seeds[1], [other])
+
+
+def test_docstring_example_of_run_name_is_true():
+    examples = doctest.DocTestFinder().find(run_name, globs=vars(runs))
+    results = [doctest.DocTestRunner().run(example) for example in examples if example.examples]
+    assert results == [doctest.TestResults(0, 1)]
+
+
+# --- places -------------------------------------------------------------------------------------------------------------
+
+
+def run_config(**values) -> RunConfig:
+    empty = dict.fromkeys(("model", "data", "evaluation", "training"))
+    flags = dict.fromkeys(("save_model", "overwrite", "keep_checkpoints"), False)
+    return RunConfig(**{"seed": 4, "output_dir": None, "models_dir": "/models", **empty, **flags, **values})
+
+
+@pytest.fixture
+def as_hydra(monkeypatch):
+    """Pretend to be a job that Hydra started."""
+
+    def pretend(*overrides: str, mode=RunMode.RUN):
+        job = SimpleNamespace(config_name="recipe")
+        config = SimpleNamespace(overrides=SimpleNamespace(task=list(overrides)), mode=mode, job=job)
+        monkeypatch.setattr(runs, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: config))
+
+    return pretend
+
+
+def test_a_run_lies_under_stage_recipe_and_name(as_hydra):
+    as_hydra("seed=4", "a=1")
+    assert run_folder("unlearned", run_config()) == Path("/models/unlearned/recipe/seed-4+a-1")
+
+
+def test_output_dir_is_the_runs_folder(as_hydra):
+    as_hydra("a=1")
+    assert run_folder("unlearned", run_config(output_dir="/mine")) == Path("/mine")
+
+
+def test_every_job_of_a_sweep_has_a_folder_below_output_dir(as_hydra):
+    as_hydra("a=1", mode=RunMode.MULTIRUN)
+    assert run_folder("unlearned", run_config(output_dir="/mine")) == Path("/mine/seed-4+a-1")
+
+
+def test_the_finetuned_run_has_the_same_seed_model_and_data(as_hydra):
+    as_hydra("method.num_samples=2", "model.dtype=float16", "data.splits.forget='a b'", "model=phi", "+data.x=1")
+    folder, command = finetuned_run(run_config(), "phi")
+    assert folder == Path("/models/finetuned/phi/seed-4+data.x-1+data.splits.forget-a-b+model.dtype-float16+model-phi")
+    assert command == (
+        "python finetuning/main.py -cd=configs -cn=phi seed=4 "
+        "model.dtype=float16 'data.splits.forget='\"'\"'a b'\"'\"'' model=phi +data.x=1"
+    )
+
+
+# --- what a result depends on -------------------------------------------------------------------------------------------
+
+
+def configuration(**values):
+    base = {"seed": 0, "models_dir": "/m", "overwrite": False, "keep_checkpoints": False, "output_dir": None}
+    return OmegaConf.create({**base, "method": {"top_p": 0.9}, **values})
+
+
+def test_identity_leaves_out_how_to_run():
+    changed = configuration(models_dir="/other", overwrite=True, keep_checkpoints=True, output_dir="/x")
+    assert identity(changed) == identity(configuration()) == {"seed": 0, "method": {"top_p": 0.9}}
+
+
+def test_identity_resolves_interpolations_and_takes_the_start_in():
+    assert identity(configuration(double="${seed}"), start="abc") == {
+        **{"seed": 0, "method": {"top_p": 0.9}, "double": 0, "start": "abc"},
+    }
+
+
+def test_identity_does_not_depend_on_where_repository_and_runs_lie():
+    found = identity(configuration(models_dir="/m/runs", path="/m/runs/tiny/seed-0", data=f"{ROOT}/data/tiny"))
+    assert (found["path"], found["data"]) == ("models/tiny/seed-0", "./data/tiny")
+
+
+@pytest.mark.parametrize("models_dir", ["data", "out", "e", "method"])
+def test_identity_keeps_every_name_whatever_the_folder_of_runs_is_called(models_dir):
+    values = {"data": {"path": "locuslab/TOFU"}, "model": {"lora": {"dropout": 0.5}, "prompt": {"style": "plain"}}}
+    assert identity(configuration(models_dir=models_dir, **values)) == {"seed": 0, "method": {"top_p": 0.9}, **values}
+
+
+def test_differing_keys_are_dotted_with_both_values():
+    old, new = {"a": 1, "b": {"c": 2, "d": [1]}, "e": 0}, {"a": 1, "b": {"c": 3, "d": [1]}, "f": None, "g": {"h": 1}}
+    assert differing_keys(old, new) == ["b.c: 2 -> 3", "e: 0 -> None", "g: None -> {'h': 1}"]
+    assert differing_keys(old, old) == []
+
+
+# --- the folder ---------------------------------------------------------------------------------------------------------
+
+CONFIG = {"seed": 0, "method": {"top_p": 0.9}}
+OTHER = {"seed": 0, "method": {"top_p": 0.5}}
+
+
+def finish(run: RunFolder, mark: str, weights=("model.safetensors",), **options) -> None:
+    """Write what a run writes, and publish it."""
+    work = run.open(fresh=False)
+    (work / "result.json").write_text(json.dumps({"config": run.configuration, "mark": mark}))
+    for name in ("generations.jsonl", "history.jsonl", *weights):
+        (work / name).write_text(mark)
+    for name in ("vanilla", "checkpoint-3"):
+        (work / name).mkdir()
+        (work / name / "file").write_text(mark)
+    run.publish(**options)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run"
+
+
+def test_publishing_moves_everything_up_but_checkpoints(folder):
+    finish(RunFolder(folder, CONFIG), "new")
+    assert names(folder) == {"result.json", "generations.jsonl", "history.jsonl", "model.safetensors", "vanilla"}
+    assert result_of(folder)["mark"] == "new"
+    assert (folder / "vanilla" / "file").read_text() == "new"
+
+
+def test_checkpoints_stay_where_asked_for(folder):
+    finish(RunFolder(folder, CONFIG), "new", keep_checkpoints=True)
+    assert (folder / "checkpoint-3" / "file").read_text() == "new"
+
+
+def test_the_old_result_stays_until_publishing(folder):
+    finish(RunFolder(folder, CONFIG), "old")
+    work = RunFolder(folder, OTHER).open(fresh=True)
+    (work / "model.safetensors").write_text("new")
+    assert result_of(folder)["mark"] == "old"
+    assert (folder / "model.safetensors").read_text() == "old"
+
+
+def test_figures_of_the_old_result_are_put_aside(folder):
+    finish(RunFolder(folder, CONFIG), "old")
+    finish(RunFolder(folder, OTHER), "new")
+    (aside,) = (folder / "previous").iterdir()
+    assert names(aside) == {"result.json", "generations.jsonl", "history.jsonl"}
+    assert (result_of(aside)["mark"], result_of(folder)["mark"]) == ("old", "new")
+
+
+def test_weights_of_another_shape_do_not_stay_beside_the_new_ones(folder):
+    shards = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_config.json")
+    finish(RunFolder(folder, CONFIG), "old", weights=shards)
+    finish(RunFolder(folder, OTHER), "new")
+    assert not names(folder) & set(shards)
+    assert (folder / "model.safetensors").read_text() == "new"
+
+
+def test_the_result_comes_last(folder, monkeypatch):
+    moved, replace = [], Path.replace
+
+    def noting(self, target):
+        moved.append(Path(target).name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", noting)
+    finish(RunFolder(folder, CONFIG), "new")
+    assert moved[-1] == "result.json"
+    assert moved.count("result.json") == 1
+
+
+def test_a_folder_whose_publishing_broke_off_has_no_result(folder, monkeypatch):
+    finish(RunFolder(folder, CONFIG), "old")
+    replace = Path.replace
+
+    def breaking(self, target):
+        if Path(target) == folder / "model.safetensors":
+            raise OSError("killed")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", breaking)
+    with pytest.raises(OSError, match="killed"):
+        finish(RunFolder(folder, OTHER), "new")
+    assert result_of(folder) is None
+    assert result_of(folder / "in_progress")["mark"] == "new"
+    assert not RunFolder(folder, CONFIG).is_done()
+
+
+def test_what_an_interrupted_run_of_the_same_configuration_left_is_kept(folder):
+    (RunFolder(folder, CONFIG).open(fresh=False) / "checkpoint-1").mkdir()
+    assert "checkpoint-1" in names(RunFolder(folder, CONFIG).open(fresh=False))
+
+
+@pytest.mark.parametrize(("configuration", "fresh"), [(OTHER, False), (CONFIG, True)])
+def test_what_another_configuration_left_is_thrown_away(folder, configuration, fresh):
+    (RunFolder(folder, CONFIG).open(fresh=False) / "checkpoint-1").mkdir()
+    work = RunFolder(folder, configuration).open(fresh=fresh)
+    assert names(work) == {"run.json"}
+    assert json.loads((work / "run.json").read_text()) == configuration
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "steering.safetensors", "data/rows.json", "checkpoint-9/weights"])
+def test_a_foreign_file_is_never_deleted(folder, name):
+    finish(RunFolder(folder, CONFIG), "old")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    finish(RunFolder(folder, OTHER), "new")
+    assert (folder / name).read_text() == "mine"
+
+
+def test_a_folder_that_holds_something_else_loses_nothing(folder):
+    """As with output_dir=models, whose finetuned/ holds every finetuned run."""
+    (folder / "vanilla").mkdir(parents=True)
+    (folder / "vanilla" / "precious").write_text("mine")
+    try:
+        finish(RunFolder(folder, CONFIG), "new")
+    except UserError as error:
+        assert "output_dir" in str(error)
+    assert (folder / "vanilla" / "precious").read_text() == "mine"
+
+
+def test_a_result_of_the_same_configuration_is_done(folder, caplog):
+    caplog.set_level("INFO")
+    finish(RunFolder(folder, CONFIG), "new")
+    assert RunFolder(folder, CONFIG).is_done()
+    assert "the result is there already" in caplog.text
+
+
+def test_a_stale_result_says_what_changed(folder, caplog):
+    caplog.set_level("INFO")
+    finish(RunFolder(folder, CONFIG), "new")
+    assert not RunFolder(folder, OTHER).is_done()
+    assert "method.top_p: 0.9 -> 0.5" in caplog.text
+
+
+def test_no_folder_is_not_done(folder):
+    assert not RunFolder(folder, CONFIG).is_done()
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(folder):
+    folder.write_text("a file")
+    with pytest.raises(UserError, match=re.escape(f"output_dir={folder}: cannot be written to")):
+        RunFolder(folder, CONFIG).open(fresh=False)
