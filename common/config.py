@@ -237,7 +237,9 @@ def read_section(name: str, schema: type, node: Any, problems: list[str]) -> Any
     values: dict[str, Any] = {}
     for key in node:
         if key not in fields:
-            problems.append(f"{name}.{key}: no such key{did_you_mean(str(key), fields)} (known: {', '.join(fields)})")
+            problems.append(
+                f"{name}.{key}: no such key{did_you_mean(str(key), fields, f'{name}.')} (known: {', '.join(fields)})"
+            )
             continue
         try:
             value = node[key]
@@ -335,7 +337,9 @@ def _training(node: Any, problems: list[str]) -> dict[str, Any]:
         if key in REFUSED:
             problems.append(f"training.{key}: {REFUSED[key]}")
         elif key not in known:
-            problems.append(f"training.{key}: no such key{did_you_mean(str(key), known)} (see TrainingArguments)")
+            problems.append(
+                f"training.{key}: no such key{did_you_mean(str(key), known, 'training.')} (see TrainingArguments)"
+            )
         elif value != "auto" and not fits(value, hints.get(key, float)):
             problems.append(f"training.{key}={value}: expected {_type_name(hints.get(key, float))}")
         else:

@@ -72,15 +72,18 @@ def run_folder(stage: str, config: RunConfig) -> Path:
 def finetuned_run(config: RunConfig, recipe: str) -> tuple[Path, str]:
     """Where a finetuning recipe writes with this run's seed and overrides of model and data, and the command for it."""
     overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    shared = [o for o in overrides if o.lstrip("+~").startswith(("model.", "model=", "data.", "data="))]
+    shared = [override.lstrip("+") for override in overrides if _shapes_finetuning(override)]
     folder = Path(config.models_dir) / "finetuned" / recipe / run_name(config.seed, shared)
-    command = [
-        "python finetuning/main.py -cd=configs",
-        f"-cn={recipe}",
-        f"seed={config.seed}",
-        *map(shlex.quote, shared),
-    ]
-    return folder, " ".join(command)
+    command = ["python finetuning/main.py -cd=configs", f"-cn={recipe}", f"seed={config.seed}"]
+    return folder, " ".join([*command, *map(shlex.quote, shared)])
+
+
+def _shapes_finetuning(override: str) -> bool:
+    """Whether an override changes the finetuned model: the model, and the data less the splits of the other stages."""
+    key = override.partition("=")[0].lstrip("+~")
+    if key.startswith("data.splits."):
+        return key == "data.splits.train"
+    return key.split(".")[0] in ("model", "data")
 
 
 @contextlib.contextmanager

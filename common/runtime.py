@@ -67,10 +67,10 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~", "models/")) or path.count("/") != 1
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest of the known words, or the empty string."""
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean '<prefix>x'?` for the closest of the known words, or the empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f"; did you mean '{prefix}{close[0]}'?" if close else ""
 
 
 # --- files -------------------------------------------------------------------------------------------------------------
@@ -177,6 +177,7 @@ def launch(main: Callable[[], None]) -> None:
     from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 
     prepare_process()
+    sys.argv[1:] = [allow_new_key(word) for word in sys.argv[1:]]
     # Hydra otherwise prints its errors itself and exits before anybody can explain them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
@@ -190,6 +191,16 @@ def launch(main: Callable[[], None]) -> None:
         sys.exit(f"\nError: {_explain_override(str(error))}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def allow_new_key(override: str) -> str:
+    """Let `training.gradient_checkpointing=true` work although no YAML lists the key; mistyped keys are refused later.
+
+    >>> allow_new_key("training.fp16=true")
+    '++training.fp16=true'
+    """
+    sections = ("model.", "data.", "method.", "training.", "evaluation.")
+    return f"++{override}" if override.startswith(sections) and "=" in override else override
 
 
 def _explain_override(message: str) -> str:

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from tests.conftest import NEW, ROWS, SETTINGS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.config import LoraSettings, ModelConfig, NewModelConfig, PromptConfig
@@ -13,6 +12,7 @@ from common.model import ADAPTER, add_adapter, end_token_ids, load_model, load_t
 from common.prompts import PromptFormat, collate
 from common.runtime import UserError
 from common.training import answer_losses
+from tests.conftest import NEW, ROWS, SETTINGS
 
 LORA = LoraSettings(r=4, alpha=8)
 IDS = torch.tensor([[5, 60, 70, 8, 90]])

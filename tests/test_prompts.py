@@ -37,8 +37,8 @@ def test_plain_prompt_and_answer(prompts, tokenizer):
 
 
 def test_plain_templates_of_the_configuration(tokenizer):
-    form = PromptFormat(tokenizer, PromptConfig(style="plain", question="Q {question}\nA", answer="={answer}!"))
-    assert tokenizer.decode(form.prompt("x?") + form.answer("y")) == "Q x?\nA=y!<|end|>"
+    form = PromptFormat(tokenizer, PromptConfig(style="plain", question="{x} {question}\nA", answer="={answer}{}"))
+    assert tokenizer.decode(form.prompt("x?") + form.answer("y")) == "{x} x?\nA=y{}<|end|>"
 
 
 @pytest.mark.parametrize("text", ["{x}", "{question} {answer}", "{}", "{0} {{a}} }{", "100% %s \\n"])

@@ -159,7 +159,7 @@ def test_identity_leaves_out_how_to_run():
 
 def test_identity_resolves_interpolations_and_takes_the_start_in():
     assert identity(configuration(double="${seed}"), start="abc") == {
-        **{"seed": 0, "method": {"top_p": 0.9}, "double": 0, "start": "abc"},
+        "seed": 0, "method": {"top_p": 0.9}, "double": 0, "start": "abc",
     }
 
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.conftest import ROWS
 from scipy.stats import chi2_contingency, chisquare
 from transformers import (
     AutoConfig,
@@ -23,6 +22,7 @@ from common import sampling
 from common.config import PromptConfig
 from common.prompts import PromptFormat
 from common.sampling import Replica, SamplingSettings, draw_tokens, generate, random_numbers
+from tests.conftest import ROWS
 from unlearning.trainer import UnlearningTrainer
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}

@@ -1,0 +1,334 @@
+"""The process around a run: environment and tokens, files that appear whole, errors that a user can mend."""
+
+import errno
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException, MissingConfigException
+
+from common import runtime
+from common.runtime import (
+    ROOT,
+    Interrupted,
+    UserError,
+    did_you_mean,
+    full_disk_as_user_error,
+    git_commit,
+    launch,
+    looks_local,
+    package_versions,
+    prepare_process,
+    read_json,
+    read_json_lines,
+    resolve_path,
+    write_json,
+    write_json_lines,
+    write_text,
+)
+from evaluation.result import Evaluation, write_result
+
+TOKEN = "hf_" + "s3cret" * 5
+
+# --- environment --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def environment(tmp_path, monkeypatch):
+    """`environment(text, **values)` is what prepare_process makes of an environment.env and a process environment."""
+
+    def prepared(text: str = "", **values: str) -> dict[str, str]:
+        (tmp_path / "environment.env").write_text(text)
+        monkeypatch.setattr(runtime, "ROOT", tmp_path)
+        monkeypatch.setattr(os, "environ", dict(values))
+        prepare_process()
+        return os.environ
+
+    return prepared
+
+
+def test_nothing_is_set_when_no_token_is_given(environment):
+    found = environment((ROOT / "environment.env").read_text())
+    secrets = {name for name in found if "TOKEN" in name.split("_") or "KEY" in name.split("_")}
+    assert secrets == set()
+    assert "WANDB_MODE" not in found
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("", {"HUGGINGFACE_LOGIN_TOKEN": TOKEN}),
+        (f"HUGGINGFACE_LOGIN_TOKEN={TOKEN}\n", {}),
+        ("HUGGINGFACE_LOGIN_TOKEN=another\n", {"HUGGINGFACE_LOGIN_TOKEN": TOKEN}),  # the environment wins
+        ("", {"HUGGINGFACE_LOGIN_TOKEN": "another", "HF_TOKEN": TOKEN}),
+    ],
+)
+def test_the_token_reaches_hugging_face(environment, text, values):
+    assert environment(text, **values)["HF_TOKEN"] == TOKEN
+
+
+def test_an_empty_token_is_none(environment):
+    found = environment("WANDB_API_KEY=\n", HUGGINGFACE_LOGIN_TOKEN="")
+    assert not {"HF_TOKEN", "HUGGINGFACE_LOGIN_TOKEN", "WANDB_API_KEY"} & set(found)
+
+
+def test_without_an_environment_file_nothing_fails(environment, tmp_path):
+    environment(A="1")
+    (tmp_path / "environment.env").unlink()
+    prepare_process()
+    assert os.environ["A"] == "1"
+
+
+def test_the_repository_is_named_to_the_configuration(environment, tmp_path):
+    assert environment()["PMC_ROOT"] == str(tmp_path)
+
+
+def test_the_environment_file_in_the_repository_holds_no_token():
+    lines = [line for line in (ROOT / "environment.env").read_text().splitlines() if "=" in line and line[0] != "#"]
+    values = dict(line.split("=", 1) for line in lines)
+    assert {name for name, value in values.items() if value} == {"WANDB_PROJECT"}
+    assert {"HUGGINGFACE_LOGIN_TOKEN", "WANDB_API_KEY"} <= set(values)
+
+
+# --- paths and words ----------------------------------------------------------------------------------------------------
+
+
+def test_a_path_is_looked_for_in_the_working_folder_then_in_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_path("data/tiny") == str(ROOT / "data" / "tiny")
+    (tmp_path / "data" / "tiny").mkdir(parents=True)
+    assert resolve_path("data/tiny") == str(tmp_path / "data" / "tiny")
+
+
+def test_a_hub_id_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_path("microsoft/phi-1_5") == "microsoft/phi-1_5"
+
+
+def test_a_path_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    (tmp_path / "tofu").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_path("~/tofu") == str(tmp_path / "tofu")
+
+
+@pytest.mark.parametrize(
+    ("path", "local"),
+    [
+        *[("./x", True), ("../x/y", True), ("/a/b", True), ("~/x", True), ("models/x", True), ("a/b/c", True)],
+        *[("x", True), ("locuslab/TOFU", False), ("meta-llama/Llama-3.2-3B-Instruct", False)],
+    ],
+)
+def test_a_folder_is_told_from_a_hub_id(path, local):
+    assert looks_local(path) is local
+
+
+def test_the_closest_word_is_suggested():
+    assert did_you_mean("tempreture", ["top_p", "temperature"]) == "; did you mean 'temperature'?"
+    assert did_you_mean("zzz", ["top_p", "temperature"]) == ""
+
+
+# --- files --------------------------------------------------------------------------------------------------------------
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_file_is_written_and_replaced(tmp_path):
+    write_text(tmp_path / "a", "old")
+    write_text(tmp_path / "a", "né\n")
+    assert (tmp_path / "a").read_bytes() == "né\n".encode()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("where", ["fsync", "write", "replace"])
+def test_the_old_file_stays_whole_when_writing_fails(tmp_path, monkeypatch, where):
+    file = tmp_path / "a"
+    write_text(file, "old")
+    text = "new"
+    if where == "fsync":
+        monkeypatch.setattr(os, "fsync", full)
+    elif where == "replace":
+        monkeypatch.setattr(Path, "replace", full)
+    else:
+        text = "new \ud800"  # cannot be encoded
+    with pytest.raises((OSError, UnicodeEncodeError)):
+        write_text(file, text)
+    assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_json_is_read_back(tmp_path):
+    value = {"a": [1, 2.5, None, True], "é": "“x”\n"}
+    write_json(tmp_path / "a", value)
+    assert read_json(tmp_path / "a") == value
+
+
+@pytest.mark.parametrize("text", ["plain", "two\nlines", "\u2028 and \u2029", "next\x85line", "\x0b\x0c\x1c", "日本"])
+def test_json_lines_are_read_back(tmp_path, text):
+    """Whatever a model generates: only a newline separates rows."""
+    rows = [{"answer": text}, {"answer": "second"}]
+    write_json_lines(tmp_path / "a", rows)
+    assert read_json_lines(tmp_path / "a") == rows
+
+
+def test_one_json_line_a_row(tmp_path):
+    write_json_lines(tmp_path / "a", [{"x": "1\n2"}, {"x": 2}])
+    assert (tmp_path / "a").read_text() == '{"x": "1\\n2"}\n{"x": 2}\n'
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_disk_is_called_so(error):
+    with (
+        pytest.raises(UserError, match=r"/models: no space left.*save_model=false") as caught,
+        full_disk_as_user_error("/models"),
+    ):
+        raise error
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), KeyError("x"), UserError("mine")])
+def test_other_errors_are_not_called_a_full_disk(error):
+    with pytest.raises(type(error)) as caught, full_disk_as_user_error("/models"):
+        raise error
+    assert caught.value is error
+
+
+# --- what a result records ----------------------------------------------------------------------------------------------
+
+
+def test_versions_are_recorded():
+    found = package_versions()
+    assert found["python"] == platform.python_version()
+    assert {name: found[name] for name in ("torch", "transformers")} == {
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+    assert set(found) <= {"python", *runtime.RECORDED_PACKAGES}
+
+
+def test_a_package_that_is_not_installed_is_left_out(monkeypatch):
+    monkeypatch.setattr(runtime, "RECORDED_PACKAGES", ("torch", "no-such-package"))
+    assert set(package_versions()) == {"python", "torch"}
+
+
+def test_no_token_is_in_a_result(tmp_path, monkeypatch):
+    for name in ("HUGGINGFACE_LOGIN_TOKEN", "HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, TOKEN)
+    evaluation = Evaluation({"utility": 50.0}, [{"answer": "a"}], {"forget": 1}, 1.0)
+    write_result(tmp_path, evaluation, {"seed": 0}, {"evaluation": 1.0})
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert {"scores", "versions", "git_commit", "device", "peak_memory_bytes", "config", "id"} <= set(result)
+    assert not [path for path in tmp_path.iterdir() if TOKEN in path.read_text()]
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A git repository with one commit, in the place of this one."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@x", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("-c", "commit.gpgsign=false", "commit", "-m", "one")
+    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    return tmp_path, git("rev-parse", "HEAD")
+
+
+def test_the_commit_of_a_clean_checkout(repository):
+    folder, commit = repository
+    (folder / "untracked").write_text("x")
+    assert len(commit) == 40
+    assert git_commit() == commit
+
+
+def test_the_commit_of_a_changed_checkout_is_marked(repository):
+    folder, commit = repository
+    (folder / "file").write_text("2")
+    assert git_commit() == f"{commit}-dirty"
+
+
+def test_there_is_no_commit_outside_git(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    assert git_commit() is None
+
+
+def test_there_is_no_commit_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert git_commit() is None
+
+
+# --- the command line ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exit_of(monkeypatch):
+    """What `launch` exits with when the stage raises an error."""
+    monkeypatch.setattr(runtime, "prepare_process", lambda: None)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+    def launched(error: BaseException):
+        def main():
+            raise error
+
+        with pytest.raises(SystemExit) as caught:
+            launch(main)
+        return caught.value.code
+
+    return launched
+
+
+def test_a_users_error_is_printed_without_a_traceback(exit_of):
+    assert exit_of(UserError("model.path=x: no such folder")) == "\nError: model.path=x: no such folder"
+
+
+def test_a_missing_recipe_lists_the_recipes(exit_of):
+    message = exit_of(MissingConfigException("Cannot find primary config 'tinny'"))
+    assert "Cannot find primary config 'tinny'" in message
+    assert "PMC-unlearn-tiny" in message
+
+
+def test_ctrl_c_and_a_stop_signal_have_their_exit_codes(exit_of):
+    assert exit_of(KeyboardInterrupt()) == 130
+    assert exit_of(Interrupted(15)) == 143
+
+
+def could_not_override(key: str) -> ConfigCompositionException:
+    return ConfigCompositionException(f"Could not override '{key}'.\nTo append to your config use +{key}=1")
+
+
+def test_a_mistyped_override_is_explained_with_the_closest_key(exit_of):
+    message = exit_of(could_not_override("method.lamda_unlearning"))
+    assert "no key 'method.lamda_unlearning'" in message
+    assert "did you mean 'method.lambda_unlearning'?" in message
+
+
+@pytest.mark.parametrize("key", ["training.max_grad_norm", "model.revision", "model.prompt.date_string"])
+def test_a_right_key_that_no_file_sets_is_explained_with_its_plus(exit_of, key):
+    """These are known to the stages, but Hydra wants a plus before what the recipe does not have."""
+    assert f"+{key}" in exit_of(could_not_override(key))
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    def main():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(runtime, "prepare_process", lambda: None)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ZeroDivisionError):
+        launch(main)
