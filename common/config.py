@@ -132,7 +132,7 @@ class DataConfig:
             found.append(f"max_length={self.max_length}: expected at least 2")
         known = {"question", "answer", "paraphrased_question", "paraphrased_answer", "perturbed_answer"}
         found += [
-            f"columns.{name}: no such field{did_you_mean(name, known)} (known: {', '.join(sorted(known))})"
+            f"columns.{name}: no such field{did_you_mean(name, known, 'data.columns.')} (known: {', '.join(sorted(known))})"
             for name in self.columns
             if name not in known
         ]
@@ -205,6 +205,8 @@ def read_config(cfg: DictConfig, settings_class: type | None = None, also: tuple
     known = {*TOP_LEVEL, *SECTIONS, "training", *also} | ({"method"} if settings_class else set())
     problems += [f"{key}: no such key{did_you_mean(str(key), known)}" for key in cfg if key not in known]
     values = {key: _scalar(cfg, key, kind, problems) for key, kind in TOP_LEVEL.items()}
+    if isinstance(values["seed"], int) and values["seed"] < 0:
+        problems.append(f"seed={values['seed']}: expected 0 or more")
     for name, schema in SECTIONS.items():
         values[name] = read_section(name, schema, cfg.get(name), problems)
     values["training"] = _training(cfg.get("training"), problems)
@@ -340,7 +342,7 @@ def _training(node: Any, problems: list[str]) -> dict[str, Any]:
             problems.append(
                 f"training.{key}: no such key{did_you_mean(str(key), known, 'training.')} (see TrainingArguments)"
             )
-        elif value != "auto" and not fits(value, hints.get(key, float)):
+        elif not (key == "bf16" and value == "auto") and not fits(value, hints.get(key, float)):
             problems.append(f"training.{key}={value}: expected {_type_name(hints.get(key, float))}")
         else:
             values[key] = value

@@ -98,8 +98,13 @@ def _read_json_lines(folder: Path, name: str, role: str) -> list[tuple[str, dict
         raise UserError(
             f"data.splits.{role}={name}: no {folder / name}.json{did_you_mean(name, known)} (there: {listed})"
         )
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error})") from error
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(): a text may hold other line separators than the newline.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -4,16 +4,25 @@ Checkpoints are read and written as safetensors, and code that comes with weight
 model.trust_remote_code says so.
 """
 
+import dataclasses
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from common.config import LoraSettings, ModelConfig, NewModelConfig
-from common.runtime import UserError, looks_local, read_json, resolve_path
+from common.runtime import UserError, did_you_mean, looks_local, read_json, resolve_path
 
 ADAPTER = "adapter_config.json"
 END, PAD, UNKNOWN = "<|end|>", "<|pad|>", "<|unknown|>"
@@ -54,21 +63,24 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainabl
     if config.new:
         return _new_model(config.new, tokenizer, config.dtype)
     path = _checkpoint_path(config)
+    if _is_adapter(path):
+        return _load_adapter(config, path, tokenizer, trainable)
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     try:
-        if _is_adapter(path):
-            return _load_adapter(config, path, options, trainable)
         if config.gguf_file:
             from transformers import GgufConfig
 
             options["quantization_config"] = GgufConfig(dequantize=True)
         else:
             options["use_safetensors"] = True
-        model = AutoModelForCausalLM.from_pretrained(path, **_source(config), **options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        options["output_loading_info"] = True
+        model, loading = AutoModelForCausalLM.from_pretrained(path, **_source(config), **options)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _not_loadable(config, "its weights", error) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"model.path={config.path}: {len(missing)} weights are missing, {missing[0]} among them")
     _check_vocabulary(config, tokenizer, model.get_input_embeddings().num_embeddings)
     return add_adapter(model, config.lora) if trainable and config.lora else model
 
@@ -136,6 +148,13 @@ def _train_tokenizer(new: NewModelConfig, texts: Iterable[str]) -> PreTrainedTok
 
 def _new_model(new: NewModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:
     """A model with random weights of the architecture that `new` describes."""
+    if new.architecture not in CONFIG_MAPPING:
+        raise UserError(
+            f"model.new (architecture={new.architecture}): unknown{did_you_mean(new.architecture, CONFIG_MAPPING)}"
+        )
+    known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[new.architecture])}
+    for key in set(new.settings) - known:
+        raise UserError(f"model.new (architecture={new.architecture}): no setting '{key}'{did_you_mean(key, known)}")
     try:
         settings = AutoConfig.for_model(
             new.architecture,
@@ -146,8 +165,8 @@ def _new_model(new: NewModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: s
             **new.settings,
         )
         return AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"model.new (architecture={new.architecture}): {str(error).splitlines()[0][:300]}") from error
+    except Exception as error:  # every configuration class raises its own kinds
+        raise UserError(f"model.new (architecture={new.architecture}): {' '.join(str(error).split())[:300]}") from error
 
 
 # --- from a checkpoint -------------------------------------------------------------------------------------------------
@@ -170,7 +189,7 @@ def _checkpoint_path(config: ModelConfig) -> str:
         if not (folder / config.gguf_file).is_file():
             raise UserError(f"model.gguf_file={config.gguf_file}: no such file in {folder}")
         return path
-    has_weights = any(folder.glob("*.safetensors"))
+    has_weights = any(folder.glob("adapter_model.safetensors" if _is_adapter(path) else "*.safetensors"))
     if not has_weights or not ((folder / "config.json").is_file() or _is_adapter(path)):
         there = ", ".join(sorted(child.name for child in folder.iterdir())[:12]) or "nothing"
         raise UserError(
@@ -200,13 +219,15 @@ def _is_adapter(path: str) -> bool:
     return (Path(path) / ADAPTER).is_file()
 
 
-def _load_adapter(config: ModelConfig, path: str, options: dict[str, Any], trainable: bool) -> PreTrainedModel:
+def _load_adapter(
+    config: ModelConfig, path: str, tokenizer: PreTrainedTokenizerBase, trainable: bool
+) -> PreTrainedModel:
     """A LoRA checkpoint: its base model with the adapter on it, to go on training, or merged."""
-    from peft import AutoPeftModelForCausalLM
+    from peft import PeftModel
 
+    saved = read_json(Path(path) / ADAPTER)
     going_on = trainable and config.lora is not None
     if going_on:
-        saved = read_json(Path(path) / ADAPTER)
         differing = [
             f"{ours}={getattr(config.lora, ours)} (checkpoint: {saved.get(theirs)})"
             for ours, theirs in (("r", "r"), ("alpha", "lora_alpha"))
@@ -217,9 +238,14 @@ def _load_adapter(config: ModelConfig, path: str, options: dict[str, Any], train
                 f"model.lora.{', '.join(differing)}: {path} is an adapter, and training goes on with it; give it the same "
                 "values, or finetune with model.lora.merge=true to start a new one"
             )
-    model = AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=going_on, **options)
+    base = dataclasses.replace(config, path=saved["base_model_name_or_path"], revision=saved.get("revision"), lora=None)
+    model = load_model(base, tokenizer, trainable=False)
+    try:
+        model = PeftModel.from_pretrained(model, path, is_trainable=going_on)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _not_loadable(config, "its adapter", error) from error
     if not going_on:
-        return model.merge_and_unload()
+        return model.merge_and_unload().requires_grad_(trainable)
     model.get_base_model().enable_input_require_grads()
     return model
 

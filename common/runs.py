@@ -47,11 +47,24 @@ def run_name(seed: int, overrides: list[str]) -> str:
     for override in sorted(overrides):
         key = override.partition("=")[0].lstrip("+~")
         if key not in (*NOT_PART_OF_THE_RUN, "seed") and not key.startswith("hydra"):
-            kept.append(re.sub(r"[^A-Za-z0-9._+\-]+", "-", override.lstrip("+~")).strip("-"))
+            kept.append(_safe(override.lstrip("+~")))
     name = "+".join([f"seed-{seed}", *kept])
     if len(name) > 180:  # file systems stop at 255 bytes
         name = f"{name[:160]}+{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return name
+
+
+def _safe(override: str) -> str:
+    """An override as part of a folder's name; where characters had to go, a digest keeps it apart from others."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return key
+    safe = re.sub(r"[^A-Za-z0-9._+\-]+", "-", value)
+    return (
+        f"{key}-{safe}"
+        if safe == value
+        else f"{key}-{safe.strip('-')}-{hashlib.sha256(value.encode()).hexdigest()[:6]}"
+    )
 
 
 def run_folder(stage: str, config: RunConfig) -> Path:
@@ -116,11 +129,20 @@ def identity(cfg: DictConfig, start: str | None = None) -> dict[str, Any]:
     plain = {key: value for key, value in plain.items() if key not in NOT_PART_OF_THE_RUN}
     if start is not None:
         plain["start"] = start
-    # A result stays valid when the repository or the folder of runs moves.
-    text = (
-        json.dumps(plain).replace(json.dumps(cfg.models_dir)[1:-1], "models").replace(json.dumps(str(ROOT))[1:-1], ".")
-    )
-    return json.loads(text)
+    plain = _portable(plain, {str(Path(cfg.models_dir)): "models", str(ROOT): "."})
+    return json.loads(json.dumps(plain))
+
+
+def _portable(value: Any, places: dict[str, str]) -> Any:
+    """The value with paths below some places given their short names: a result outlives the move of its folder."""
+    if isinstance(value, dict):
+        return {key: _portable(item, places) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_portable(item, places) for item in value]
+    for place, name in places.items():
+        if isinstance(value, str) and value.startswith(place + "/"):
+            return name + value[len(place) :]
+    return value
 
 
 def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -202,10 +224,7 @@ class RunFolder:
         for name in names:
             if name.startswith("checkpoint-") and not keep_checkpoints:
                 continue
-            target = self.folder / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            (self.work / name).replace(target)
+            _move(self.work / name, self.folder / name)
         (self.work / RESULT).replace(self.folder / RESULT)
         shutil.rmtree(self.work)
         return self.folder
@@ -219,6 +238,21 @@ class RunFolder:
             if (self.folder / name).exists():
                 (self.folder / name).replace(aside / name)
         # Weights of another shape (more shards, an adapter) must not lie beside the new ones.
-        for pattern in ("*.safetensors*", "adapter_config.json"):
+        for pattern in (
+            "model*.safetensors",
+            "model.safetensors.index.json",
+            "adapter_model.safetensors",
+            "adapter_config.json",
+        ):
             for path in self.folder.glob(pattern):
                 path.unlink()
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move a file, or a folder file by file: what else lies in the target stays."""
+    if not source.is_dir():
+        source.replace(target)
+        return
+    target.mkdir(exist_ok=True)
+    for child in source.iterdir():
+        _move(child, target / child.name)

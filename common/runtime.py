@@ -56,7 +56,8 @@ def prepare_process() -> None:
 
 def resolve_path(path: str) -> str:
     """An existing local path (relative to the working folder, then to the repository) made absolute; a hub id as it is."""
-    for candidate in (Path(path), ROOT / path):
+    expanded = Path(path).expanduser()
+    for candidate in (expanded, ROOT / expanded):
         if candidate.exists():
             return str(candidate.resolve())
     return path
@@ -110,7 +111,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 @contextlib.contextmanager

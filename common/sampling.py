@@ -90,19 +90,22 @@ def generate(
     answers: list[list[list[int]]] = [[] for _ in prompts]
     # Prompts of like length side by side: less padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    per_chunk = max(1, settings.batch_size // settings.num_samples)
     total = len(prompts) * settings.num_samples
     # disable=None: a bar on a terminal only
     with tqdm(total=total, desc=description, unit="answer", leave=False, disable=None if description else True) as bar:
-        for start in range(0, len(order), per_chunk):
-            chunk = order[start : start + per_chunk]
-            uniforms = None
-            if settings.temperature > 0:
-                drawn = [random_numbers(keys[i], settings.num_samples, settings.max_length) for i in chunk]
-                uniforms = torch.from_numpy(np.concatenate(drawn))
-            rows = _generate_chunk(model, [prompts[i] for i in chunk], settings, end_token_ids, uniforms, bar)
-            for position, i in enumerate(chunk):
-                answers[i] = rows[position * settings.num_samples : (position + 1) * settings.num_samples]
+        for first in range(0, settings.num_samples, settings.batch_size):
+            n = min(settings.batch_size, settings.num_samples - first)
+            per_chunk = settings.batch_size // n
+            for start in range(0, len(order), per_chunk):
+                chunk = order[start : start + per_chunk]
+                uniforms = None
+                if settings.temperature > 0:
+                    drawn = [random_numbers(keys[i], first + n, settings.max_length)[first:] for i in chunk]
+                    uniforms = torch.from_numpy(np.concatenate(drawn))
+                chunk_prompts = [prompts[i] for i in chunk]
+                rows = _generate_chunk(model, chunk_prompts, n, settings, end_token_ids, uniforms, bar)
+                for position, i in enumerate(chunk):
+                    answers[i] += rows[position * n : (position + 1) * n]
     model.train(was_training)
     return answers
 
@@ -118,14 +121,14 @@ def random_numbers(key: tuple[int, ...], num_samples: int, positions: int) -> np
 def _generate_chunk(
     model: PreTrainedModel,
     prompts: list[list[int]],
+    n: int,
     settings: SamplingSettings,
     end_token_ids: Sequence[int],
     uniforms: torch.Tensor | None,
     bar: tqdm,
 ) -> list[list[int]]:
-    """`num_samples` answers to each of some prompts, in one growing batch; answers of one prompt lie together."""
+    """`n` answers to each of some prompts, in one shrinking batch; answers of one prompt lie together."""
     device = model.device
-    n = settings.num_samples
     input_ids, mask = _pad_left(prompts, device)
     cache = DynamicCache(config=model.config)
     logits = _forward(model, input_ids, mask, cache)

@@ -292,14 +292,14 @@ def test_a_value_of_the_wrong_type_is_refused(override, key, kind):
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [
-        ("model.promt", "prompt"),
-        ("model.prompt.sytem", "system"),
-        ("data.colums", "columns"),
-        ("data.columns.qestion", "question"),
-        ("method.tempreture", "temperature"),
-        ("training.lerning_rate", "learning_rate"),
-        ("training.num_epoch", "num_epochs"),
-        ("evaluation.bach_size", "batch_size"),
+        ("model.promt", "model.prompt"),
+        ("model.prompt.sytem", "model.prompt.system"),
+        ("data.colums", "data.columns"),
+        ("data.columns.qestion", "data.columns.question"),
+        ("method.tempreture", "method.temperature"),
+        ("training.lerning_rate", "training.learning_rate"),
+        ("training.num_epoch", "training.num_epochs"),
+        ("evaluation.bach_size", "evaluation.batch_size"),
         ("overwrit", "overwrite"),
         ("finetund", "finetuned"),
     ],
@@ -312,7 +312,7 @@ def test_a_mistyped_key_is_refused_with_the_closest(wrong, right):
 
 def test_a_mistyped_key_of_an_adapter_is_refused():
     assert error_of("unlearn", "model.lora={alhpa:3}").startswith(
-        "model.lora.alhpa: no such key; did you mean 'alpha'?"
+        "model.lora.alhpa: no such key; did you mean 'model.lora.alpha'?"
     )
 
 

@@ -135,13 +135,20 @@ def test_every_job_of_a_sweep_has_a_folder_below_output_dir(as_hydra):
 
 
 def test_the_finetuned_run_has_the_same_seed_model_and_data(as_hydra):
-    as_hydra("method.num_samples=2", "model.dtype=float16", "data.splits.forget='a b'", "model=phi", "+data.x=1")
+    as_hydra("method.num_samples=2", "model.dtype=float16", "data.splits.train='a b'", "model=phi", "+data.x=1")
     folder, command = finetuned_run(run_config(), "phi")
-    assert folder == Path("/models/finetuned/phi/seed-4+data.x-1+data.splits.forget-a-b+model.dtype-float16+model-phi")
+    assert folder == Path("/models/finetuned/phi") / run_name(
+        4, ["model.dtype=float16", "data.splits.train='a b'", "model=phi", "data.x=1"]
+    )
     assert command == (
         "python finetuning/main.py -cd=configs -cn=phi seed=4 "
-        "model.dtype=float16 'data.splits.forget='\"'\"'a b'\"'\"'' model=phi +data.x=1"
+        "model.dtype=float16 'data.splits.train='\"'\"'a b'\"'\"'' model=phi data.x=1"
     )
+
+
+def test_the_splits_of_other_stages_need_no_other_finetuned_model(as_hydra):
+    as_hydra("data.splits.forget=forget05", "data.splits.retain=retain95", "training.num_epochs=1")
+    assert finetuned_run(run_config(), "phi")[0] == Path("/models/finetuned/phi/seed-4")
 
 
 # --- what a result depends on -------------------------------------------------------------------------------------------
@@ -159,7 +166,10 @@ def test_identity_leaves_out_how_to_run():
 
 def test_identity_resolves_interpolations_and_takes_the_start_in():
     assert identity(configuration(double="${seed}"), start="abc") == {
-        "seed": 0, "method": {"top_p": 0.9}, "double": 0, "start": "abc",
+        "seed": 0,
+        "method": {"top_p": 0.9},
+        "double": 0,
+        "start": "abc",
     }
 
 

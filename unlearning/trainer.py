@@ -20,6 +20,8 @@ from common.data import Row
 from common.prompts import IGNORED, Example, PromptFormat, collate
 from common.training import ExampleTrainer, answer_losses
 
+RETAIN_STREAM = 1  # keeps the draw of retain rows apart from the sampler's, which (seed, step, index) keys
+
 
 @dataclass(frozen=True)
 class UnlearningData:
@@ -87,10 +89,8 @@ class UnlearningTrainer(ExampleTrainer):
 
     def paired_retain_example(self, row: Row) -> Example:
         """A retain example drawn at random, the same whatever the order of the data or the number of processes."""
-        drawn = np.random.default_rng((self.args.seed, self.state.global_step, row.index)).integers(
-            len(self.retain_examples)
-        )
-        return self.retain_examples[drawn]
+        key = (self.args.seed, self.state.global_step, row.index, RETAIN_STREAM)
+        return self.retain_examples[np.random.default_rng(key).integers(len(self.retain_examples))]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         losses, rows = answer_losses(model, inputs)
