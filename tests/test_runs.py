@@ -56,6 +56,8 @@ AWKWARD = [
     "x=ünïcode 日本",
     "training.report_to=[wandb,tensorboard]",
     "x=$HOME`id`;rm&|<>()!#",
+    "+method/reward=mine",
+    "model@other.model=phi",
 ]
 
 

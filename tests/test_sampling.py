@@ -29,6 +29,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "
 ARCHITECTURES = {
     "llama": {**SMALL, "num_key_value_heads": 2},
     "phi": SMALL,
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2},  # absolute positions: padding on the left must not shift them
     "gemma3_text": {  # most layers see the last eight tokens only
         **SMALL,
         "num_key_value_heads": 2,
