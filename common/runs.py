@@ -56,15 +56,9 @@ def run_name(seed: int, overrides: list[str]) -> str:
 
 def _safe(override: str) -> str:
     """An override as part of a folder's name; where characters had to go, a digest keeps it apart from others."""
-    key, equals, value = override.partition("=")
-    if not equals:
-        return key
-    safe = re.sub(r"[^A-Za-z0-9._+\-]+", "-", value)
-    return (
-        f"{key}-{safe}"
-        if safe == value
-        else f"{key}-{safe.strip('-')}-{hashlib.sha256(value.encode()).hexdigest()[:6]}"
-    )
+    name = override.replace("=", "-", 1)
+    safe = re.sub(r"[^A-Za-z0-9._+\-]+", "-", name).strip("-")
+    return name if safe == name else f"{safe}-{hashlib.sha256(override.encode()).hexdigest()[:6]}"
 
 
 def run_folder(stage: str, config: RunConfig) -> Path:
