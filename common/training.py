@@ -7,6 +7,7 @@ the answer tokens of the whole optimizer step, so splitting a step into micro-ba
 import json
 import logging
 import math
+import os
 import signal
 import sys
 import time
@@ -41,8 +42,9 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
         values["bf16"] = has_fast_bf16() and not values.get("fp16", False)
     if values.get("bf16") and not torch.cuda.is_available():
         values.setdefault("use_cpu", True)  # TrainingArguments asks for it before it allows bfloat16 on a CPU
-    if config.training.get("warmup_epochs"):
-        per_step = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * _world_size()
+    if config.training.get("warmup_epochs") and "warmup_steps" not in values:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        per_step = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * processes
         values["warmup_steps"] = math.ceil(config.training["warmup_epochs"] * math.ceil(num_rows / per_step))
     try:
         return TrainingArguments(
@@ -63,12 +65,6 @@ def has_fast_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def _world_size() -> int:
-    from accelerate import PartialState
-
-    return PartialState().num_processes
 
 
 def answer_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -196,9 +196,9 @@ class PMC(UnlearningTrainer):
         self.stalled_epochs = self.stalled_epochs + 1 if share > 0.5 else 0
         if self.stalled_epochs == 2:
             log.warning(
-                "for %.0f%% of the questions every sample equals the initial response, so there is nothing to select: the "
-                "model knows these answers too well by heart. Raise method.temperature (now %g) or method.num_samples (now "
-                "%d), or finetune for fewer epochs (training.num_epochs of the finetuning recipe).",
+                "for %.0f%% of the questions every sample equals the initial response, so there is nothing to select: "
+                "the model knows these answers too well by heart. Raise method.temperature (now %g), method.top_p or "
+                "method.num_samples (now %d), or finetune for fewer epochs (training.num_epochs there).",
                 100 * share,
                 self.settings.temperature,
                 self.settings.num_samples,
