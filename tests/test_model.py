@@ -254,6 +254,13 @@ def test_an_adapter_of_pickled_weights_is_refused(adapter, checkpoint, model, to
     assert "not a checkpoint" in error_of(load_model, config(adapter[0]), tokenizer, False)
 
 
+def test_a_pickled_adapter_is_refused(adapter, checkpoint):
+    path, _ = adapter
+    (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+    shutil.copyfile(checkpoint / "model.safetensors", path / "model.safetensors")  # not the adapter's
+    assert "not a checkpoint" in error_of(load_tokenizer, config(path))
+
+
 def test_a_tokenizer_with_more_ids_than_embedding_rows_is_refused(checkpoint, chat_tokenizer):
     chat_tokenizer.save_pretrained(checkpoint)
     message = error_of(load_tokenizer, config(checkpoint))

@@ -180,6 +180,12 @@ def test_identity_does_not_depend_on_where_repository_and_runs_lie():
     assert (found["path"], found["data"]) == ("models/tiny/seed-0", "./data/tiny")
 
 
+def test_identity_keeps_the_folder_beside_them():
+    """A name that only begins like theirs is another place."""
+    found = identity(configuration(models_dir="/m/runs", path="/m/runs-old/tiny", data=f"{ROOT}-old/data"))
+    assert (found["path"], found["data"]) == ("/m/runs-old/tiny", f"{ROOT}-old/data")
+
+
 @pytest.mark.parametrize("models_dir", ["data", "out", "e", "method"])
 def test_identity_keeps_every_name_whatever_the_folder_of_runs_is_called(models_dir):
     values = {"data": {"path": "locuslab/TOFU"}, "model": {"lora": {"dropout": 0.5}, "prompt": {"style": "plain"}}}
