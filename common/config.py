@@ -205,8 +205,8 @@ def read_config(cfg: DictConfig, settings_class: type | None = None, also: tuple
     known = {*TOP_LEVEL, *SECTIONS, "training", *also} | ({"method"} if settings_class else set())
     problems += [f"{key}: no such key{did_you_mean(str(key), known)}" for key in cfg if key not in known]
     values = {key: _scalar(cfg, key, kind, problems) for key, kind in TOP_LEVEL.items()}
-    if isinstance(values["seed"], int) and values["seed"] < 0:
-        problems.append(f"seed={values['seed']}: expected 0 or more")
+    if isinstance(values["seed"], int) and not 0 <= values["seed"] < 2**32:
+        problems.append(f"seed={values['seed']}: expected 0 or more, and less than 2**32")
     for name, schema in SECTIONS.items():
         values[name] = read_section(name, schema, cfg.get(name), problems)
     values["training"] = _training(cfg.get("training"), problems)
@@ -222,7 +222,7 @@ def read_config(cfg: DictConfig, settings_class: type | None = None, also: tuple
 def problem_list(problems: list[str]) -> str:
     if len(problems) == 1:
         return problems[0]
-    return f"{len(problems)} problems in the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems)
+    return f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)
 
 
 def read_section(name: str, schema: type, node: Any, problems: list[str]) -> Any:

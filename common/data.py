@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import DataConfig
+from common.config import DataConfig, problem_list
 from common.runtime import ROOT, UserError, did_you_mean, looks_local, resolve_path
 
 SCORED_RETAIN_ROWS = 400
@@ -62,7 +62,7 @@ def load_splits(data: DataConfig, roles: tuple[str, ...]) -> dict[str, list[Row]
         except UserError as error:
             problems.append(str(error))
     if problems:
-        raise UserError("\n  - ".join(problems))
+        raise UserError(problem_list(problems))
     return splits
 
 
@@ -87,6 +87,8 @@ def _load_part(data: DataConfig, role: str, part: str) -> list[tuple[str, dict]]
         raise UserError(f"data.path={data.path}: no such folder (looked in the working folder and in {ROOT})")
     else:
         records = _read_from_hub(data, match["name"])
+    if max(start or 0, stop or 0) > len(records) or not records[start:stop]:
+        raise UserError(f"data.splits.{role}={part}: {match['name']} has {len(records)} rows")
     return records[start:stop]
 
 

@@ -41,7 +41,7 @@ def load_tokenizer(config: ModelConfig, texts: Iterable[str] = ()) -> PreTrained
     path = _checkpoint_path(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_source(config))
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a broken tokenizer file raises whatever its reader trips over
         raise _not_loadable(config, "its tokenizer", error) from error
     if not config.gguf_file and not _is_adapter(path):
         rows = _model_config(config, path).get_text_config().vocab_size
@@ -104,18 +104,13 @@ def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
             task_type="CAUSAL_LM",
         )
         return get_peft_model(model, settings)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         leaves = {
             name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
         }
         raise UserError(
             f"model.lora.target_modules={lora.target_modules}: {error}; linear layers here: {', '.join(sorted(leaves))}"
         ) from error
-
-
-def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its LoRA adapter folded into the weights; other models as they are."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
 def end_token_ids(model: PreTrainedModel, end_token_id: int) -> list[int]:

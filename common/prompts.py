@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from common.config import PromptConfig
@@ -69,7 +70,12 @@ class PromptFormat:
     def _chat(self, messages: list[dict[str, str]], **options: Any) -> Any:
         if self.config.date_string is not None:
             options["date_string"] = self.config.date_string
-        return self.tokenizer.apply_chat_template(messages, **options)
+        try:
+            return self.tokenizer.apply_chat_template(messages, **options)
+        except TemplateError as error:
+            raise UserError(
+                f"model.prompt: the chat template refuses it ({error}); is it model.prompt.system?"
+            ) from error
 
     def _find_end_token(self) -> int:
         """The token that ends an answer: what the chat template puts after one, else the tokenizer's end token."""

@@ -227,7 +227,9 @@ class RunFolder:
         if not (self.folder / RESULT).exists():
             return
         aside = self.folder / "previous" / time.strftime("%Y%m%d-%H%M%S")
-        aside.mkdir(parents=True, exist_ok=True)
+        while aside.exists():
+            aside = aside.with_name(aside.name + "+")
+        aside.mkdir(parents=True)
         for name in FIGURES:  # result.json first: from here on the folder does not count as complete
             if (self.folder / name).exists():
                 (self.folder / name).replace(aside / name)

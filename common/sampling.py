@@ -6,8 +6,9 @@
 3. A finished answer leaves the batch as soon as a tenth of the rows are finished.
 """
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,29 +86,42 @@ def generate(
     Returns:
         for each prompt `num_samples` answers. An answer ends with its end token unless `max_length` cut it off.
     """
-    was_training = model.training
-    model.eval()
     answers: list[list[list[int]]] = [[] for _ in prompts]
-    # Prompts of like length side by side: less padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     total = len(prompts) * settings.num_samples
     # disable=None: a bar on a terminal only
-    with tqdm(total=total, desc=description, unit="answer", leave=False, disable=None if description else True) as bar:
-        for first in range(0, settings.num_samples, settings.batch_size):
-            n = min(settings.batch_size, settings.num_samples - first)
-            per_chunk = settings.batch_size // n
-            for start in range(0, len(order), per_chunk):
-                chunk = order[start : start + per_chunk]
-                uniforms = None
-                if settings.temperature > 0:
-                    drawn = [random_numbers(keys[i], first + n, settings.max_length)[first:] for i in chunk]
-                    uniforms = torch.from_numpy(np.concatenate(drawn))
-                chunk_prompts = [prompts[i] for i in chunk]
-                rows = _generate_chunk(model, chunk_prompts, n, settings, end_token_ids, uniforms, bar)
-                for position, i in enumerate(chunk):
-                    answers[i] += rows[position * n : (position + 1) * n]
-    model.train(was_training)
+    bar = tqdm(total=total, desc=description, unit="answer", leave=False, disable=None if description else True)
+    with bar, evaluation_mode(model):
+        for chunk, samples in _chunks(prompts, settings):
+            uniforms = None
+            if settings.temperature > 0:
+                drawn = [random_numbers(keys[i], samples.stop, settings.max_length)[samples.start :] for i in chunk]
+                uniforms = torch.from_numpy(np.concatenate(drawn))
+            n = len(samples)
+            rows = _generate_chunk(model, [prompts[i] for i in chunk], n, settings, end_token_ids, uniforms, bar)
+            for position, i in enumerate(chunk):
+                answers[i] += rows[position * n : (position + 1) * n]
     return answers
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout inside; afterwards the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _chunks(prompts: Sequence[list[int]], settings: SamplingSettings) -> Iterator[tuple[list[int], range]]:
+    """Which prompts and which of their samples go side by side: at most `batch_size` answers, prompts of like length."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for first in range(0, settings.num_samples, settings.batch_size):
+        samples = range(first, min(first + settings.batch_size, settings.num_samples))
+        per_chunk = settings.batch_size // len(samples)
+        for start in range(0, len(order), per_chunk):
+            yield order[start : start + per_chunk], samples
 
 
 def random_numbers(key: tuple[int, ...], num_samples: int, positions: int) -> np.ndarray:

@@ -346,7 +346,7 @@ def test_every_problem_is_reported_at_once():
         *("training.warmup_epochs=-1", "+training.hub_token=x", "save_model=5", "+sead=1"),
     )
     lines = message.splitlines()
-    assert lines[0] == "8 problems in the configuration:"
+    assert lines[0] == "8 problems:"
     starts = ("sead:", "save_model=5", "model.promt:", "data.max_length=x", "evaluation.batch_size=0")
     starts += ("training.hub_token", "training.warmup_epochs=-1", "method.num_samples=0")
     assert [line.startswith(f"  - {start}") for line, start in zip(lines[1:], starts, strict=True)] == [True] * 8

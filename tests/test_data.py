@@ -76,7 +76,7 @@ def test_what_is_no_split_specification_is_refused(folder, spec):
 
 
 def test_a_slice_without_rows_is_refused(folder):
-    assert error_of(config(folder, train="full[6:]"), "train") == "data.splits.train=full[6:]: has no row"
+    assert error_of(config(folder, train="full[6:]"), "train") == "data.splits.train=full[6:]: full has 6 rows"
 
 
 def test_blank_lines_are_passed_over(folder):
