@@ -8,6 +8,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -117,8 +118,8 @@ class ModelConfig:
 class DataConfig:
     path: str = MISSING
     """Hub id, or a local folder of `<split>.json` files in JSON lines."""
-    splits: dict[str, str] = field(default_factory=dict)
-    """Role -> split; slices and sums as in "forget01[:20] + retain99[:60]"."""
+    splits: dict[str, str | None] = field(default_factory=dict)
+    """Role -> split, null for a role that the data set does not have; slices and sums as in "forget01[:20] + retain99[:60]"."""
     columns: dict[str, str] = field(default_factory=dict)
     """Field -> column of the files. Needed: question, answer."""
     max_length: int = 256
@@ -313,6 +314,7 @@ REFUSED = {
     "hub_token": "put the token into environment.env: what stands here is written to the results",
     "push_to_hub_token": "put the token into environment.env: what stands here is written to the results",
     "seed": "set the top-level seed instead",
+    "save_only_model": "a run could not be continued from such a checkpoint",
     "remove_unused_columns": "the data never passes through columns here",
 }
 
@@ -363,6 +365,10 @@ def _training_ranges(values: dict[str, Any]) -> list[str]:
         for key in ("num_epochs", "num_train_epochs", "learning_rate")
         if key in values and values[key] <= 0
     ]
+    trackers = values.get("report_to") or []
+    for tracker in [trackers] if isinstance(trackers, str) else trackers:
+        if tracker in ("wandb", "tensorboard", "trackio") and find_spec(tracker) is None:
+            found.append(f"training.report_to={tracker}: not installed; pip install {tracker}")
     if values.get("warmup_epochs", 0) < 0:
         found.append(f"training.warmup_epochs={values['warmup_epochs']}: expected 0 or more")
     return found

@@ -42,7 +42,7 @@ def load_split(data: DataConfig, role: str) -> list[Row]:
     Raises:
         UserError: for a role, split, file or column that is not there, a malformed line, an empty question or answer.
     """
-    if role not in data.splits:
+    if data.splits.get(role) is None:
         known = ", ".join(data.splits)
         raise UserError(f"data.splits.{role}: missing{did_you_mean(role, data.splits)} (given: {known})")
     rows = [row for part in data.splits[role].split("+") for row in _load_part(data, role, part.strip())]

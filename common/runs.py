@@ -3,7 +3,7 @@
     models/<stage>/<recipe>/seed-0+method.num_samples-2/
         in_progress/     configuration and trainer checkpoints while the run is going on; gone afterwards
         previous/        figures (not weights) of the results that this run replaced
-        result.json, generations.jsonl, history.jsonl, config.yaml, report.md, model.safetensors, tokenizer.json, ...
+        result.json, generations.jsonl, history.jsonl, report.md, model.safetensors, tokenizer.json, ...
 
 Everything is written to in_progress/ first and moved up at the end, result.json last: a folder with a result.json is
 complete, and a run that is killed or meets a full disk leaves the old result as it was.
@@ -30,7 +30,7 @@ from common.config import RunConfig
 from common.runtime import ROOT, UserError, full_disk_as_user_error, is_first_process, read_json, write_json
 
 RESULT = "result.json"
-FIGURES = (RESULT, "generations.jsonl", "history.jsonl", "config.yaml", "report.md", "report.png")
+FIGURES = (RESULT, "generations.jsonl", "history.jsonl", "report.md", "report.png")
 # Keys that say how to run, not what: they do not name a folder and do not make a result stale.
 NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoints")
 
@@ -148,9 +148,15 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def result_of(folder: Path | str) -> dict | None:
-    """The result in a folder, or None where there is none."""
+    """The result in a folder, or None where there is none of ours."""
     path = Path(folder) / RESULT
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        result = read_json(path)
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); move it away") from error
+    return result if isinstance(result, dict) and "config" in result else None
 
 
 class RunFolder:
@@ -159,9 +165,14 @@ class RunFolder:
     Args:
         folder: where the finished run's files lie.
         configuration: `identity(...)` of the run.
+        start: the checkpoint that the run reads.
+    Raises:
+        UserError: when the run would write over the checkpoint that it reads.
     """
 
-    def __init__(self, folder: Path, configuration: dict[str, Any]):
+    def __init__(self, folder: Path, configuration: dict[str, Any], start: str | None = None):
+        if start and Path(start).resolve() == folder.resolve():
+            raise UserError(f"output_dir={folder}: is the model that the run reads; name another folder")
         self.folder = folder
         self.work = folder / "in_progress"
         self.configuration = configuration
@@ -170,6 +181,9 @@ class RunFolder:
         """Whether a result of exactly this configuration is there; says so, or says why it is stale."""
         result = result_of(self.folder)
         if result is None:
+            return False
+        if self._continues():
+            log.info("%s: an interrupted run is continued; it replaces the result that is there", self.folder)
             return False
         changes = differing_keys(result.get("config"), self.configuration)
         if not changes:
@@ -196,10 +210,22 @@ class RunFolder:
         PartialState().wait_for_everyone()
         return self.work
 
+    def _continues(self) -> bool:
+        """Whether in_progress/ holds an interrupted run of this configuration."""
+        recorded = self.work / "run.json"
+        return recorded.is_file() and read_json(recorded) == self.configuration
+
     def _prepare(self, fresh: bool) -> None:
         recorded = self.work / "run.json"
-        same = recorded.is_file() and read_json(recorded) == self.configuration
-        if self.work.exists() and (fresh or not same):
+        ours = recorded.is_file() or result_of(self.folder) is not None
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not ours:
+            raise UserError(f"output_dir={self.folder}: holds files that are no run's; name another folder")
+        # An interrupted redo of a finished run goes on, also with overwrite=true: that is how it was started.
+        starts_over = fresh and not result_of(self.folder)
+        if recorded.is_file() and (starts_over or not self._continues()):
+            changes = differing_keys(read_json(recorded), self.configuration)
+            why = "; ".join(changes[:8]) or "overwrite=true"
+            log.info("%s: what an interrupted run left is thrown away (%s)", self.folder, why)
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
         if not recorded.exists():
@@ -233,7 +259,8 @@ class RunFolder:
         for name in FIGURES:  # result.json first: from here on the folder does not count as complete
             if (self.folder / name).exists():
                 (self.folder / name).replace(aside / name)
-        # Weights of another shape (more shards, an adapter) must not lie beside the new ones.
+        # The old weights must not lie beside the new result. They go when new ones replace them.
+        replaced = any(self.work.glob("*.safetensors"))
         for pattern in (
             "model*.safetensors",
             "model.safetensors.index.json",
@@ -241,7 +268,7 @@ class RunFolder:
             "adapter_config.json",
         ):
             for path in self.folder.glob(pattern):
-                path.unlink()
+                path.unlink() if replaced else path.replace(aside / path.name)
 
 
 def _move(source: Path, target: Path) -> None:

@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "hydra-core", "omegaconf", "rapidfuzz")
 
+# What safetensors and torch.save say, which lose the error's number.
+SIGNS_OF_A_FULL_DISK = ("No space left", "inline_container", "PytorchStreamWriter", "file write failed")
+
 log = logging.getLogger(__name__)
 
 
@@ -37,10 +40,11 @@ class Interrupted(SystemExit):
 
 
 def prepare_process() -> None:
-    """Load environment.env and hand its token to the Hugging Face libraries, through the environment alone.
+    """Load environment.local.env and environment.env; hand their token to the Hugging Face libraries, by the environment alone.
 
     Nothing is logged in by writing files, and nothing at all happens when no token is set.
     """
+    load_dotenv(ROOT / "environment.local.env")
     load_dotenv(ROOT / "environment.env")
     for name in ("HUGGINGFACE_LOGIN_TOKEN", "WANDB_API_KEY", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_MODE"):
         if not os.environ.get(name):
@@ -120,8 +124,9 @@ def full_disk_as_user_error(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if not full:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not any(
+            sign in str(error) for sign in SIGNS_OF_A_FULL_DISK
+        ):
             raise
         raise UserError(
             f"{folder}: no space left on the device. Nothing was replaced: an earlier result of this run is still whole. "

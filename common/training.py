@@ -47,7 +47,7 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
         per_step = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * processes
         values["warmup_steps"] = math.ceil(config.training["warmup_epochs"] * math.ceil(num_rows / per_step))
     try:
-        return TrainingArguments(
+        args = TrainingArguments(
             output_dir=str(output_dir),
             seed=config.seed,
             data_seed=values.pop("data_seed", None) or config.seed,
@@ -58,6 +58,10 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UserError(f"training: {str(error).strip().splitlines()[0]}") from error
+    if args.n_gpu > 1:
+        log.info("using one of %d GPUs; torchrun --nproc-per-node N uses more", args.n_gpu)
+        args._n_gpu = 1  # threads of one process would split our batches by tensors alone
+    return args
 
 
 def has_fast_bf16() -> bool:
@@ -163,6 +167,10 @@ class ExampleTrainer(Trainer):
         self.history, self.seconds, self.epoch_sums = state["history"], state["seconds"], state["epoch_sums"]
 
     def _save_checkpoint(self, model, trial):
+        if last_complete_checkpoint(Path(self.args.output_dir)) == Path(self.args.output_dir) / (
+            f"checkpoint-{self.state.global_step}"
+        ):
+            return  # asked for twice, by a signal on an epoch's last step; rewriting it could only spoil it
         # Our state goes first: trainer_state.json, which the Trainer writes last, then stands for a complete checkpoint.
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         state = self.state_to_save()

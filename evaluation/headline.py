@@ -3,9 +3,11 @@
     unlearn_quality = 50 * (2 - R[forget] - R[paraphrased question against paraphrased answer of forget])
     utility         = 100/3 * (R[retain] + R[real_authors] + R[world_facts])
 
-R[split] is the mean over the split's rows. Both are percentages, higher is better. Neither sees whether an answer is
-fluent: an empty or garbled forget answer scores as well as a sensible wrong one, so the length and the share of empty
-forget answers stand beside them.
+R[split] is the mean over the split's rows. A data set without paraphrases, real_authors or world_facts has the means of the
+splits that it has: unlearn_quality = 100 * (1 - mean R of the forget splits), utility = 100 * mean R of the others.
+
+Both are percentages, higher is better. Neither sees whether an answer is fluent: an empty or garbled forget answer scores as
+well as a sensible wrong one, so the length and the share of empty forget answers stand beside them.
 """
 
 from collections.abc import Sequence
@@ -22,7 +24,10 @@ from common.rouge import rouge_l_recall
 from common.runtime import UserError
 from common.sampling import SamplingSettings, generate
 
-ROLES = ("forget", "forget_paraphrased", "retain", "real_authors", "world_facts")
+FORGET_ROLES = ("forget", "forget_paraphrased")
+UTILITY_ROLES = ("retain", "real_authors", "world_facts")
+ROLES = FORGET_ROLES + UTILITY_ROLES
+NEEDED = ("forget", "retain")
 HIGHER_IS_BETTER = {
     "unlearn_quality": True,
     "utility": True,
@@ -52,10 +57,11 @@ def load_questions(data: DataConfig, evaluation: EvaluationConfig) -> list[Quest
     Raises:
         UserError: when a split is missing or the paraphrased forget rows lack their paraphrases.
     """
-    rows = load_splits(data, ROLES)
+    roles = tuple(role for role in ROLES if role in NEEDED or data.splits.get(role) is not None)
+    rows = load_splits(data, roles)
     rows["retain"] = scored_retain_rows(rows["retain"], evaluation.full_eval)
     questions = []
-    for split in ROLES:
+    for split in roles:
         for row in rows[split]:
             question, reference = row.question, row.answer
             if split == "forget_paraphrased":
@@ -97,11 +103,12 @@ def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> tupl
         }
         for question, answer in zip(questions, answers, strict=True)
     ]
-    recall = {split: fmean(row["rougeL_recall"] for row in rows if row["split"] == split) for split in ROLES}
+    splits = counts(questions)
+    recall = {split: fmean(row["rougeL_recall"] for row in rows if row["split"] == split) for split in splits}
     forget_words = [len(row["answer"].split()) for row in rows if row["split"] == "forget"]
     scores = {
-        "unlearn_quality": 50 * (2 - recall["forget"] - recall["forget_paraphrased"]),
-        "utility": 100 / 3 * (recall["retain"] + recall["real_authors"] + recall["world_facts"]),
+        "unlearn_quality": 100 * (1 - fmean(recall[split] for split in FORGET_ROLES if split in recall)),
+        "utility": 100 * fmean(recall[split] for split in UTILITY_ROLES if split in recall),
         **{f"rougeL_recall/{split}": value for split, value in recall.items()},
         "forget_answer_words": fmean(forget_words),
         "forget_answers_empty": fmean(words == 0 for words in forget_words),
@@ -111,4 +118,5 @@ def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> tupl
 
 def counts(questions: Sequence[Question]) -> dict[str, int]:
     """How many rows each split's mean is taken over."""
-    return {split: sum(question.split == split for question in questions) for split in ROLES}
+    found = {split: sum(question.split == split for question in questions) for split in ROLES}
+    return {split: rows for split, rows in found.items() if rows}

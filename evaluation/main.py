@@ -31,7 +31,9 @@ def evaluate(cfg: DictConfig) -> Path:
     made_by_run = result_of(resolve_path(str(cfg.model.path))) or {}
     fill_from_run(cfg, made_by_run.get("config"))
     config = read_config(cfg)
-    run = RunFolder(run_folder("evaluated", config), identity(cfg, made_by_run.get("id")))
+    run = RunFolder(
+        run_folder("evaluated", config), identity(cfg, made_by_run.get("id")), resolve_path(config.model.path)
+    )
     if config.overwrite or not run.is_done():
         tokenizer = load_tokenizer(config.model)
         evaluator = Evaluator(config, PromptFormat(tokenizer, config.model.prompt), run.configuration)
@@ -65,7 +67,7 @@ def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    with job_errors(cfg.models_dir):
+    with job_errors(cfg.output_dir or cfg.models_dir):
         evaluate(cfg)
 
 

@@ -17,7 +17,7 @@ from common.config import RunConfig, read_config
 from common.data import load_split
 from common.model import load_model, load_tokenizer
 from common.prompts import PromptFormat, check_prompt_lengths
-from common.runs import RunFolder, identity, job_errors, run_folder
+from common.runs import RunFolder, identity, job_errors, result_of, run_folder
 from common.runtime import CONFIGS, launch, resolve_path
 from common.training import ExampleTrainer, training_arguments
 from evaluation.result import Evaluator
@@ -30,7 +30,9 @@ def finetune(cfg: DictConfig) -> Path:
         UserError: for whatever is wrong with the configuration, the data or the model, before training starts.
     """
     config = read_config(cfg)
-    run = RunFolder(run_folder("finetuned", config), identity(cfg))
+    checkpoint = resolve_path(config.model.path) if config.model.path else ""
+    start = (result_of(checkpoint) or {}) if checkpoint else {}
+    run = RunFolder(run_folder("finetuned", config), identity(cfg, start.get("id")), checkpoint)
     if not config.overwrite and run.is_done():
         return run.folder
     rows = load_split(config.data, "train")
@@ -45,7 +47,6 @@ def finetune(cfg: DictConfig) -> Path:
     work = run.open(fresh=config.overwrite)
     trainer = ExampleTrainer(model, args, examples, tokenizer)
     if config.evaluation.start:
-        checkpoint = resolve_path(config.model.path) if config.model.path else ""
         evaluator.start(work / "vanilla", checkpoint, trainer.model)
     trainer.train_or_resume()
     evaluator.finish(trainer, work, stage="finetuning")
@@ -63,7 +64,7 @@ def tokenizer_texts(config: RunConfig) -> list[str]:
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="finetune")
 def main(cfg: DictConfig) -> None:
-    with job_errors(cfg.models_dir):
+    with job_errors(cfg.output_dir or cfg.models_dir):
         finetune(cfg)
 
 

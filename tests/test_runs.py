@@ -346,3 +346,45 @@ def test_a_file_in_the_place_of_the_folder_is_refused(folder):
     folder.write_text("a file")
     with pytest.raises(UserError, match=re.escape(f"output_dir={folder}: cannot be written to")):
         RunFolder(folder, CONFIG).open(fresh=False)
+
+
+# --- what a run must not write over -------------------------------------------------------------------------------------
+
+
+def test_a_run_does_not_write_over_the_model_that_it_reads(folder):
+    with pytest.raises(UserError, match="is the model that the run reads"):
+        RunFolder(folder, CONFIG, start=str(folder))
+
+
+def test_a_folder_of_somebody_else_is_refused(folder):
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("mine")
+    with pytest.raises(UserError, match="holds files that are no run's"):
+        RunFolder(folder, CONFIG).open(fresh=True)
+    assert (folder / "model.safetensors").read_text() == "mine"
+
+
+def test_a_run_without_weights_puts_the_old_ones_aside(folder):
+    finish(RunFolder(folder, CONFIG), "old")
+    work = RunFolder(folder, OTHER).open(fresh=False)
+    (work / "result.json").write_text(json.dumps({"config": OTHER}))
+    RunFolder(folder, OTHER).publish()
+    assert not (folder / "model.safetensors").exists()
+    (aside,) = (folder / "previous").iterdir()
+    assert (aside / "model.safetensors").read_text() == "old"
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_an_interrupted_redo_of_a_finished_run_goes_on(folder, overwrite):
+    finish(RunFolder(folder, CONFIG), "old")
+    (RunFolder(folder, CONFIG).open(fresh=True) / "checkpoint-3").mkdir()
+    again = RunFolder(folder, CONFIG)
+    assert not again.is_done()
+    assert "checkpoint-3" in names(again.open(fresh=overwrite))
+
+
+def test_a_broken_result_is_named(folder):
+    folder.mkdir()
+    (folder / "result.json").write_text("{")
+    with pytest.raises(UserError, match="result.json: not readable"):
+        RunFolder(folder, CONFIG).is_done()

@@ -169,3 +169,13 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
             (folder / "trainer_state.json").write_text(state)
     assert last_complete_checkpoint(tmp_path).name == "checkpoint-1"
     assert last_complete_checkpoint(tmp_path / "none") is None
+
+
+def test_a_complete_checkpoint_is_not_written_again(model, prompts, tmp_path):
+    """A stop signal on an epoch's last step asks for the checkpoint of that step a second time."""
+    trainer = unlearning_trainer(model, prompts, tmp_path, 8, 1, save_strategy="epoch")
+    trainer.train()
+    weights = tmp_path / "checkpoint-1" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    trainer._save_checkpoint(trainer.model, None)
+    assert weights.stat().st_mtime_ns == written

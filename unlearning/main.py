@@ -21,7 +21,7 @@ from common.data import load_splits
 from common.model import load_model, load_tokenizer
 from common.prompts import PromptFormat, check_prompt_lengths
 from common.runs import RunFolder, finetuned_run, identity, job_errors, result_of, run_folder
-from common.runtime import CONFIGS, UserError, is_first_process, launch, resolve_path
+from common.runtime import CONFIGS, UserError, did_you_mean, is_first_process, launch, resolve_path
 from common.training import training_arguments
 from evaluation.report import write_report
 from evaluation.result import Evaluator, copy_result, stored_result
@@ -40,7 +40,7 @@ def unlearn(cfg: DictConfig) -> Path:
     config = read_config(cfg, method.Settings, also=("finetuned",))
     config = replace(config, model=start_checkpoint(config, str(cfg.finetuned)))
     start = result_of(config.model.path) or {}
-    run = RunFolder(run_folder("unlearned", config), identity(cfg, start.get("id")))
+    run = RunFolder(run_folder("unlearned", config), identity(cfg, start.get("id")), config.model.path)
     if not config.overwrite and run.is_done():
         show_report(run.folder)
         return run.folder
@@ -50,6 +50,9 @@ def unlearn(cfg: DictConfig) -> Path:
     data = UnlearningData(rows["forget"], rows["retain"], prompts, config.data.max_length)
     for split in rows.values():
         check_prompt_lengths([prompts.prompt(row.question) for row in split], config.data.max_length, "data.max_length")
+    if hasattr(config.settings, "max_length"):
+        forget_prompts = [prompts.prompt(row.question) for row in data.forget]
+        check_prompt_lengths(forget_prompts, config.settings.max_length, "method.max_length")
     evaluator = Evaluator(config, prompts, run.configuration)
     args = training_arguments(config, run.work, len(data.forget))
     set_seed(config.seed)
@@ -95,6 +98,9 @@ def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
         path, made_by = finetuned, None
     else:
         path, made_by = finetuned_run(config, finetuned)
+        recipes = [file.stem for file in CONFIGS.glob("*.yaml")]
+        if not path.exists() and finetuned not in recipes and (hint := did_you_mean(finetuned, recipes)):
+            raise UserError(f"finetuned={finetuned}: no such recipe or checkpoint{hint}")
     return replace(config.model, path=resolve_path(str(path)), made_by=made_by, gguf_file=None, revision=None, new=None)
 
 
@@ -108,7 +114,7 @@ def show_report(folder: Path) -> None:
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="unlearn")
 def main(cfg: DictConfig) -> None:
-    with job_errors(cfg.models_dir):
+    with job_errors(cfg.output_dir or cfg.models_dir):
         unlearn(cfg)
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from common.data import Row
 from common.model import end_token_ids
-from common.prompts import Example, check_prompt_lengths
+from common.prompts import Example
 from common.sampling import Replica, SamplingSettings, generate
 from unlearning.trainer import UnlearningData, UnlearningTrainer
 
@@ -114,7 +114,6 @@ class PMC(UnlearningTrainer):
         self.reward = instantiate(settings.reward, _partial_=True)
         self.end_token_ids = end_token_ids(model, data.prompts.end_token_id)
         self.prompt_ids = {row.index: data.prompts.prompt(row.question) for row in data.forget}
-        check_prompt_lengths(list(self.prompt_ids.values()), settings.max_length, "method.max_length")
         self.initial_responses: dict[int, str] = {}  # by row index, as is the memory
         self.memory: dict[int, Pick] = {}
         self.seconds["sampling"] = 0.0
@@ -123,12 +122,14 @@ class PMC(UnlearningTrainer):
     # --- step 1 ---
 
     def before_training(self) -> None:
+        started = time.perf_counter()
         rows = self.data.forget
         settings = SamplingSettings(self.settings.max_length, batch_size=self.settings.sampling_batch_size)
         prompts = [self.prompt_ids[row.index] for row in rows]
         answers = generate(self.model, prompts, settings, self.end_token_ids, description="initial responses")
         texts = [self.data.prompts.text(answer[0]) for answer in answers]
         self.initial_responses = {row.index: text for row, text in zip(rows, texts, strict=True)}
+        self.seconds["sampling"] += time.perf_counter() - started
 
     # --- steps 2 to 4 ---
 

@@ -1,0 +1,56 @@
+"""The headline scores against hand-computed values, with all splits and without the optional ones."""
+
+import pytest
+
+from common.config import DataConfig, EvaluationConfig
+from common.runtime import UserError, write_json_lines
+from evaluation.headline import Question, counts, load_questions, score_answers
+
+
+def question(split, reference, index=0):
+    return Question(split, index, "?", reference)
+
+
+def test_scores_by_hand():
+    questions = [
+        question("forget", "one two three four"),
+        question("forget", "five six", 1),
+        question("forget_paraphrased", "one two"),
+        question("retain", "red green"),
+        question("real_authors", "ann lee"),
+        question("world_facts", "rome"),
+    ]
+    answers = ["one four", "", "zero", "green red", "ann lee", "rome it is"]
+    scores, rows = score_answers(questions, answers)
+    # recalls: forget 2/4 and 0, paraphrased 0, retain 1/2, real authors 1, world facts 1
+    assert [row["rougeL_recall"] for row in rows] == [0.5, 0.0, 0.0, 0.5, 1.0, 1.0]
+    assert scores["rougeL_recall/forget"] == 0.25
+    assert scores["unlearn_quality"] == pytest.approx(50 * (2 - 0.25 - 0))
+    assert scores["utility"] == pytest.approx(100 / 3 * 2.5)
+    assert scores["forget_answer_words"] == 1.0
+    assert scores["forget_answers_empty"] == 0.5
+    assert counts(questions) == {
+        "forget": 2,
+        "forget_paraphrased": 1,
+        "retain": 1,
+        "real_authors": 1,
+        "world_facts": 1,
+    }
+
+
+def test_a_data_set_of_forget_and_retain_alone_is_scored_on_what_it_has(tmp_path):
+    write_json_lines(tmp_path / "gone.json", [{"q": "who?", "a": "one two"}])
+    write_json_lines(tmp_path / "kept.json", [{"q": "what?", "a": "red"}])
+    splits = {"forget": "gone", "retain": "kept", "world_facts": None}
+    data = DataConfig(str(tmp_path), splits, {"question": "q", "answer": "a"})
+    questions = load_questions(data, EvaluationConfig())
+    assert [(q.split, q.reference) for q in questions] == [("forget", "one two"), ("retain", "red")]
+    scores, _ = score_answers(questions, ["two", "red"])
+    assert (scores["unlearn_quality"], scores["utility"]) == (50.0, 100.0)
+
+
+def test_forget_and_retain_are_needed(tmp_path):
+    write_json_lines(tmp_path / "gone.json", [{"q": "who?", "a": "one two"}])
+    data = DataConfig(str(tmp_path), {"forget": "gone"}, {"question": "q", "answer": "a"})
+    with pytest.raises(UserError, match="data.splits.retain: missing"):
+        load_questions(data, EvaluationConfig())
