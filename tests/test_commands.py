@@ -296,7 +296,7 @@ def test_a_changed_configuration_redoes_the_run_and_keeps_the_old_figures(models
     first = read(tmp_path / "run" / "result.json")
     (tmp_path / "run" / "notes.txt").write_text("mine")
     done = run_stage("unlearning", *common, "method.lambda_unlearning=0.5")
-    assert "method.lambda_unlearning: 1.5 -> 0.5" in done.stdout
+    assert re.search(r"method.lambda_unlearning: [\d.]+ -> 0.5", done.stdout)
     assert read(tmp_path / "run" / "result.json")["config"]["method"]["lambda_unlearning"] == 0.5
     (previous,) = (tmp_path / "run" / "previous").iterdir()
     assert read(previous / "result.json") == first
