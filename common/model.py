@@ -5,7 +5,6 @@ model.trust_remote_code says so.
 """
 
 import dataclasses
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,6 @@ from common.runtime import UserError, did_you_mean, looks_local, read_json, reso
 
 ADAPTER = "adapter_config.json"
 END, PAD, UNKNOWN = "<|end|>", "<|pad|>", "<|unknown|>"
-
-log = logging.getLogger(__name__)
 
 
 def load_tokenizer(config: ModelConfig, texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:

@@ -2,7 +2,7 @@
 
     models/<stage>/<recipe>/seed-0+method.num_samples-2/
         in_progress/     configuration and trainer checkpoints while the run is going on; gone afterwards
-        previous/        figures (not weights) of the results that this run replaced
+        previous/        figures of the results that this run replaced (weights, too, if the new run saved none)
         result.json, generations.jsonl, history.jsonl, report.md, model.safetensors, tokenizer.json, ...
 
 Everything is written to in_progress/ first and moved up at the end, result.json last: a folder with a result.json is

@@ -92,6 +92,11 @@ def answer_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tup
     return cross_entropy(logits, targets[is_answer], reduction="none"), is_answer.nonzero()[:, 0]
 
 
+def answer_tokens(labels: torch.Tensor) -> int:
+    """How many tokens have a loss; the first of a row is never predicted. `labels`: shape (rows, length)."""
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
 class ExampleTrainer(Trainer):
     """A Trainer over `Example`s whose checkpoints are complete or not used, and which keeps a history.
 
@@ -127,8 +132,7 @@ class ExampleTrainer(Trainer):
         micro_batches = []
         for _, examples in zip(range(num_batches), epoch_iterator, strict=False):
             micro_batches.append(collate(examples))
-        tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in micro_batches)
-        return micro_batches, self.total(tokens)
+        return micro_batches, self.total(sum(answer_tokens(batch["labels"]) for batch in micro_batches))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         losses, _ = answer_losses(model, inputs)
@@ -167,12 +171,10 @@ class ExampleTrainer(Trainer):
         self.history, self.seconds, self.epoch_sums = state["history"], state["seconds"], state["epoch_sums"]
 
     def _save_checkpoint(self, model, trial):
-        if last_complete_checkpoint(Path(self.args.output_dir)) == Path(self.args.output_dir) / (
-            f"checkpoint-{self.state.global_step}"
-        ):
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if last_complete_checkpoint(folder.parent) == folder:
             return  # asked for twice, by a signal on an epoch's last step; rewriting it could only spoil it
         # Our state goes first: trainer_state.json, which the Trainer writes last, then stands for a complete checkpoint.
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         state = self.state_to_save()
         if self.is_world_process_zero():
             folder.mkdir(parents=True, exist_ok=True)

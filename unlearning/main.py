@@ -7,7 +7,6 @@ Writes models/unlearned/<recipe>/<seed and overrides>/: the checkpoint, result.j
 the report, with the results of the vanilla and the finetuned model beside them.
 """
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +25,6 @@ from common.training import training_arguments
 from evaluation.report import write_report
 from evaluation.result import Evaluator, copy_result, stored_result
 from unlearning.trainer import UnlearningData, UnlearningTrainer
-
-log = logging.getLogger(__name__)
 
 
 def unlearn(cfg: DictConfig) -> Path:
@@ -48,11 +45,11 @@ def unlearn(cfg: DictConfig) -> Path:
     rows = load_splits(config.data, ("forget", "retain"))
     prompts = PromptFormat(tokenizer, config.model.prompt)
     data = UnlearningData(rows["forget"], rows["retain"], prompts, config.data.max_length)
-    for split in rows.values():
-        check_prompt_lengths([prompts.prompt(row.question) for row in split], config.data.max_length, "data.max_length")
+    prompt_ids = {role: [prompts.prompt(row.question) for row in split] for role, split in rows.items()}
+    for ids in prompt_ids.values():
+        check_prompt_lengths(ids, config.data.max_length, "data.max_length")
     if hasattr(config.settings, "max_length"):
-        forget_prompts = [prompts.prompt(row.question) for row in data.forget]
-        check_prompt_lengths(forget_prompts, config.settings.max_length, "method.max_length")
+        check_prompt_lengths(prompt_ids["forget"], config.settings.max_length, "method.max_length")
     evaluator = Evaluator(config, prompts, run.configuration)
     args = training_arguments(config, run.work, len(data.forget))
     set_seed(config.seed)

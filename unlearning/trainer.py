@@ -3,8 +3,7 @@
     loss = collapse (or forget) part + lambda_unlearning * retain part
 
 Each part is the mean over its answer tokens of the whole optimizer step, so that neither micro-batches nor processes
-change the gradient. A method states what its forget rows are trained on (`forget_examples`) and, where it differs from
-cross-entropy, its loss (`forget_loss`).
+change the gradient. A method states what its forget rows are trained on (`forget_examples`).
 """
 
 import time
@@ -13,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.data import Row
-from common.prompts import IGNORED, Example, PromptFormat, collate
-from common.training import ExampleTrainer, answer_losses
+from common.prompts import Example, PromptFormat, collate
+from common.training import ExampleTrainer, answer_losses, answer_tokens
 
 RETAIN_STREAM = 1  # keeps the draw of retain rows apart from the sampler's, which (seed, step, index) keys
 
@@ -78,10 +76,10 @@ class UnlearningTrainer(ExampleTrainer):
             examples = [next(forget) for _ in window] + [self.paired_retain_example(row) for row in window]
             micro_batches.append({**collate(examples), "num_forget": len(window)})
         forget_tokens = self.total(
-            sum(_answer_tokens(batch["labels"][: batch["num_forget"]]) for batch in micro_batches)
+            sum(answer_tokens(batch["labels"][: batch["num_forget"]]) for batch in micro_batches)
         )
         retain_tokens = self.total(
-            sum(_answer_tokens(batch["labels"][batch["num_forget"] :]) for batch in micro_batches)
+            sum(answer_tokens(batch["labels"][batch["num_forget"] :]) for batch in micro_batches)
         )
         for batch in micro_batches:
             batch |= {"forget_tokens": forget_tokens, "retain_tokens": retain_tokens}
@@ -103,7 +101,3 @@ class UnlearningTrainer(ExampleTrainer):
 
     def epoch_record(self, steps: int) -> dict[str, float]:
         return {name: self.epoch_sum(name) / steps for name in ("forget_loss", "retain_loss")}
-
-
-def _answer_tokens(labels: torch.Tensor) -> int:
-    return int((labels[:, 1:] != IGNORED).sum())
