@@ -23,9 +23,10 @@ from hydra.utils import get_method, instantiate
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.data import Row
+from common.decoding import Replica
 from common.model import end_token_ids
 from common.prompts import Example
-from common.sampling import Replica, SamplingSettings, generate
+from common.sampling import SamplingSettings, generate
 from unlearning.trainer import UnlearningData, UnlearningTrainer
 
 log = logging.getLogger(__name__)
