@@ -144,8 +144,8 @@ class DataConfig:
 class EvaluationConfig:
     max_length: int = 200
     """Longest prompt and greedy answer together, in tokens."""
-    batch_size: int = 256
-    """Answers generated side by side."""
+    batch_size: int | None = None
+    """Answers generated side by side, at most; null: as many as a tenth of the memory holds."""
     full_eval: bool = False
     """Score all retain rows instead of 400 drawn with a fixed seed."""
     every_epochs: int = 0
@@ -156,7 +156,7 @@ class EvaluationConfig:
     def problems(self) -> list[str]:
         found = []
         for name in ("max_length", "batch_size"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 found.append(f"{name}={getattr(self, name)}: expected at least 1")
         if self.every_epochs < 0:
             found.append(f"every_epochs={self.every_epochs}: expected 0 or more")

@@ -282,7 +282,9 @@ class StepGraphs:
         replay()
         logits = logits[: len(tokens)]
         if plain is not None and not _alike(logits, plain):
-            log.warning("a CUDA graph of the decode step gives other logits than the step itself; going on without graphs")
+            log.warning(
+                "a CUDA graph of the decode step gives other logits than the step itself; going on without graphs"
+            )
             return None
         return logits.clone()
 

@@ -60,8 +60,12 @@ class PromptFormat:
         return Example(prompt, self.answer(row.answer)[: max_length - len(prompt)])
 
     def text(self, answer_ids: Sequence[int]) -> str:
-        """The words of an answer: without special tokens and outer space."""
-        return self.tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
+        """The words of an answer: without special tokens and outer space.
+
+        Nothing is cleaned up, so that the text of an answer's first tokens is the beginning of its text.
+        """
+        decoded = self.tokenizer.decode(answer_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decoded.strip()
 
     def _messages(self, question: str) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.config.system}] if self.config.system else []

@@ -99,7 +99,9 @@ def generate(
             room = [settings.max_length - len(prompts[i]) for i in chunk for _ in samples]
             if limits:
                 room = [limits[i][sample] for i in chunk for sample in samples]
-            batch = _Batch(decoder, [(i, sample) for i in chunk for sample in samples], room, end_token_ids, watcher, bar)
+            batch = _Batch(
+                decoder, [(i, sample) for i in chunk for sample in samples], room, end_token_ids, watcher, bar
+            )
             uniforms = _uniforms(keys, chunk, samples, settings, max(room)) if settings.temperature > 0 else None
             rows = batch.generate([prompts[i] for i in chunk], settings, uniforms)
             for position, i in enumerate(chunk):

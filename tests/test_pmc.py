@@ -92,7 +92,7 @@ def test_a_question_at_score_zero_is_not_sampled_again_but_goes_on_being_trained
     trainer.memory = {0: Pick(0.0, [7, 8, 2]), 1: Pick(0.5, [9, 2])}
     asked = []
     monkeypatch.setattr(
-        trainer, "sample", lambda rows: asked.extend(row.index for row in rows) or [[[5, 2]]] * len(rows)
+        trainer, "sample", lambda rows, _: asked.extend(row.index for row in rows) or [[[5, 2]]] * len(rows)
     )
     examples = trainer.forget_examples(ROWS[:3])
     assert asked == [1, 2]

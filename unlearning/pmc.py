@@ -5,7 +5,8 @@
 1. Before training, the finetuned model answers every forget question greedily: the *initial responses*.
 2. For each forget question of an optimizer step, draw `num_samples` answers from the current model.
 3. Score each: s = ROUGE-L recall of the sample against the initial response (1 - reward).
-4. Keep per question the answer with the lowest s so far; one whose s is 0 is not sampled again.
+4. Keep per question the answer with the lowest s so far; one whose s is 0 is not sampled again. Samples that cannot be
+   picked any more are stopped while they are drawn (`unlearning.pruning`).
 5. Train: cross-entropy on the kept answers + lambda_unlearning * cross-entropy on retain answers.
 
 The forget answers of the data set are never looked at.
@@ -27,6 +28,7 @@ from common.decoding import Replica
 from common.model import end_token_ids
 from common.prompts import Example
 from common.sampling import SamplingSettings, generate
+from unlearning.pruning import Pruner, complete_words
 from unlearning.trainer import UnlearningData, UnlearningTrainer
 
 log = logging.getLogger(__name__)
@@ -48,15 +50,17 @@ class PMCSettings:
     """Prompt and sampled answer together, in tokens."""
     min_len: int = 0
     """Answers of fewer words score worse, by exp(-words); 0: off."""
-    sampling_batch_size: int = 512
-    """Answers drawn side by side; less needs less memory."""
+    prune: bool = True
+    """Stop samples that can no longer be picked; for rewards that never rise as a sample grows."""
+    sampling_batch_size: int | None = None
+    """Answers drawn side by side, at most; null: as many as a tenth of the memory holds."""
     reward: Any = field(default_factory=lambda: {"_target_": "unlearning.rewards.rouge_l"})
     """Function (reference, samples) -> list of rewards in [0, 1]."""
 
     def problems(self) -> list[str]:
         found = []
         for name in ("num_samples", "max_length", "sampling_batch_size"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 found.append(f"{name}={getattr(self, name)}: expected at least 1")
         for name in ("lambda_unlearning", "temperature", "top_k", "min_len"):
             if getattr(self, name) < 0:
@@ -113,6 +117,7 @@ class PMC(UnlearningTrainer):
         self.replica = Replica(model, torch.bfloat16) if args.bf16 and model.dtype != torch.bfloat16 else None
         super().__init__(model, args, data, settings)
         self.reward = instantiate(settings.reward, _partial_=True)
+        self.prunes = settings.prune and getattr(self.reward.func, "never_rises", False)
         self.end_token_ids = end_token_ids(model, data.prompts.end_token_id)
         self.prompt_ids = {row.index: data.prompts.prompt(row.question) for row in data.forget}
         self.initial_responses: dict[int, str] = {}  # by row index, as is the memory
@@ -137,21 +142,26 @@ class PMC(UnlearningTrainer):
     def forget_examples(self, rows: list[Row]) -> list[Example]:
         started = time.perf_counter()
         open_rows = [row for row in rows if row.index not in self.memory or self.memory[row.index].score > 0]
-        for row, answers in zip(open_rows, self.sample(open_rows), strict=True):
-            candidates = self.score(row, answers)
+        pruner = self.pruner(open_rows) if self.prunes else None
+        for question, (row, answers) in enumerate(zip(open_rows, self.sample(open_rows, pruner), strict=True)):
+            values = self.score(row, answers)
+            if pruner:
+                values = [pruner.bounds.get((question, sample), value) for sample, value in enumerate(values)]
+            candidates = [Pick(value, answer) for value, answer in zip(values, answers, strict=True)]
             self.memory[row.index] = select(self.memory.get(row.index), candidates)
             self.count(candidates)
         self.add_to_epoch(
             questions=len(rows),
             selected_score=sum(self.memory[row.index].score for row in rows),
             finished=sum(self.memory[row.index].score == 0 for row in rows),
+            pruned=len(pruner.bounds) if pruner else 0,
         )
         elapsed = time.perf_counter() - started
         self.seconds["sampling"] += elapsed
         self.add_to_epoch(seconds_sampling=elapsed)
         return [Example(self.prompt_ids[row.index], self.memory[row.index].answer) for row in rows]
 
-    def sample(self, rows: list[Row]) -> list[list[list[int]]]:
+    def sample(self, rows: list[Row], pruner: Pruner | None) -> list[list[list[int]]]:
         """`num_samples` answers of the current model to each row's question, as token ids."""
         if not rows:
             return []
@@ -160,13 +170,25 @@ class PMC(UnlearningTrainer):
         model = self.replica.refresh() if self.replica else self.model
         prompts = [self.prompt_ids[row.index] for row in rows]
         keys = [(self.args.seed, self.state.global_step, row.index) for row in rows]
-        return generate(model, prompts, settings, self.end_token_ids, keys, description="sampling")
+        return generate(model, prompts, settings, self.end_token_ids, keys, description="sampling", watcher=pruner)
 
-    def score(self, row: Row, answers: list[list[int]]) -> list[Pick]:
+    def score(self, row: Row, answers: list[list[int]]) -> list[float]:
         texts = [self.data.prompts.text(answer) for answer in answers]
         rewards = self.reward(self.initial_responses[row.index], texts)
-        values = scores(rewards, texts, self.settings.min_len)
-        return [Pick(value, answer) for value, answer in zip(values, answers, strict=True)]
+        return scores(rewards, texts, self.settings.min_len)
+
+    def lower_bound(self, row: Row, beginning: list[int]) -> float:
+        """A score that no answer with this beginning falls below."""
+        text = complete_words(self.data.prompts.text(beginning))
+        return scores(self.reward(self.initial_responses[row.index], [text]), [text], min_len=0)[0]
+
+    def pruner(self, rows: list[Row]) -> Pruner:
+        stored = [self.memory[row.index].score if row.index in self.memory else math.inf for row in rows]
+        return Pruner(
+            stored,
+            score=lambda question, answer: self.score(rows[question], [answer])[0],
+            bound=lambda question, beginning: self.lower_bound(rows[question], beginning),
+        )
 
     # --- the epoch's line ---
 
@@ -187,8 +209,11 @@ class PMC(UnlearningTrainer):
         record["selected_score"] = total("selected_score") / questions
         record["finished"] = total("finished") / questions
         if samples:
-            record["sample_score"] = total("sample_score") / samples
+            # A sample that was stopped counts with the score that it would at least have had.
+            record["sample_score_at_least" if self.prunes else "sample_score"] = total("sample_score") / samples
             record["sample_tokens"] = total("sample_tokens") / samples
+            if self.prunes:
+                record["pruned"] = total("pruned") / samples
         record["seconds_sampling"] = total("seconds_sampling") / self.args.world_size
         self.warn_when_stalled(total("all_equal_initial") / sampled if sampled else 0.0)
         return record

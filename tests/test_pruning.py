@@ -1,0 +1,117 @@
+"""Pruning stops samples half-way and changes nothing that is picked."""
+
+import random
+
+import pytest
+import torch
+
+from common.sampling import Draft
+from tests.conftest import ROWS
+from tests.test_pmc import make_trainer
+from unlearning import pmc
+from unlearning.pmc import Pick, PMCSettings, scores, select
+from unlearning.pruning import Pruner, complete_words
+from unlearning.rewards import rouge_l
+
+WORDS = ["sea", "sailing", "sail", "storms", "in", "the", "book", "1987", "a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("the sailing", "the"), ("the ", "the"), ("the", ""), ("", ""), ("a\nb\tc", "a\nb"), ("one\u3000two", "one")],
+)
+def test_the_last_word_is_left_out_of_a_bound(text, expected):
+    """It may go on: `sail` is a word of `the sail`, but not of `the sailor`."""
+    assert complete_words(text) == expected
+
+
+def drawn_half_way(pruner: Pruner, texts: list[list[str]]) -> list[list[str]]:
+    """Show the pruner samples of one question as they grow; returns them as far as they were drawn."""
+    running, length = set(range(len(texts))), 0
+    while running:
+        length += pruner.every
+        ended = [i for i in sorted(running) if len(texts[i]) <= length]
+        running -= set(ended)
+        going_on = sorted(running)
+        stop = pruner.look([Draft(0, i, texts[i]) for i in ended], [Draft(0, i, texts[i][:length]) for i in going_on])
+        for i, stops in zip(going_on, stop, strict=True):
+            if stops:
+                texts[i] = texts[i][:length]
+                running.discard(i)
+    return texts
+
+
+@pytest.mark.parametrize("min_len", [0, 12])
+def test_the_pick_is_that_of_complete_samples(min_len):
+    """1000 random questions against a selection that sees all of every sample; letters stand for tokens."""
+    rng, stopped = random.Random(0), 0
+    for _ in range(1000):
+        reference = " ".join(rng.choices(WORDS, k=rng.randint(0, 12)))
+        samples = [list(" ".join(rng.choices(WORDS, k=rng.randint(0, 14)))) for _ in range(rng.randint(1, 6))]
+        stored = Pick(rng.choice([0.1, 0.25, 0.5, 1.0]), ["stored"]) if rng.random() < 0.5 else None
+
+        def score(_question, sample, reference=reference):
+            text = "".join(sample)
+            return scores(rouge_l(reference, [text]), [text], min_len)[0]
+
+        def bound(_question, beginning, reference=reference):
+            return 1 - rouge_l(reference, [complete_words("".join(beginning))])[0]
+
+        complete = [Pick(score(0, sample), list(sample)) for sample in samples]
+        pruner = Pruner([stored.score if stored else float("inf")], score, bound)
+        drawn = drawn_half_way(pruner, [list(sample) for sample in samples])
+        partial = [Pick(pruner.bounds.get((0, i), score(0, sample)), sample) for i, sample in enumerate(drawn)]
+        assert select(stored, partial) == select(stored, complete)
+        assert all(after.score <= before.score for after, before in zip(partial, complete, strict=True))
+        stopped += len(pruner.bounds)
+    assert stopped > 500
+
+
+@pytest.fixture
+def runs(model, prompts, tmp_path):
+    """Three epochs with pruning and three without, from the same weights."""
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def run(**options):
+        model.load_state_dict(start)
+        settings = PMCSettings(num_samples=6, max_length=60, temperature=0.7, **options)
+        trainer = make_trainer(model, prompts, tmp_path, settings=settings, learning_rate=3e-4, num_train_epochs=3)
+        trainer.train()
+        return trainer.memory, [p.clone() for p in model.parameters()], trainer.history
+
+    return run
+
+
+def test_pruning_changes_neither_the_picks_nor_the_trained_weights(runs, monkeypatch):
+    monkeypatch.setattr(Pruner, "every", 4)
+    (memory, weights, history), (plain_memory, plain_weights, plain_history) = runs(prune=True), runs(prune=False)
+    assert sum(record["pruned"] for record in history) > 0.2
+    assert memory == plain_memory
+    assert all(torch.equal(a, b) for a, b in zip(weights, plain_weights, strict=True))
+    for record, plain in zip(history, plain_history, strict=True):
+        assert record["selected_score"] == plain["selected_score"]
+        assert record["sample_score_at_least"] <= plain["sample_score"], "a lower bound, and called so"
+        assert record["sample_tokens"] <= plain["sample_tokens"]
+        assert "sample_score" not in record
+        assert "pruned" not in plain
+
+
+def test_a_reward_that_does_not_promise_never_to_rise_is_not_pruned(model, prompts, tmp_path):
+    settings = PMCSettings(num_samples=2, max_length=48, reward={"_target_": "tests.test_pmc.shouting"})
+    assert not make_trainer(model, prompts, tmp_path, settings=settings).prunes
+
+
+def test_the_text_of_a_beginning_is_the_beginning_of_the_text(prompts):
+    """Which the bound rests on, but for the word that a beginning breaks off in."""
+    rng = random.Random(0)
+    ids = [prompts.tokenizer(row.answer)["input_ids"] for row in ROWS]
+    ids += [rng.choices(range(len(prompts.tokenizer)), k=30) for _ in range(50)]
+    for answer in ids:
+        whole = prompts.text(answer)
+        for end in range(len(answer)):
+            assert whole.startswith(complete_words(prompts.text(answer[:end])))
+
+
+def test_the_watcher_sees_every_sample_of_a_window_split_into_chunks(runs):
+    assert runs(prune=True)[0] == runs(prune=True, sampling_batch_size=4)[0]
+    assert pmc.Pruner is Pruner
