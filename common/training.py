@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from common.prompts import IGNORED, collate
 from common.runtime import Interrupted, UserError, read_json
 
 log = logging.getLogger(__name__)
+
+EXTRA_PASS = 128  # positions that a forward and backward pass more costs as much as on a CPU, about
 
 
 def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> TrainingArguments:
@@ -92,6 +94,40 @@ def answer_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tup
     return cross_entropy(logits, targets[is_answer], reduction="none"), is_answer.nonzero()[:, 0]
 
 
+def split_by_length(batch: dict[str, torch.Tensor], extra_pass: int) -> list[dict[str, torch.Tensor]]:
+    """The rows of a batch in parts of like length, which together have the fewest positions.
+
+    A batch is as long as its longest row, and TOFU's rows differ so much that half of its positions are padding.
+
+    Args:
+        batch: tensors with a row an example, `attention_mask` of shape (rows, length) among them.
+        extra_pass: how many positions a further part must save.
+    """
+    lengths, order = batch["attention_mask"].sum(1).sort()
+    lengths = lengths.tolist()
+    # cheapest[n]: positions of the n shortest rows with what their parts cost, and where the last part starts.
+    cheapest = [(0, 0)]
+    for end in range(1, len(lengths) + 1):
+        costs = [(cheapest[start][0] + (end - start) * lengths[end - 1] + extra_pass, start) for start in range(end)]
+        cheapest.append(min(costs))
+    parts, end = [], len(lengths)
+    while end > 0:
+        start = cheapest[end][1]
+        rows, longest = order[start:end], lengths[end - 1]
+        parts.append({k: v[rows, :longest] if v.ndim > 1 else v[rows] for k, v in batch.items()})
+        end = start
+    return parts[::-1]
+
+
+def in_slices(examples: Sequence[Any], sizes: Sequence[int]) -> list[Sequence[Any]]:
+    """The examples from short to long, in slices of the given sizes: batches of like length have little padding.
+
+    The loss is a mean over the tokens of the whole optimizer step, so it does not matter which rows go together.
+    """
+    ordered = iter(sorted(examples, key=len))
+    return [[next(ordered) for _ in range(size)] for size in sizes]
+
+
 def answer_tokens(labels: torch.Tensor) -> int:
     """How many tokens have a loss; the first of a row is never predicted. `labels`: shape (rows, length)."""
     return int((labels[:, 1:] != IGNORED).sum())
@@ -129,9 +165,9 @@ class ExampleTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Collate the micro-batches of one optimizer step; their number of answer tokens scales the loss."""
         self.step_started = time.perf_counter()
-        micro_batches = []
-        for _, examples in zip(range(num_batches), epoch_iterator, strict=False):
-            micro_batches.append(collate(examples))
+        window = [examples for _, examples in zip(range(num_batches), epoch_iterator, strict=False)]
+        examples = [example for some in window for example in some]
+        micro_batches = [collate(some) for some in in_slices(examples, [len(some) for some in window])]
         return micro_batches, self.total(sum(answer_tokens(batch["labels"]) for batch in micro_batches))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -139,6 +175,13 @@ class ExampleTrainer(Trainer):
         loss = losses.sum() / num_items_in_batch
         self.add_to_epoch(loss=loss.detach())
         return loss * self.args.world_size  # gradients are averaged over processes
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of a micro-batch, in parts of like length where positions cost more than passes."""
+        parts = [inputs]
+        if self.args.device.type == "cpu" and self.args.world_size == 1:  # processes must agree on the passes
+            parts = split_by_length(inputs, EXTRA_PASS)
+        return sum(super(ExampleTrainer, self).training_step(model, part, num_items_in_batch) for part in parts)
 
     def total(self, count: float) -> float:
         """A count summed over all processes."""

@@ -15,7 +15,7 @@ from evaluation.main import fill_from_run
 from unlearning.main import method_class
 from unlearning.trainer import UnlearningTrainer
 
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "run")
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ("run", "benchmark"))
 GROUPS = ("model", "data", "method", "evaluation")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 MADE_BY = {
@@ -44,7 +44,7 @@ def composed(recipe: str, *overrides: str) -> DictConfig:
 def read(recipe: str, *overrides: str) -> RunConfig:
     cfg = composed(recipe, *overrides)
     if "method" in cfg:
-        return read_config(cfg, method_class(cfg).Settings, also=("finetuned",))
+        return read_config(cfg, method_class(cfg).Settings, also=("finetuned", "benchmark"))
     return read_config(cfg)
 
 
@@ -62,7 +62,7 @@ def test_recipe_is_accepted(recipe):
     config = read(recipe)
     assert (config.seed, config.overwrite, config.output_dir) == (0, False, None)
     assert config.models_dir == str(ROOT / "models")
-    assert (config.settings is not None) == (recipe.startswith("PMC-unlearn") or recipe == "unlearn")
+    assert (config.settings is not None) == (recipe.startswith(("PMC-unlearn", "benchmark")) or recipe == "unlearn")
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)

@@ -10,7 +10,7 @@ import pytest
 
 from common.runtime import ROOT
 
-OURS = ("common", "finetuning", "unlearning", "evaluation")
+OURS = ("benchmarks", "common", "finetuning", "unlearning", "evaluation")
 MODULES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
 
 
@@ -32,6 +32,8 @@ def packages_of_ours(path) -> set[str]:
 
 def allowed(path) -> set[str]:
     package = path.relative_to(ROOT).parts[0]
+    if package == "benchmarks":
+        return {"common", "unlearning", "evaluation", package}
     if package in ("finetuning", "unlearning") and path.name == "main.py":
         return {"common", "evaluation", package}
     return {"common", package}

@@ -14,7 +14,7 @@ COMMANDS = [
     for line in README.splitlines()
     if line.startswith("    ")
     for command in line.split("&&")
-    if re.match(r"\s*python \S*main\.py", command)
+    if re.match(r"\s*python \S*\.py", command)
 ]
 
 
@@ -42,7 +42,9 @@ def test_make_targets_exist():
 def test_the_file_tree_names_every_module():
     tree = README.split("## How it is built")[1].split("\n## ")[0]
     modules = [
-        path for stage in ("common", "finetuning", "unlearning", "evaluation") for path in (ROOT / stage).glob("*.py")
+        path
+        for stage in ("benchmarks", "common", "finetuning", "unlearning", "evaluation")
+        for path in (ROOT / stage).glob("*.py")
     ]
     assert [str(path) for path in modules if path.name != "__init__.py" and path.name not in tree] == []
     named = re.findall(r"^ {6}([a-z_]+\.py)", tree, re.MULTILINE)
@@ -50,6 +52,6 @@ def test_the_file_tree_names_every_module():
 
 
 def test_every_recipe_is_in_the_table():
-    stages = {"finetune", "unlearn", "evaluate", "run", "pretrain-tiny"}
+    stages = {"finetune", "unlearn", "evaluate", "run", "benchmark", "pretrain-tiny"}
     recipes = {path.stem for path in CONFIGS.glob("*.yaml")} - stages
     assert [name for name in recipes if f"`{name}`" not in README] == []

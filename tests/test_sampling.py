@@ -20,7 +20,7 @@ from transformers import (
 
 from common import sampling
 from common.config import PromptConfig
-from common.decoding import Decoder, Replica
+from common.decoding import Decoder, Replica, packed_linears
 from common.prompts import PromptFormat
 from common.sampling import SamplingSettings, draw_tokens, generate, random_numbers
 from tests.conftest import ROWS
@@ -448,6 +448,45 @@ def test_the_forward_that_mixed_precision_wrapped_is_not_used():
     model.forward = forward
     prompts = random_prompts((3, 5))
     assert generate(model, prompts, SamplingSettings(9), [7]) == generate(plain, prompts, SamplingSettings(9), [7])
+
+
+# --- packed weights on a CPU --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_layers_compute_what_the_layers_compute(dtype, bias):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(48, 96, bias=bias), torch.nn.Linear(96, 50, bias=bias)).to(dtype)
+    for rows in (1, 3, 70):
+        inputs = torch.randn(rows, 2, 48, dtype=dtype)
+        with torch.no_grad():
+            expected = model.double()(inputs.double())
+            model.to(dtype)
+            with packed_linears(model):
+                found = model(inputs)
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_layers_are_as_before_after_packing():
+    model = random_model()
+    with packed_linears(model):
+        if torch.backends.mkldnn.is_available():
+            assert "forward" in vars(model.lm_head)
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+    with pytest.raises(RuntimeError, match="half-way"), packed_linears(model):
+        raise RuntimeError("half-way")
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+def test_new_weights_are_packed_anew():
+    model, prompts = random_model(), random_prompts((3, 9))
+    generate(model, prompts, SamplingSettings(20), [7])
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    answers = generate(model, prompts, SamplingSettings(20), [7])
+    assert [answer[0] for answer in answers] == [hugging_face_greedy(model, prompt, 20, [7]) for prompt in prompts]
 
 
 # --- the replica --------------------------------------------------------------------------------------------------------

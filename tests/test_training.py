@@ -1,13 +1,15 @@
 """The optimizer step: its loss and gradient are exact, whatever the micro-batches, and every parameter is trained."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from transformers import TrainingArguments
 
+from common import training
 from common.prompts import Example, collate
-from common.training import ExampleTrainer, answer_losses, last_complete_checkpoint
+from common.training import ExampleTrainer, answer_losses, in_slices, last_complete_checkpoint, split_by_length
 from tests.conftest import ROWS
 from unlearning.trainer import UnlearningData, UnlearningTrainer
 
@@ -75,10 +77,13 @@ def plain_unlearning_loss(model, prompts, pairs):
     return token_mean(forget) + 1.5 * token_mean(retain)
 
 
+@pytest.mark.parametrize("extra_pass", [1, 10**9])
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(8, 1), (1, 8), (2, 4), (3, 3)])
 def test_a_step_has_the_gradient_of_the_formula_whatever_its_micro_batches(
-    model, prompts, tmp_path, batch_size, accumulation
+    model, prompts, tmp_path, monkeypatch, batch_size, accumulation, extra_pass
 ):
+    """1: rows of another length go through the model in a pass of their own; 10**9: never."""
+    monkeypatch.setattr(training, "EXTRA_PASS", extra_pass)
     trainer = unlearning_trainer(model, prompts, tmp_path, batch_size, accumulation)
     retain_of = {row.index: trainer.paired_retain_example(row) for row in ROWS}
     row_of = {tuple(prompts.example(row, 64).prompt): row for row in ROWS}
@@ -108,6 +113,50 @@ def test_finetuning_splits_a_step_without_changing_it(model, prompts, tmp_path):
     assert split_loss == pytest.approx(whole_loss, rel=1e-6)
     for name, gradient in whole.items():
         torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def batch_of(lengths):
+    """Rows of these lengths, the ids of each all its place."""
+    batch = collate([Example([place] * (length - 1), [place]) for place, length in enumerate(lengths)])
+    return {**batch, "place": torch.arange(len(lengths))}
+
+
+def positions(parts):
+    return sum(part["input_ids"].numel() for part in parts)
+
+
+def test_every_row_is_in_one_part_with_all_its_tokens():
+    lengths = [7, 3, 12, 7, 2, 30, 3]
+    parts = split_by_length(batch_of(lengths), extra_pass=4)
+    assert sorted(place for part in parts for place in part["place"].tolist()) == list(range(7))
+    for part in parts:
+        assert part["input_ids"].shape[1] == max(lengths[place] for place in part["place"])
+        for place, ids, mask, labels in zip(
+            part["place"].tolist(), part["input_ids"], part["attention_mask"], part["labels"], strict=True
+        ):
+            assert mask.sum() == lengths[place]
+            assert (ids[mask.bool()] == place).all()
+            assert (labels != -100).nonzero().tolist() == [[lengths[place] - 1]]
+
+
+@pytest.mark.parametrize("extra_pass", [0, 3, 10, 1000])
+def test_the_parts_have_the_fewest_positions_of_all_ways_to_part_the_rows(extra_pass):
+    """Against all 2^6 ways to cut seven rows, sorted by length, into parts."""
+    lengths = [7, 3, 12, 7, 2, 30, 3]
+    ordered, costs = sorted(lengths), []
+    for cuts in itertools.product([False, True], repeat=6):
+        cost, start = 0, 0
+        for end in range(1, 8):
+            if end == 7 or cuts[end - 1]:
+                cost, start = cost + (end - start) * ordered[end - 1] + extra_pass, end
+        costs.append(cost)
+    parts = split_by_length(batch_of(lengths), extra_pass)
+    assert positions(parts) + extra_pass * len(parts) == min(costs)
+
+
+def test_rows_are_dealt_to_micro_batches_by_length():
+    examples = [Example([1] * length, [2]) for length in (9, 1, 5, 3, 7)]
+    assert [[len(example) for example in some] for some in in_slices(examples, [2, 2, 1])] == [[2, 4], [6, 8], [10]]
 
 
 def test_every_parameter_moves(model, prompts, tmp_path):

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.data import Row
 from common.prompts import Example, PromptFormat, collate
-from common.training import ExampleTrainer, answer_losses, answer_tokens
+from common.training import ExampleTrainer, answer_losses, answer_tokens, in_slices
 
 RETAIN_STREAM = 1  # keeps the draw of retain rows apart from the sampler's, which (seed, step, index) keys
 
@@ -69,20 +70,19 @@ class UnlearningTrainer(ExampleTrainer):
         """
         windows = [rows for _, rows in zip(range(num_batches), epoch_iterator, strict=False)]
         rows = [row for window in windows for row in window]
-        forget = iter(self.forget_examples(rows))
+        forget = self.forget_examples(rows)
         self.step_started = time.perf_counter()
+        retain = [self.paired_retain_example(row) for row in rows]
+        sizes = [len(window) for window in windows]
         micro_batches = []
-        for window in windows:
-            examples = [next(forget) for _ in window] + [self.paired_retain_example(row) for row in window]
-            micro_batches.append({**collate(examples), "num_forget": len(window)})
-        forget_tokens = self.total(
-            sum(answer_tokens(batch["labels"][: batch["num_forget"]]) for batch in micro_batches)
+        for forgotten, kept in zip(in_slices(forget, sizes), in_slices(retain, sizes), strict=True):
+            is_forget = torch.tensor([True] * len(forgotten) + [False] * len(kept))
+            micro_batches.append({**collate([*forgotten, *kept]), "is_forget": is_forget})
+        forgets, keeps = (
+            self.total(sum(answer_tokens(batch["labels"][batch["is_forget"] == part]) for batch in micro_batches))
+            for part in (True, False)
         )
-        retain_tokens = self.total(
-            sum(answer_tokens(batch["labels"][batch["num_forget"] :]) for batch in micro_batches)
-        )
-        for batch in micro_batches:
-            batch |= {"forget_tokens": forget_tokens, "retain_tokens": retain_tokens}
+        self.tokens = {"forget": forgets, "retain": keeps}
         return micro_batches, None
 
     def paired_retain_example(self, row: Row) -> Example:
@@ -92,9 +92,9 @@ class UnlearningTrainer(ExampleTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         losses, rows = answer_losses(model, inputs)
-        is_forget = rows < inputs["num_forget"]
-        forget = losses[is_forget].sum() / inputs["forget_tokens"]
-        retain = losses[~is_forget].sum() / inputs["retain_tokens"]
+        is_forget = inputs["is_forget"][rows]
+        forget = losses[is_forget].sum() / self.tokens["forget"]
+        retain = losses[~is_forget].sum() / self.tokens["retain"]
         self.add_to_epoch(forget_loss=forget.detach(), retain_loss=retain.detach())
         loss = forget + self.settings.lambda_unlearning * retain
         return loss * self.args.world_size  # gradients are averaged over processes

@@ -1,0 +1,1 @@
+"""How fast PMC runs, side by side with the plain way of doing it."""

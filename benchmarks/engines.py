@@ -1,0 +1,82 @@
+"""Sampling alone, by three engines on the same prompts: ours, Hugging Face's `generate` and its `generate_batch`.
+
+    python benchmarks/engines.py -cn=benchmark-smollm2
+
+`generate_batch` is transformers' continuous batching over a paged cache. All answers have the same length here, for it has
+no lengths of its own. The engines take turns; the table has the median of their rounds.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
+
+import hydra
+from omegaconf import DictConfig
+from transformers import GenerationConfig
+
+from benchmarks.plain import plain_answers
+from benchmarks.worker import make_trainer, read, window_size
+from common.config import RunConfig
+from common.runs import job_errors
+from common.runtime import CONFIGS, launch
+from common.sampling import SamplingSettings, evaluation_mode, generate
+
+ANSWER_LENGTH = 37  # the mean of TOFU's
+ROUNDS = 3
+
+log = logging.getLogger(__name__)
+
+
+def engines(config: RunConfig, model, prompts: list[list[int]]) -> dict[str, Callable[[], list]]:
+    """By name, a function that draws `num_samples` answers to every prompt."""
+    s = config.settings
+    repeated = [prompt for prompt in prompts for _ in range(s.num_samples)]
+    options = {"do_sample": True, "temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
+    settings = SamplingSettings(s.max_length, s.num_samples, s.temperature, s.top_k, s.top_p)
+    limits = [[ANSWER_LENGTH] * s.num_samples for _ in prompts]
+    keys = [(0, index) for index in range(len(prompts))]
+    paged = GenerationConfig(max_new_tokens=ANSWER_LENGTH, eos_token_id=-1, pad_token_id=0, **options)
+    return {
+        "ours": lambda: generate(model, prompts, settings, [], keys, limits=limits),
+        "generate": lambda: plain_answers(model, repeated, [ANSWER_LENGTH] * len(repeated), **options),
+        "generate_batch": lambda: list(model.generate_batch(inputs=repeated, generation_config=paged).values()),
+    }
+
+
+def compare(cfg: DictConfig) -> dict[str, float]:
+    """Print the table; returns each engine's median seconds.
+
+    Raises:
+        UserError: for whatever is wrong with the configuration.
+    """
+    config, _ = read(cfg)
+    with TemporaryDirectory() as folder:
+        trainer = make_trainer("ours", config, folder, window_size(config))
+    prompts = [trainer.prompt_ids[row.index] for row in trainer.data.forget]
+    tokens = len(prompts) * config.settings.num_samples * ANSWER_LENGTH
+    seconds: dict[str, list[float]] = {}
+    with evaluation_mode(trainer.model):
+        for round_ in range(ROUNDS + 1):  # the first does not count
+            for name, draw in engines(config, trainer.model, prompts).items():
+                started = time.perf_counter()
+                draw()
+                elapsed = time.perf_counter() - started
+                log.info("%s, round %d: %.3g s", name, round_, elapsed)
+                seconds.setdefault(name, []).append(elapsed)
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    print("| engine | tokens/s | ours is faster by |\n|---|---:|---:|")
+    for name, median in medians.items():
+        print(f"| {name} | {tokens / median:.4g} | {median / medians['ours']:.1f} |")
+    return medians
+
+
+@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="benchmark-tiny")
+def main(cfg: DictConfig) -> None:
+    with job_errors(cfg.output_dir or cfg.models_dir):
+        compare(cfg)
+
+
+if __name__ == "__main__":
+    launch(main)

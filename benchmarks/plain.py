@@ -1,0 +1,120 @@
+"""PMC the plain way, for comparison only: what a careful first version with Hugging Face's own tools does.
+
+Inside every micro-batch's loss: `generate` on prompts that were repeated num_samples times, rows padded to max_length, one
+forward pass each for collapse, retain and a forget loss that is only logged, ROUGE-L by the `rouge_score` package. The
+published implementation works like this (arXiv 2507.04219, its public repository); the code here is our own.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, Trainer
+
+from benchmarks.synthetic import ANSWER_TOKENS, draw_lengths
+from common.decoding import pad_left
+from common.prompts import IGNORED, Example
+
+
+class AtLengths(StoppingCriteria):
+    """Ends every row at a length of its own."""
+
+    def __init__(self, lengths: Sequence[int], prompt_columns: int):
+        self.lengths, self.prompt_columns = torch.tensor(lengths), prompt_columns
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return (input_ids.shape[1] - self.prompt_columns >= self.lengths).to(input_ids.device)
+
+
+def plain_answers(model, prompts: list[list[int]], lengths: list[int], **options) -> list[list[int]]:
+    """Hugging Face's `generate`, on a batch whose row i stops after lengths[i] tokens."""
+    input_ids, mask = pad_left(prompts, model.device)
+    columns = input_ids.shape[1]
+    settings = GenerationConfig(pad_token_id=0, eos_token_id=None, max_new_tokens=max(lengths), **options)
+    stop = StoppingCriteriaList([AtLengths(lengths, columns)])
+    ids = model.generate(input_ids, attention_mask=mask, generation_config=settings, stopping_criteria=stop)
+    return [row[:length] for row, length in zip(ids[:, columns:].tolist(), lengths, strict=True)]
+
+
+def padded(examples: Sequence[Example], length: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Ids, mask and labels, all of shape (rows, length)."""
+    shape = (len(examples), length)
+    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED)
+    for row, example in enumerate(examples):
+        whole = torch.tensor(example.prompt + example.answer)[:length]
+        ids[row, : len(whole)], mask[row, : len(whole)] = whole, 1
+        labels[row, len(example.prompt) : len(whole)] = whole[len(example.prompt) :]
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+class PlainPMC(Trainer):
+    """The plain way as a Trainer.
+
+    Attributes:
+        spent: seconds of the optimizer step so far, by "sampling" and "scoring".
+        sampled_tokens, trained_tokens: of the optimizer step so far.
+    """
+
+    def __init__(self, model, args, data, settings):
+        super().__init__(model=model, args=args, train_dataset=data.forget, data_collator=list)
+        self.data, self.settings = data, settings
+        self.initial_responses = {row.index: row.answer for row in data.forget}
+        self.scorer = RougeScorer(["rougeL"], use_stemmer=True)
+        self.reset()
+
+    def reset(self) -> None:
+        self.spent = {"sampling": 0.0, "scoring": 0.0}
+        self.sampled_tokens = self.trained_tokens = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        prompts = [self.data.prompts.prompt(row.question) for row in inputs]
+        picks = self.pick(inputs, self.sample(inputs, prompts))
+        collapse = [Example(prompt, answer) for prompt, answer in zip(prompts, picks, strict=True)]
+        forget = [self.data.prompts.example(row, self.settings.max_length) for row in inputs]
+        paired = [self.data.retain[row.index % len(self.data.retain)] for row in inputs]
+        retain = [self.data.prompts.example(row, self.settings.max_length) for row in paired]
+        loss = self.loss(model, collapse) + self.settings.lambda_unlearning * self.loss(model, retain)
+        with torch.no_grad():
+            self.logged = self.loss(model, forget).item()
+        self.trained_tokens += sum(map(len, collapse + retain))
+        return loss / self.args.gradient_accumulation_steps
+
+    def loss(self, model, examples: list[Example]) -> torch.Tensor:
+        return model(**padded(examples, self.settings.max_length, model.device)).loss
+
+    def sample(self, rows, prompts: list[list[int]]) -> list[list[list[int]]]:
+        s, n, started = self.settings, self.settings.num_samples, time.perf_counter()
+        lengths = [sample_lengths(self.state.global_step, row.index, n) for row in rows]
+        self.model.eval()
+        answers = plain_answers(
+            self.model,
+            [prompt for prompt in prompts for _ in range(n)],
+            [length for some in lengths for length in some],
+            do_sample=True,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+        )
+        self.model.train()
+        self.spent["sampling"] += time.perf_counter() - started
+        self.sampled_tokens += sum(map(len, answers))
+        return [answers[place : place + n] for place in range(0, len(answers), n)]
+
+    def pick(self, rows, samples: list[list[list[int]]]) -> list[list[int]]:
+        started = time.perf_counter()
+        picks = []
+        for row, answers in zip(rows, samples, strict=True):
+            texts = self.data.prompts.tokenizer.batch_decode(answers, skip_special_tokens=True)
+            reference = self.initial_responses[row.index]
+            scores = [self.scorer.score(reference, text)["rougeL"].recall for text in texts]
+            picks.append(answers[scores.index(min(scores))])
+        self.spent["scoring"] += time.perf_counter() - started
+        return picks
+
+
+def sample_lengths(step: int, index: int, n: int) -> list[int]:
+    """How long the samples of a question are in an optimizer step, whichever way they are drawn."""
+    return draw_lengths(ANSWER_TOKENS, n, (step, index))

@@ -1,0 +1,199 @@
+"""One way of doing PMC in a process of its own, which does a step when it is told to."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from transformers import TrainerCallback, set_seed
+
+from benchmarks.ours import TimedPMC
+from benchmarks.plain import PlainPMC, plain_answers
+from benchmarks.synthetic import ANSWER_TOKENS, draw_lengths, rows, word_tokenizer
+from common.config import RunConfig, problem_list, read_config, read_section
+from common.model import _new_model
+from common.prompts import PromptFormat
+from common.rouge import rouge_l_recall
+from common.runtime import UserError, peak_memory_bytes, prepare_process
+from common.sampling import SamplingSettings, generate
+from common.training import training_arguments
+from unlearning.pmc import PMCSettings
+from unlearning.trainer import UnlearningData
+
+PLAIN_EVALUATION_BATCH = 256  # as the published recipes have it
+
+
+@dataclass
+class BenchmarkSettings:
+    steps: int = 3
+    """Optimizer steps of each way that are timed."""
+    warmup_steps: int = 1
+    """Steps of each way before these."""
+    evaluation_questions: int = 140
+    """Questions that are answered greedily; 0: none."""
+    side_by_side: bool = True
+    """Both ways in memory at once, taking turns; false: one after the other."""
+    questions: int = 0
+    """Forget questions of the whole run that the figures are extrapolated to; 0: no extrapolation."""
+    published_minutes: float | None = None
+    """What the paper's authors report for that run."""
+
+    def problems(self) -> list[str]:
+        found = []
+        for name, least in (("steps", 1), ("warmup_steps", 0), ("evaluation_questions", 0), ("questions", 0)):
+            if getattr(self, name) < least:
+                found.append(f"{name}={getattr(self, name)}: expected at least {least}")
+        return found
+
+
+def read(cfg: DictConfig) -> tuple[RunConfig, BenchmarkSettings]:
+    """The recipe's sections, checked.
+
+    Raises:
+        UserError: naming every key that does not fit.
+    """
+    problems: list[str] = []
+    settings = read_section("benchmark", BenchmarkSettings, cfg.get("benchmark"), problems)
+    if problems:
+        raise UserError(problem_list(problems))
+    config = read_config(cfg, PMCSettings, also=("finetuned", "benchmark"))
+    if config.model.new is None:
+        raise UserError("model.new: missing; a benchmark needs an architecture, for its weights are random")
+    return config, settings
+
+
+def window_size(config: RunConfig) -> int:
+    """Forget questions of an optimizer step."""
+    return config.training["per_device_train_batch_size"] * config.training["gradient_accumulation_steps"]
+
+
+class TakesTurns(TrainerCallback):
+    """Lets a Trainer do a step only when told to, and reports what the step cost."""
+
+    def __init__(self, worker: "Worker"):
+        self.worker = worker
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        return self.worker.wait_for_turn(control)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.worker.report_step()
+        return self.worker.wait_for_turn(control)
+
+
+def make_trainer(way: str, config: RunConfig, folder: str, questions: int) -> TimedPMC | PlainPMC:
+    """A trainer with random weights on so many invented forget questions, and as many retain rows."""
+    prompts = PromptFormat(word_tokenizer(config.model.new.vocab_size), config.model.prompt)
+    set_seed(config.seed)
+    model = _new_model(config.model.new, prompts.tokenizer, config.model.dtype)
+    model.generation_config.eos_token_id = None
+    some = rows(2 * questions, prompts.tokenizer, config.seed)
+    data = UnlearningData(some[:questions], some[questions:], prompts, config.data.max_length)
+    args = training_arguments(config, Path(folder), questions)
+    return (TimedPMC if way == "ours" else PlainPMC)(model, args, data, config.settings)
+
+
+class Worker:
+    """One way of doing PMC, driven step by step by the other end of a pipe."""
+
+    def __init__(self, way: str, config: RunConfig, settings: BenchmarkSettings, pipe: Connection, folder: str):
+        self.way, self.config, self.settings, self.pipe = way, config, settings, pipe
+        self.trainer = make_trainer(way, config, folder, window_size(config))
+        self.prompts = self.trainer.data.prompts
+        self.trainer.add_callback(TakesTurns(self))
+
+    def wait_for_turn(self, control):
+        while (command := self.pipe.recv()) == "evaluate":
+            self.pipe.send(self.evaluate())
+        control.should_training_stop = command == "stop"
+        self.trainer.reset()
+        self.started = time.perf_counter()
+        return control
+
+    def report_step(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        trainer, seconds = self.trainer, time.perf_counter() - self.started
+        record = {"step": seconds, **trainer.spent, "training": seconds - sum(trainer.spent.values())}
+        record |= {
+            "sampled_tokens": trainer.sampled_tokens,
+            "trained_tokens": trainer.trained_tokens,
+            "label_tokens": getattr(trainer, "label_tokens", 0),
+        }
+        record["prompt_tokens"] = sum(len(self.prompts.prompt(row.question)) for row in trainer.data.forget)
+        self.pipe.send(record | {"peak_memory_bytes": peak_memory_bytes()})
+
+    def evaluate(self) -> dict[str, float]:
+        """Greedy answers of TOFU's lengths, scored by ROUGE-L recall."""
+        asked = rows(self.settings.evaluation_questions, self.prompts.tokenizer, seed=1)
+        ids = [self.prompts.prompt(row.question) for row in asked]
+        lengths = draw_lengths(ANSWER_TOKENS, len(asked), (2,))
+        started = time.perf_counter()
+        if self.way == "ours":
+            settings = SamplingSettings(self.config.evaluation.max_length)
+            answers = generate(self.trainer.model, ids, settings, [], limits=[[length] for length in lengths])
+            texts = [self.prompts.text(answer[0]) for answer in answers]
+            recalls = [rouge_l_recall(row.answer, text) for row, text in zip(asked, texts, strict=True)]
+        else:
+            self.trainer.model.eval()
+            answers = []
+            for place in range(0, len(ids), PLAIN_EVALUATION_BATCH):
+                batch = slice(place, place + PLAIN_EVALUATION_BATCH)
+                answers += plain_answers(self.trainer.model, ids[batch], lengths[batch], do_sample=False)
+            texts = self.prompts.tokenizer.batch_decode(answers, skip_special_tokens=True)
+            score = self.trainer.scorer.score
+            recalls = [score(row.answer, text)["rougeL"].recall for row, text in zip(asked, texts, strict=True)]
+            self.trainer.model.train()
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "tokens": sum(lengths), "mean_recall": statistics.fmean(recalls)}
+
+
+def work(way: str, cfg: dict, pipe: Connection, folder: str) -> None:
+    """Entry point of a way's process."""
+    prepare_process()
+    config, settings = read(OmegaConf.create(cfg))
+    try:
+        Worker(way, config, settings, pipe, folder).trainer.train()
+    except UserError as error:
+        pipe.send(error)
+
+
+class Way:
+    """The parent's end of a worker."""
+
+    def __init__(self, name: str, cfg: dict, folder: str):
+        context = get_context("spawn")
+        self.name = name
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(name, cfg, theirs, folder), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.steps: list[dict[str, float]] = []
+        self.evaluation: dict[str, float] = {}
+
+    def ask(self, command: str) -> dict[str, float]:
+        """Have the worker do something and wait for its figures.
+
+        Raises:
+            UserError: what the worker raised, or that its process died.
+        """
+        self.pipe.send(command)
+        try:
+            record = self.pipe.recv()
+        except (EOFError, ConnectionError) as error:
+            self.process.join()
+            raise UserError(
+                f"the process of the way '{self.name}' died (exit code {self.process.exitcode}); out of memory? "
+                "benchmark.side_by_side=false holds one way in memory at a time"
+            ) from error
+        if isinstance(record, UserError):
+            raise record
+        return record
+
+    def stop(self) -> None:
+        self.pipe.send("stop")
+        self.process.join(30)
