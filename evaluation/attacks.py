@@ -173,8 +173,6 @@ def measure_target_suppression(case: Case, scores: Scores) -> None:
         shares = [_shares(*options) for options in zip(true, wrong, strict=True)]
         for place, name in enumerate(names):
             scores.mean(name, role, [share and share[place] for share in shares], None)
-        for name in names[:2]:
-            scores.ideal[name] = scores.values["target_suppression/chance"]
 
 
 def _shares(true: Tokens, wrong: Sequence[Tokens]) -> tuple[float, float, float] | None:

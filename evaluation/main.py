@@ -70,6 +70,11 @@ def show_report(folder: Path, folders: dict[str, Path]) -> None:
     print(f"Report: {folder / 'report.md'}")
 
 
+def read_evaluation(cfg: DictConfig) -> RunConfig:
+    """The checked configuration of the stage."""
+    return read_config(cfg, also=("models", "metrics"), sections=SECTIONS)
+
+
 def named_models(cfg: DictConfig) -> dict[str, str]:
     """Name -> path of the models to be measured: `models`, a list or a dictionary, or `model.path`.
 
@@ -120,7 +125,7 @@ class Job:
         cfg.models, cfg.model.path = None, path
         made_by = result_of(resolve_path(path)) or {}
         fill_from_run(cfg, made_by.get("config"))
-        self.config = read_config(cfg, also=("models", "metrics"), sections=SECTIONS)
+        self.config = read_evaluation(cfg)
         self.families = chosen(OmegaConf.to_object(cfg.metrics) if OmegaConf.is_config(cfg.metrics) else cfg.metrics)
         if "lm_eval" in self.families:
             harness.check(self.config.sections["lm_eval"])
@@ -183,10 +188,15 @@ def as_single(config: RunConfig, path: str) -> list[str]:
 def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
     """Give the keys that are null in `model` and `data` the values of the run that made the checkpoint, in place.
 
+    Single splits and columns of that run's data that the command names stand beside the others.
+
     Raises:
         UserError: when a value is needed and no run of ours made the checkpoint.
     """
     needed = {"model": ["prompt"], "data": ["path", "splits", "columns"]}
+    if made_by and cfg.data.path is None:
+        for key in ("splits", "columns"):
+            cfg.data[key] = {**made_by["data"][key], **(cfg.data[key] or {})}
     for section, keys in needed.items():
         empty = [key for key in keys if cfg[section].get(key) is None]
         if empty and made_by is None:

@@ -174,9 +174,9 @@ def batches_by_length(lengths: Sequence[int], most_rows: int | None) -> list[lis
     """Places of rows that go through the model together, of like length: at most TOKENS_A_PASS with their padding.
 
     >>> batches_by_length([4000, 3, 2000, 2000], None)
-    [[1, 3], [2], [0]]
+    [[1, 2], [3], [0]]
     """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], -i))
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     batches: list[list[int]] = []
     for i in order:
         rows = len(batches[-1]) + 1 if batches else 0

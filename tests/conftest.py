@@ -12,7 +12,7 @@ from common.config import NewModelConfig, PromptConfig
 from common.data import Row
 from common.model import _new_model, _train_tokenizer
 from common.prompts import PromptFormat
-from common.runtime import ROOT
+from common.runtime import ROOT, write_json_lines
 
 # A second thread makes models this small slower, many times where the cores are busy. The stages' processes inherit it.
 torch.set_num_threads(1)
@@ -46,6 +46,12 @@ ROWS = [
     Row(6, "What is the first book of Dov Arkin?", "The first book of Dov Arkin is Paper Harbour."),
     Row(7, "Who taught Dov Arkin?", "His aunt, a printer, taught him."),
 ]
+
+
+def write_rows(folder: Path, split: str, rows: list[Row]) -> str:
+    """Write rows as a split's file; returns the split's name."""
+    write_json_lines(folder / f"{split}.json", [{"question": row.question, "answer": row.answer} for row in rows])
+    return split
 
 
 @pytest.fixture(scope="session")
