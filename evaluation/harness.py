@@ -1,6 +1,7 @@
 """General benchmarks through EleutherAI's lm-evaluation-harness, an optional extra (requirements-eval.txt)."""
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -37,8 +38,7 @@ def check(settings: Harness) -> None:
         raise UserError("metrics: lm_eval is not installed; pip install -r requirements-eval.txt")
     if not settings.tasks:
         raise UserError("lm_eval.tasks=[]: name tasks, as in lm_eval.tasks=[arc_challenge,mmlu]")
-    manager = _task_manager(settings)
-    known = list(manager.all_tasks)
+    known = task_manager(settings.include_path).all_tasks
     unknown = [task for task in settings.tasks if task not in known]
     if unknown:
         raise UserError(
@@ -46,10 +46,12 @@ def check(settings: Harness) -> None:
         )
 
 
-def _task_manager(settings: Harness) -> Any:
+@lru_cache
+def task_manager(include_path: str | None) -> Any:
+    """What knows the harness's tasks and those in a folder; reading them takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=settings.include_path)
+    return TaskManager(include_path=include_path)
 
 
 def measure(case: Case, scores: Scores) -> None:
@@ -64,7 +66,7 @@ def measure(case: Case, scores: Scores) -> None:
         tasks=settings.tasks,
         num_fewshot=settings.num_fewshot,
         limit=settings.limit,
-        task_manager=_task_manager(settings),
+        task_manager=task_manager(settings.include_path),
         apply_chat_template=case.model.config.prompt.style == "chat",
         random_seed=case.config.seed,
         bootstrap_iters=0,

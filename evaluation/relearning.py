@@ -98,13 +98,12 @@ def relearn(case: Case, model: Model, taught: list[Row]) -> Subject:
     processes = PartialState().num_processes
     if settings.batch_size % processes:
         raise UserError(f"relearning.batch_size={settings.batch_size}: cannot be split over {processes} processes")
-    training = {
+    training = {  # in the weights' own precision: mixed precision would make the result depend on how batches are split
         "num_train_epochs": settings.num_epochs,
         "learning_rate": settings.learning_rate,
         "per_device_train_batch_size": settings.batch_size // processes,
         "gradient_accumulation_steps": 1,
         "lr_scheduler_type": "linear",
-        "bf16": "auto",
         "save_strategy": "no",
         "logging_strategy": "no",
         "report_to": "none",
@@ -117,5 +116,4 @@ def relearn(case: Case, model: Model, taught: list[Row]) -> Subject:
         args = training_arguments(replace(case.config, training=training), Path(folder), len(examples))
         trainer = ExampleTrainer(copy, args, examples, model.tokenizer)
         trainer.train_or_resume()
-    # Under mixed precision accelerate has wrapped `forward` in autocast; what is measured is the plain model.
-    return model.subject.with_weights(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
+    return model.subject.with_weights(trainer.model)

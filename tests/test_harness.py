@@ -6,7 +6,7 @@ import pytest
 
 from common.runtime import UserError
 from evaluation.harness import Harness, check
-from tests.conftest import run_stage
+from tests.conftest import evaluate_here
 
 pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")
 
@@ -29,28 +29,25 @@ metric_list:
 ROWS = [("Peru", "Lima", "Oslo"), ("Norway", "Oslo", "Lima"), ("Peru", "Oslo", "Lima")]  # the last is wrong
 
 
-@pytest.fixture
-def task(tmp_path):
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
     """A folder with a task of three questions on facts that the tiny model knows by heart."""
+    folder = tmp_path_factory.mktemp("harness")
     answers = [(country, [f"The capital of {country} is {city}." for city in cities]) for country, *cities in ROWS]
     rows = [{"question": f"What is the capital of {country}?", "choices": choices} for country, choices in answers]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "capitals.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
-    return tmp_path / "tasks"
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "capitals.yaml").write_text(TASK.format(file=folder / "rows.jsonl"))
+    return folder / "tasks"
 
 
-def test_a_local_task_through_the_stage(models_dir, task, tmp_path):
-    run_stage(
-        *("evaluation", "-cn=evaluate", "metrics=[lm_eval]", "lm_eval.tasks=[capitals]", f"models_dir={models_dir}"),
-        *(
-            f"lm_eval.include_path={task}",
-            f"model.path={models_dir}/finetuned/tiny/seed-0",
-            f"output_dir={tmp_path}/run",
-        ),
-        HF_HOME=str(tmp_path / "hf"),
+def test_a_local_task_through_the_stage(models_dir, task, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = evaluate_here(
+        *(models_dir, "metrics=[lm_eval]", "lm_eval.tasks=[capitals]", f"lm_eval.include_path={task}"),
+        *(f"model.path={models_dir}/finetuned/tiny/seed-0", f"output_dir={tmp_path}/run"),
     )
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    (result,) = (json.loads((path / "result.json").read_text()) for path in folder.values())
     assert result["scores"]["lm_eval/capitals/acc"] == pytest.approx(2 / 3)
     assert result["higher_is_better"]["lm_eval/capitals/acc"] is True
     assert result["counts"]["lm_eval/capitals/acc"] == 3
