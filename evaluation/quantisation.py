@@ -27,17 +27,14 @@ class Quantisation:
     bits: list[int] = field(default_factory=lambda: list(BITS))
     """Widths of a weight, of 8 and 4."""
     method: str = "round"
-    """round: to the nearest, on any device; bitsandbytes: LLM.int8() and NF4, on a GPU."""
+    """round: to the nearest; bitsandbytes: LLM.int8() and NF4, with that library's own kernels."""
 
     def problems(self) -> list[str]:
         found = [] if set(self.bits) <= set(BITS) else [f"bits={self.bits}: expected 8, 4 or both"]
         if self.method not in METHODS:
             found.append(f"method={self.method}: expected one of {', '.join(METHODS)}")
-        elif self.method == "bitsandbytes":
-            if find_spec("bitsandbytes") is None:
-                found.append("method=bitsandbytes: not installed; pip install bitsandbytes, or method=round")
-            elif not torch.cuda.is_available():
-                found.append("method=bitsandbytes: needs a GPU; method=round works on any device")
+        elif self.method == "bitsandbytes" and find_spec("bitsandbytes") is None:
+            found.append("method=bitsandbytes: not installed; pip install bitsandbytes, or method=round")
         return found
 
 
@@ -97,6 +94,7 @@ def load_with_bitsandbytes(case: Case, bits: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
         path,
         quantization_config=BitsAndBytesConfig(**kinds[bits]),
+        dtype=getattr(torch, case.model.config.dtype),
         device_map={"": PartialState().device},
         use_safetensors=True,
         revision=case.model.config.revision,

@@ -52,10 +52,11 @@ def test_mean_bound_by_hand():
 
 
 def test_deviation_bound_by_hand():
-    e = np.sqrt(np.log(2 / 0.9) / 4)
-    second = 1 - ((0.6**2 - 0.2**2) * (0.5 - e) + (1 - 0.6**2) * (1 - e))
-    first = 1 - (0.2 * e + (0.6 - 0.2) * (0.5 + e) + (1 - 0.6) * 1)
-    assert attacks.deviation_bound([0.2, 0.6], 0.9) == pytest.approx(min(0.5, np.sqrt(second - first**2)))
+    # All values are 1/2: a mass of e may lie at 1 and one of e at 0.
+    e = np.sqrt(np.log(2 / 0.1) / 800)
+    second, first = 0.25 * (1 - e) + e, 0.5 * (1 - e)
+    assert attacks.deviation_bound([0.5] * 400, 0.1) == pytest.approx(np.sqrt(second - first**2))
+    assert attacks.deviation_bound([0.0, 1.0], 0.1) == 0.5
 
 
 def test_bounds_tighten_to_the_truth():
@@ -118,13 +119,13 @@ def test_sampling_scores_come_from_one_set_of_samples(model, prompts):
     assert scores.values["sampling/mean_recall_bound"] == pytest.approx(bound)
 
 
-def test_prefill_scores_what_comes_after_the_beginning(model, prompts):
+def test_prefill_scores_what_comes_after_the_beginning(model, prompts, monkeypatch):
     scores = Scores()
     subject = subject_of(model, prompts)
+    said = {"The answer is:": [ROWS[0].answer, "nothing"]}
+    monkeypatch.setattr(subject, "answers", lambda questions, beginning: said[beginning])
     attacks.measure_prefill(case_of(subject, ROWS[:2]), scores)
-    answers = subject.answers([row.question for row in ROWS[:2]], beginning="The answer is:")
-    recalls = [rouge_l_recall(row.answer, answer) for row, answer in zip(ROWS, answers, strict=False)]
-    assert scores.rows["prefill/rougeL_recall"]["values"] == recalls
+    assert scores.rows["prefill/rougeL_recall"]["values"] == [1.0, 0.0]
     assert [row["split"] for row in scores.generations] == ["forget_prefill"] * 2
 
 
