@@ -93,7 +93,10 @@ def _moment(values: Sequence[float], shift: float, power: int) -> float:
 
 
 def measure_sampling(case: Case, scores: Scores) -> None:
-    """n samples a forget question; all scores come from their ROUGE-L recall. Lower is better."""
+    """n samples a forget question; all scores come from their ROUGE-L recall. Lower is better.
+
+    A bound holds at its level for the question that it belongs to; what is reported is the mean of the questions' bounds.
+    """
     attack: SamplingAttack = case.config.sections["sampling"]
     rows = case.rows("forget")
     n, alpha = attack.num_samples, attack.alpha

@@ -21,6 +21,7 @@ from common.runs import RunFolder, identity, job_errors, portable, result_of, ru
 from common.runtime import CONFIGS, UserError, is_first_process, launch, resolve_path, write_text
 from evaluation import harness
 from evaluation.case import Case, Loader, Model, open_model
+from evaluation.headline import HIGHER_IS_BETTER
 from evaluation.report import full_table, table
 from evaluation.result import started_from, write_result
 from evaluation.scores import Missing
@@ -60,7 +61,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Path]:
 def show_report(folder: Path, folders: dict[str, Path]) -> None:
     """Write the models' scores side by side into report.md, and print them."""
     results = {name: result_of(of_model) for name, of_model in folders.items()}
-    headline_alone = all(len(result["scores"]) < 10 for result in results.values())
+    headline_alone = all(result["scores"].keys() <= HIGHER_IS_BETTER.keys() for result in results.values())
     shown = table(results) if headline_alone else full_table(results)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "report.md", f"# Evaluation\n\n{shown}\n")
@@ -126,7 +127,7 @@ class Job:
         made_by = result_of(resolve_path(path)) or {}
         fill_from_run(cfg, made_by.get("config"))
         self.config = read_evaluation(cfg)
-        self.families = chosen(OmegaConf.to_object(cfg.metrics) if OmegaConf.is_config(cfg.metrics) else cfg.metrics)
+        self.families = chosen(cfg.metrics)
         if "lm_eval" in self.families:
             harness.check(self.config.sections["lm_eval"])
         self.path = resolve_path(path)
@@ -149,7 +150,7 @@ class Job:
         run = RunFolder(self.folder, self.identity, self.path)
         if not self.config.overwrite and run.is_done():
             return run.folder
-        model = self.opened.get(self.config, self.config.model)
+        model = self.opened.get(self.config, dataclasses.replace(self.config.model, path=self.path))
         case = Case(self.config, self.opened.loader, model, self.retain_model, self.base_model)
         evaluation = measure(case, self.families)
         write_result(run.open(fresh=True), evaluation.scores, self.identity, evaluation.seconds)

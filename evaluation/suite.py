@@ -6,6 +6,9 @@ A family is what is switched on and off, because its scores cost the same passes
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from omegaconf import ListConfig
 
 from common.config import problem_list
 from common.runtime import UserError, did_you_mean
@@ -44,13 +47,13 @@ SETTINGS: dict[str, type] = {
 log = logging.getLogger(__name__)
 
 
-def chosen(metrics: str | Sequence[str]) -> list[str]:
-    """The families that `metrics` names, in the order in which they are measured; headline is always among them.
+def chosen(metrics: Any) -> list[str]:
+    """The families that `metrics`, a name or a list of names, stands for, as they are measured; headline is always among them.
 
     Raises:
         UserError: for a name that is neither a family nor a group.
     """
-    names = [metrics] if isinstance(metrics, str) else list(metrics)
+    names = list(metrics) if isinstance(metrics, list | ListConfig) else [metrics]
     known = {**{name: (name,) for name in FAMILIES}, **GROUPS}
     problems = [
         f"metrics={name}: no such metrics{did_you_mean(str(name), known)} (known: {', '.join(known)})"
@@ -64,13 +67,16 @@ def chosen(metrics: str | Sequence[str]) -> list[str]:
 
 
 def measure(case: Case, families: Sequence[str]) -> Evaluation:
-    """Measure the families on one model."""
+    """Measure the families on one model.
+
+    A family's seconds hold those of the passes that it was the first to ask for, and of the models that it is compared to.
+    """
     scores, seconds = Scores(), {}
-    started = time.perf_counter()
+    started, passes = time.perf_counter(), dict(case.subject.seconds)
     for name in families:
         before = time.perf_counter()
         FAMILIES[name](case, scores)
         seconds[name] = time.perf_counter() - before
         log.info("%s: %.1f s", name, seconds[name])
-    seconds |= {f"passes/{name}": value for name, value in case.subject.seconds.items()}
+    seconds |= {f"passes/{name}": value - passes.get(name, 0.0) for name, value in case.subject.seconds.items()}
     return Evaluation(scores, {"evaluation": time.perf_counter() - started, **seconds})

@@ -39,6 +39,8 @@ def test_groups():
 def test_a_mistyped_family_is_refused_with_the_closest():
     with pytest.raises(UserError, match="metrics=privcy: no such metrics; did you mean 'privacy'"):
         chosen(["tofu", "privcy"])
+    with pytest.raises(UserError, match="metrics=None: no such metrics"):
+        chosen(None)
 
 
 # --- the stage ----------------------------------------------------------------------------------------------------------

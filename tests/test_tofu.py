@@ -4,9 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from scipy.stats import ks_2samp
 
-from common.data import Row
+from common.config import read_config
+from common.data import Row, load_split
+from common.runtime import CONFIGS
 from evaluation import tofu
 from evaluation.scores import Missing, Scores
 from tests.stubs import bigram_subject, random_table, tokens
@@ -103,3 +106,17 @@ def test_a_split_without_wrong_answers_has_no_truth_ratio():
     subject, _ = bigram_subject(random_table())
     with pytest.raises(Missing, match="data.splits.retain_perturbed has rows without wrong answers"):
         tofu.truth_ratios(subject, [Row(0, "a", "b")], "retain_perturbed")
+
+
+def test_the_splits_of_the_real_data_have_what_the_scores_need(tofu):
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        data = read_config(compose("finetune", ["data=tofu", f"data.path={tofu}"])).data
+    rows = {role: load_split(data, role) for role in data.splits}
+    for role in ("forget_paraphrased", "retain_perturbed", "real_authors", "world_facts"):
+        assert {len(row.perturbed_answer) for row in rows[role]} == {
+            3 if role in ("real_authors", "world_facts") else 5
+        }
+    assert [row.answer for row in rows["forget"]] == [row.answer for row in rows["forget_paraphrased"]]
+    texts = {role: {(row.question, row.answer) for row in split} for role, split in rows.items()}
+    assert texts["retain_perturbed"] < texts["retain"] and not texts["holdout"] & texts["train"]
+    assert [len(rows[role]) for role in ("forget", "retain_perturbed", "holdout")] == [400, 400, 400]
