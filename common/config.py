@@ -179,6 +179,8 @@ class RunConfig:
     models_dir: str
     settings: Any = None
     """The unlearning method's own knobs (its `Settings` dataclass); None in the other stages."""
+    sections: dict[str, Any] = field(default_factory=dict)
+    """Further sections that only one stage has, by their names."""
 
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "evaluation": EvaluationConfig}
@@ -192,18 +194,25 @@ TOP_LEVEL = {
 }
 
 
-def read_config(cfg: DictConfig, settings_class: type | None = None, also: tuple[str, ...] = ()) -> RunConfig:
+def read_config(
+    cfg: DictConfig,
+    settings_class: type | None = None,
+    also: tuple[str, ...] = (),
+    sections: dict[str, type] | None = None,
+) -> RunConfig:
     """Check a composed configuration and turn it into dataclasses.
 
     Args:
         cfg: what Hydra composed.
         settings_class: the dataclass that `cfg.method` (less `_target_`) must fit.
         also: further top-level keys that the stage knows.
+        sections: further sections that the stage knows, and the dataclass that each must fit.
     Raises:
         UserError: listing every problem, each with its key, its value and what is allowed.
     """
     problems: list[str] = []
-    known = {*TOP_LEVEL, *SECTIONS, "training", *also} | ({"method"} if settings_class else set())
+    sections = sections or {}
+    known = {*TOP_LEVEL, *SECTIONS, "training", *also, *sections} | ({"method"} if settings_class else set())
     problems += [f"{key}: no such key{did_you_mean(str(key), known)}" for key in cfg if key not in known]
     values = {key: _scalar(cfg, key, kind, problems) for key, kind in TOP_LEVEL.items()}
     if isinstance(values["seed"], int) and not 0 <= values["seed"] < 2**32:
@@ -215,6 +224,9 @@ def read_config(cfg: DictConfig, settings_class: type | None = None, also: tuple
         method = OmegaConf.masked_copy(cfg.method, [key for key in cfg.method if key != "_target_"])
         method._set_parent(cfg)
         values["settings"] = read_section("method", settings_class, method, problems)
+    values["sections"] = {
+        name: read_section(name, schema, cfg.get(name), problems) for name, schema in sections.items()
+    }
     if problems:
         raise UserError(problem_list(problems))
     return RunConfig(**values)

@@ -55,9 +55,12 @@ class PromptFormat:
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_token_id]
 
     def example(self, row: Row, max_length: int) -> Example:
-        """The row as an example of at most `max_length` tokens; a longer answer is cut, its end token with it."""
+        """The row as an example of at most `max_length` tokens; a longer answer is cut, its end token with it.
+
+        A prompt that fills them leaves an answer of no token.
+        """
         prompt = self.prompt(row.question)
-        return Example(prompt, self.answer(row.answer)[: max_length - len(prompt)])
+        return Example(prompt, self.answer(row.answer)[: max(0, max_length - len(prompt))])
 
     def text(self, answer_ids: Sequence[int]) -> str:
         """The words of an answer: without special tokens and outer space.

@@ -30,7 +30,7 @@ from common.config import RunConfig
 from common.runtime import ROOT, UserError, full_disk_as_user_error, is_first_process, read_json, write_json
 
 RESULT = "result.json"
-FIGURES = (RESULT, "generations.jsonl", "history.jsonl", "report.md", "report.png")
+FIGURES = (RESULT, "generations.jsonl", "rows.jsonl", "samples.jsonl", "history.jsonl", "report.md", "report.png")
 # Keys that say how to run, not what: they do not name a folder and do not make a result stale.
 NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoints")
 
@@ -61,19 +61,22 @@ def _safe(override: str) -> str:
     return name if safe == name else f"{safe}-{hashlib.sha256(override.encode()).hexdigest()[:6]}"
 
 
-def run_folder(stage: str, config: RunConfig) -> Path:
+def run_folder(stage: str, config: RunConfig, overrides: list[str] | None = None) -> Path:
     """Where a run's files go: output_dir, else models/<stage>/<recipe>/<seed and overrides>.
 
     In a sweep every combination gets a folder of its own below an output_dir, too.
+
+    Args:
+        overrides: for one of several runs of a command: what the run would be by itself.
     """
-    if not HydraConfig.initialized():
-        return Path(config.output_dir or Path(config.models_dir) / stage / f"seed-{config.seed}").resolve()
-    hydra = HydraConfig.get()
-    name = run_name(config.seed, list(hydra.overrides.task))
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    own = list(hydra.overrides.task) if hydra else []
+    name = run_name(config.seed, own if overrides is None else overrides)
     if config.output_dir:
-        folder = Path(config.output_dir)
-        return (folder / name if hydra.mode == RunMode.MULTIRUN else folder).resolve()
-    return (Path(config.models_dir) / stage / hydra.job.config_name / name).resolve()
+        one_of_several = overrides is not None or (hydra and hydra.mode == RunMode.MULTIRUN)
+        return (Path(config.output_dir) / (name if one_of_several else "")).resolve()
+    recipe = hydra.job.config_name if hydra else ""
+    return (Path(config.models_dir) / stage / recipe / name).resolve()
 
 
 def finetuned_run(config: RunConfig, recipe: str) -> tuple[Path, str]:
@@ -123,17 +126,16 @@ def identity(cfg: DictConfig, start: str | None = None) -> dict[str, Any]:
     plain = {key: value for key, value in plain.items() if key not in NOT_PART_OF_THE_RUN}
     if start is not None:
         plain["start"] = start
-    plain = _portable(plain, {str(Path(cfg.models_dir)): "models", str(ROOT): "."})
-    return json.loads(json.dumps(plain))
+    return json.loads(json.dumps(portable(plain, cfg.models_dir)))
 
 
-def _portable(value: Any, places: dict[str, str]) -> Any:
+def portable(value: Any, models_dir: str) -> Any:
     """The value with paths below some places given their short names: a result outlives the move of its folder."""
     if isinstance(value, dict):
-        return {key: _portable(item, places) for key, item in value.items()}
+        return {key: portable(item, models_dir) for key, item in value.items()}
     if isinstance(value, list):
-        return [_portable(item, places) for item in value]
-    for place, name in places.items():
+        return [portable(item, models_dir) for item in value]
+    for place, name in {str(Path(models_dir)): "models", str(ROOT): "."}.items():
         if isinstance(value, str) and value.startswith(place + "/"):
             return name + value[len(place) :]
     return value

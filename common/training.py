@@ -76,13 +76,24 @@ def has_fast_bf16() -> bool:
 def answer_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihood of every answer token, from one forward pass.
 
-    The head runs on answer positions only: of a batch with a long prompt most logits are never needed.
-
     Args:
         model: a causal language model.
         batch: `collate`d examples.
     Returns:
         losses, float32, shape (answer tokens of the batch,), and for each the row it belongs to.
+    """
+    logits, targets, rows = answer_logits(model, batch)
+    return cross_entropy(logits, targets, reduction="none"), rows
+
+
+def answer_logits(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the model says before every answer token, from one forward pass with the head on these positions only.
+
+    Returns:
+        logits, float32 whatever the model's type, shape (answer tokens of the batch, vocabulary); the answer tokens; and
+        for each the row it belongs to.
     """
     targets = batch["labels"][:, 1:]
     is_answer = targets != IGNORED
@@ -90,8 +101,7 @@ def answer_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tup
     logits = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=predicts
     ).logits
-    logits = logits.reshape(-1, logits.shape[-1]).float()
-    return cross_entropy(logits, targets[is_answer], reduction="none"), is_answer.nonzero()[:, 0]
+    return logits.reshape(-1, logits.shape[-1]).float(), targets[is_answer], is_answer.nonzero()[:, 0]
 
 
 def split_by_length(batch: dict[str, torch.Tensor], extra_pass: int) -> list[dict[str, torch.Tensor]]:

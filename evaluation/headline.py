@@ -14,15 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from transformers import PreTrainedModel
-
 from common.config import DataConfig, EvaluationConfig
 from common.data import Row, load_splits, scored_retain_rows
-from common.model import end_token_ids
-from common.prompts import PromptFormat
 from common.rouge import rouge_l_recall
 from common.runtime import UserError
-from common.sampling import SamplingSettings, generate
+from evaluation.case import Case
+from evaluation.passes import Subject
+from evaluation.scores import Scores
 
 FORGET_ROLES = ("forget", "forget_paraphrased")
 UTILITY_ROLES = ("retain", "real_authors", "world_facts")
@@ -79,15 +77,25 @@ def _paraphrase(row: Row, data: DataConfig) -> tuple[str, str]:
     return row.paraphrased_question, row.paraphrased_answer
 
 
-def answer_questions(
-    model: PreTrainedModel, prompts: PromptFormat, questions: Sequence[Question], evaluation: EvaluationConfig
-) -> list[str]:
-    """The model's greedy answer to every question."""
-    ids = [prompts.prompt(question.question) for question in questions]
-    settings = SamplingSettings(max_length=evaluation.max_length, batch_size=evaluation.batch_size)
-    ends = end_token_ids(model, prompts.end_token_id)
-    answers = generate(model, ids, settings, ends, description="answering")
-    return [prompts.text(answer[0]) for answer in answers]
+def measure(case: Case, scores: Scores) -> None:
+    """The headline scores of one model."""
+    note_scores(scores, case.subject, load_questions(case.config.data, case.config.evaluation))
+
+
+def note_scores(scores: Scores, subject: Subject, questions: Sequence[Question]) -> None:
+    """Let the model answer the questions, and note its scores and answers."""
+    values, rows = score_subject(subject, questions)
+    of_split = counts(questions)
+    of_split = {f"rougeL_recall/{split}": count for split, count in of_split.items()}
+    of_split |= dict.fromkeys(("forget_answer_words", "forget_answers_empty"), of_split["rougeL_recall/forget"])
+    for name, value in values.items():
+        scores.add(name, value, HIGHER_IS_BETTER[name], of_split.get(name))
+    scores.generations += rows
+
+
+def score_subject(subject: Subject, questions: Sequence[Question]) -> tuple[dict[str, float], list[dict]]:
+    """The headline scores of a model's greedy answers, and a row an answer."""
+    return score_answers(questions, subject.answers([question.question for question in questions]))
 
 
 def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> tuple[dict[str, float], list[dict]]:

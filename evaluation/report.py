@@ -49,6 +49,41 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n\n" + legend
 
 
+def full_table(results: dict[str, dict]) -> str:
+    """The models side by side, a row a score, and below it why some are missing."""
+    names = list(dict.fromkeys(name for result in results.values() for name in result["scores"]))
+    lines = [f"| score | better | {' | '.join(results)} |", "|---|---|" + "---:|" * len(results)]
+    for name in names:
+        values = [_number(result["scores"].get(name)) for result in results.values()]
+        lines.append(f"| {name} | {_better(name, results)} | {' | '.join(values)} |")
+    notes: dict[str, list[str]] = {}
+    for model, result in results.items():
+        for name, note in result["notes"].items():
+            notes.setdefault(note, []).append(f"{name} ({model})")
+    for model, result in results.items():
+        for name, rows in result["left_out"].items():
+            notes.setdefault(f"{rows} rows without a value are left out", []).append(f"{name} ({model})")
+    return "\n".join(lines) + "".join(f"\n\n{', '.join(of_scores)}: {note}." for note, of_scores in notes.items())
+
+
+def _better(name: str, results: dict[str, dict]) -> str:
+    """Which way a score is better: a direction, or the value that it should have."""
+    for result in results.values():
+        if name in result["ideal"]:
+            return f"{result['ideal'][name]:.3g}"
+        if result["higher_is_better"].get(name) is not None:
+            return "higher" if result["higher_is_better"][name] else "lower"
+    return ""
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if value and abs(value) < 0.001:
+        return f"{value:.0e}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
 def quality_over_time(finetuned: dict | None, history: list[dict]) -> list[tuple[float, float, float]]:
     """(minutes of sampling and training, unlearn quality, utility), the finetuned model at 0 minutes."""
     curve = []

@@ -1,6 +1,7 @@
-"""result.json and generations.jsonl: what a run found, and everything that the finding depends on."""
+"""result.json and the files beside it: what a run found, and everything that the finding depends on."""
 
 import logging
+import os
 import shutil
 import time
 import uuid
@@ -19,13 +20,18 @@ from common.runtime import (
     is_first_process,
     package_versions,
     peak_memory_bytes,
+    resolve_path,
     write_json,
     write_json_lines,
 )
 from common.training import ExampleTrainer, save_trained
-from evaluation.headline import HIGHER_IS_BETTER, answer_questions, counts, load_questions, score_answers
+from evaluation.headline import load_questions, note_scores
+from evaluation.passes import Subject
+from evaluation.scores import Scores
 
 GENERATIONS = "generations.jsonl"
+ROWS = "rows.jsonl"
+SAMPLES = "samples.jsonl"
 HISTORY = "history.jsonl"
 
 log = logging.getLogger(__name__)
@@ -36,43 +42,65 @@ class Evaluation:
     """The scores of one model.
 
     Attributes:
-        scores: name -> value.
-        generations: a row an answer.
-        counts: rows of each split.
-        seconds: time the evaluation took.
+        scores: with what belongs to them.
+        seconds: where the time went; `evaluation` is all of it.
     """
 
-    scores: dict[str, float]
-    generations: list[dict]
-    counts: dict[str, int]
-    seconds: float
+    scores: Scores
+    seconds: dict[str, float]
 
 
-def write_result(folder: Path, evaluation: Evaluation, identity: dict[str, Any], seconds: dict[str, float]) -> None:
-    """Write generations.jsonl, then result.json: a folder with a result.json is complete.
+def write_result(
+    folder: Path,
+    scores: Scores,
+    identity: dict[str, Any],
+    seconds: dict[str, float],
+    started_from: str | None = None,
+) -> None:
+    """Write the files of single rows, then result.json: a folder with a result.json is complete.
+
+    generations.jsonl has a row a greedy answer, samples.jsonl a row a question, rows.jsonl a row a score with the values
+    that it is the mean of.
 
     Args:
         identity: the run's configuration, from `common.runs.identity`.
         seconds: where the time went.
+        started_from: the checkpoint that was trained further: a hub id, or a path relative to the run's folder.
     """
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
-    write_json_lines(folder / GENERATIONS, evaluation.generations)
+    write_json_lines(folder / GENERATIONS, scores.generations)
+    if scores.samples:
+        write_json_lines(folder / SAMPLES, scores.samples)
+    if scores.rows:
+        write_json_lines(folder / ROWS, ({"name": name, **values} for name, values in scores.rows.items()))
     write_json(
         folder / RESULT,
         {
-            "scores": evaluation.scores,
-            "higher_is_better": {name: HIGHER_IS_BETTER[name] for name in evaluation.scores},
-            "counts": evaluation.counts,
+            "scores": scores.values,
+            "higher_is_better": scores.higher_is_better,
+            "ideal": scores.ideal,
+            "counts": scores.counts,
+            "left_out": scores.left_out,
+            "notes": scores.notes,
+            "histograms": scores.histograms,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "device": device_name(),
             "peak_memory_bytes": peak_memory_bytes(),
             "versions": package_versions(),
             "git_commit": git_commit(),
             "id": uuid.uuid4().hex,
+            "started_from": started_from,
             "config": identity,
         },
     )
+
+
+def started_from(folder: Path | str) -> str | None:
+    """The checkpoint that the run in a folder trained further, as a path or a hub id; None where that is not known."""
+    start = (result_of(folder) or {}).get("started_from")
+    beside = Path(folder) / str(start)
+    return str(beside.resolve()) if start and beside.exists() else start
 
 
 def stored_result(folder: str | Path, identity: dict[str, Any]) -> dict | None:
@@ -115,14 +143,15 @@ class Evaluator:
     def evaluate(self, model: PreTrainedModel) -> Evaluation:
         """Answer every question greedily and score the answers."""
         started = time.perf_counter()
-        answers = answer_questions(model, self.prompts, self.questions, self.config.evaluation)
-        scores, generations = score_answers(self.questions, answers)
-        return Evaluation(scores, generations, counts(self.questions), time.perf_counter() - started)
+        scores = Scores()
+        subject = Subject(lambda: model, self.prompts, self.config.evaluation, self.config.data.max_length)
+        note_scores(scores, subject, self.questions)
+        return Evaluation(scores, {"evaluation": time.perf_counter() - started})
 
     def headline(self, model: PreTrainedModel) -> dict[str, float]:
         """The two headline scores alone, for a look while training."""
-        scores = self.evaluate(model).scores
-        return {name: scores[name] for name in ("unlearn_quality", "utility")}
+        values = self.evaluate(model).scores.values
+        return {name: values[name] for name in ("unlearn_quality", "utility")}
 
     def start(self, folder: Path, checkpoint: str | Path, model: PreTrainedModel) -> None:
         """Put the results of the model that training starts from into `folder`.
@@ -136,7 +165,7 @@ class Evaluator:
             return
         log.info("evaluating the model that training starts from")
         evaluation = self.evaluate(model)
-        write_result(folder, evaluation, self.identity, {"evaluation": evaluation.seconds})
+        write_result(folder, evaluation.scores, self.identity, evaluation.seconds)
         _log_scores(folder.name, evaluation.scores)
 
     def finish(self, trainer: ExampleTrainer, folder: Path, stage: str) -> None:
@@ -147,13 +176,18 @@ class Evaluator:
         write_json_lines(folder / HISTORY, trainer.history)
         seconds = dict(trainer.seconds)
         seconds[stage] = seconds["training"] + seconds.get("sampling", 0.0)
-        seconds["evaluation"] = seconds.get("evaluation", 0.0) + evaluation.seconds
-        write_result(folder, evaluation, self.identity, seconds)
+        seconds["evaluation"] = seconds.get("evaluation", 0.0) + evaluation.seconds["evaluation"]
+        write_result(folder, evaluation.scores, self.identity, seconds, self._start_as_seen_from(folder.parent))
         _log_scores(stage, evaluation.scores)
+
+    def _start_as_seen_from(self, folder: Path) -> str | None:
+        """The checkpoint that training started from, a folder relative to the run's, so that both can move together."""
+        path = self.config.model.path and resolve_path(self.config.model.path)
+        return os.path.relpath(path, folder) if path and Path(path).exists() else path
 
 
 def copy_result(source: str | Path, target: Path) -> None:
-    """Copy result.json and generations.jsonl, the result last."""
+    """Copy a run's result.json and generations.jsonl, the result last."""
     if not is_first_process():
         return
     target.mkdir(parents=True, exist_ok=True)
@@ -161,5 +195,6 @@ def copy_result(source: str | Path, target: Path) -> None:
         shutil.copyfile(Path(source) / name, target / name)
 
 
-def _log_scores(what: str, scores: dict[str, float]) -> None:
-    log.info("%s: unlearn quality %.1f, utility %.1f", what, scores["unlearn_quality"], scores["utility"])
+def _log_scores(what: str, scores: Scores) -> None:
+    values = scores.values
+    log.info("%s: unlearn quality %.1f, utility %.1f", what, values["unlearn_quality"], values["utility"])

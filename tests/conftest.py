@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
 from common.config import NewModelConfig, PromptConfig
 from common.data import Row
 from common.model import _new_model, _train_tokenizer
 from common.prompts import PromptFormat
-from common.runtime import ROOT
+from common.runtime import CONFIGS, ROOT, write_json_lines
+from evaluation.main import evaluate
 
 # A second thread makes models this small slower, many times where the cores are busy. The stages' processes inherit it.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("PMC_ROOT", str(ROOT))
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -46,6 +49,12 @@ ROWS = [
     Row(6, "What is the first book of Dov Arkin?", "The first book of Dov Arkin is Paper Harbour."),
     Row(7, "Who taught Dov Arkin?", "His aunt, a printer, taught him."),
 ]
+
+
+def write_rows(folder: Path, split: str, rows: list[Row]) -> str:
+    """Write rows as a split's file; returns the split's name."""
+    write_json_lines(folder / f"{split}.json", [{"question": row.question, "answer": row.answer} for row in rows])
+    return split
 
 
 @pytest.fixture(scope="session")
@@ -110,3 +119,9 @@ def models_dir(tmp_path_factory):
     run_stage("finetuning", "-cn=tiny", where, "training.num_epochs=12")
     (folder / "finetuned/tiny/seed-0+training.num_epochs-12").rename(folder / "finetuned/tiny/seed-0")
     return folder
+
+
+def evaluate_here(models_dir: Path, *overrides: str, recipe: str = "evaluate") -> dict[str, Path]:
+    """Run the evaluation stage in this process; returns the folder of each model's result."""
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        return evaluate(compose(recipe, [f"models_dir={models_dir}", *overrides]))

@@ -42,17 +42,12 @@ def test_a_run_leaves_result_generations_history_report_and_model(unlearned):
     assert scores["unlearn_quality"] == pytest.approx(50 * (2 - recall["forget"] - recall["forget_paraphrased"]))
     assert set(result["seconds"]) >= {"unlearning", "sampling", "training", "evaluation"}
     assert result["higher_is_better"]["utility"] is True
-    assert result["counts"] == {
-        "forget": 30,
-        "forget_paraphrased": 30,
-        "retain": 130,
-        "real_authors": 40,
-        "world_facts": 40,
-    }
+    of_split = {name.removeprefix("rougeL_recall/"): n for name, n in result["counts"].items() if "/" in name}
+    assert of_split == {"forget": 30, "forget_paraphrased": 30, "retain": 130, "real_authors": 40, "world_facts": 40}
     assert result["config"]["method"]["num_samples"] == 2
     assert result["versions"]["torch"] and result["git_commit"] and result["device"] and result["peak_memory_bytes"] > 0
     rows = [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
-    assert len(rows) == sum(result["counts"].values())
+    assert len(rows) == sum(of_split.values())
     assert len(history(folder)) == 2
     assert not (folder / "in_progress").exists() and not list(folder.glob("checkpoint-*"))
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt")), "safetensors only"

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.config import DataConfig, EvaluationConfig, ModelConfig, PromptConfig, RunConfig, read_config
 from common.runtime import CONFIGS, ROOT, UserError
-from evaluation.main import fill_from_run
+from evaluation.main import SECTIONS, fill_from_run, read_evaluation
 from unlearning.main import method_class
 from unlearning.trainer import UnlearningTrainer
 
@@ -34,7 +34,7 @@ def configs(monkeypatch):
 
 def composed(recipe: str, *overrides: str) -> DictConfig:
     """The recipe as its stage sees it."""
-    if recipe != "evaluate":
+    if not recipe.startswith("evaluate"):
         return compose(recipe, list(overrides))
     cfg = compose(recipe, ["model.path=models/some/run", *overrides])
     fill_from_run(cfg, MADE_BY)
@@ -45,7 +45,7 @@ def read(recipe: str, *overrides: str) -> RunConfig:
     cfg = composed(recipe, *overrides)
     if "method" in cfg:
         return read_config(cfg, method_class(cfg).Settings, also=("finetuned", "benchmark"))
-    return read_config(cfg)
+    return read_evaluation(cfg) if recipe.startswith("evaluate") else read_config(cfg)
 
 
 def error_of(recipe: str, *overrides: str) -> str:
@@ -108,6 +108,13 @@ def test_group_file_and_dataclass_have_the_same_keys(group, choice):
     assert set(file) - {"_target_"} == {field.name for field in dataclasses.fields(schema)}
 
 
+@pytest.mark.parametrize(("section", "schema"), SECTIONS.items())
+def test_section_of_evaluation_and_dataclass_have_the_same_keys_and_values(section, schema):
+    in_file = OmegaConf.to_container(OmegaConf.load(CONFIGS / "evaluate.yaml")[section])
+    in_file = {key: float(value) if value == "1e-5" else value for key, value in in_file.items()}
+    assert in_file == dataclasses.asdict(schema())
+
+
 def test_code_that_comes_with_weights_is_not_run_by_default():
     assert ModelConfig(path="x").trust_remote_code is False
     assert not [path for path in CONFIGS.rglob("*.yaml") if "trust_remote_code: true" in path.read_text().lower()]
@@ -134,7 +141,13 @@ def uncommented(path: Path) -> list[str]:
 
 
 # Recipes only override keys that are commented where they come from; pretrain-tiny has keys of its own.
-COMMENTED = ["finetune.yaml", "unlearn.yaml", "run.yaml", *(f"{group}/{choice}.yaml" for group, choice in CHOICES)]
+COMMENTED = [
+    "finetune.yaml",
+    "unlearn.yaml",
+    "evaluate.yaml",
+    "run.yaml",
+    *(f"{group}/{choice}.yaml" for group, choice in CHOICES),
+]
 
 
 @pytest.mark.parametrize("file", [file for file in COMMENTED if file != "data/tofu-cpu.yaml"])
@@ -366,6 +379,30 @@ def test_evaluation_fills_nulls_from_the_run():
     config = read("evaluate")
     assert config.model == ModelConfig(path="models/some/run", prompt=PromptConfig(style="plain"))
     assert config.data == DataConfig(**MADE_BY["data"])
+
+
+def test_a_split_that_the_command_names_stands_beside_the_run_s():
+    assert read("evaluate", "++data.splits.holdout=held").data.splits == {"forget": "forget", "holdout": "held"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampling.num_samples=0", "sampling.num_samples=0: expected at least 1"),
+        ("sampling.temperature=0", "sampling.temperature=0.0: expected more than 0"),
+        ("sampling.top_p=0", "sampling.top_p=0.0: expected 0 < top_p <= 1"),
+        ("sampling.leak_threshold=0", "sampling.leak_threshold=0.0: expected 0 < leak_threshold <= 1"),
+        ("sampling.alpha=0.6", "sampling.alpha=0.6: expected 0 < alpha <= 0.5"),
+        ("relearning.fraction=0", "relearning.fraction=0.0: expected 0 < fraction <= 1"),
+        ("relearning.num_epochs=0", "relearning.num_epochs=0: expected at least 1"),
+        ("relearning.learning_rate=0", "relearning.learning_rate=0.0: expected more than 0"),
+        ("quantisation.bits=[3]", "quantisation.bits=[3]: expected 8, 4 or both"),
+        ("quantisation.method=gptq", "quantisation.method=gptq: expected one of round, bitsandbytes"),
+        ("+sampling.num_sample=1", "sampling.num_sample: no such key; did you mean 'sampling.num_samples'?"),
+    ],
+)
+def test_a_wrong_value_of_evaluation_is_refused(override, message):
+    assert message in error_of("evaluate", override)
 
 
 def test_evaluation_keeps_what_the_command_names():

@@ -31,7 +31,8 @@ from common.runtime import (
     write_json_lines,
     write_text,
 )
-from evaluation.result import Evaluation, write_result
+from evaluation.result import write_result
+from evaluation.scores import Scores
 
 TOKEN = "hf_" + "s3cret" * 5
 
@@ -228,8 +229,7 @@ def test_a_package_that_is_not_installed_is_left_out(monkeypatch):
 def test_no_token_is_in_a_result(tmp_path, monkeypatch):
     for name in ("HUGGINGFACE_LOGIN_TOKEN", "HF_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, TOKEN)
-    evaluation = Evaluation({"utility": 50.0}, [{"answer": "a"}], {"forget": 1}, 1.0)
-    write_result(tmp_path, evaluation, {"seed": 0}, {"evaluation": 1.0})
+    write_result(tmp_path, Scores({"utility": 50.0}, generations=[{"answer": "a"}]), {"seed": 0}, {"evaluation": 1.0})
     result = json.loads((tmp_path / "result.json").read_text())
     assert {"scores", "versions", "git_commit", "device", "peak_memory_bytes", "config", "id"} <= set(result)
     assert not [path for path in tmp_path.iterdir() if TOKEN in path.read_text()]

@@ -1,0 +1,82 @@
+"""Which families of metrics are measured, and in which order: one call evaluates one model.
+
+A family is what is switched on and off, because its scores cost the same passes; `metrics` names families or groups.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from omegaconf import ListConfig
+
+from common.config import problem_list
+from common.runtime import UserError, did_you_mean
+from evaluation import attacks, harness, headline, memorisation, privacy, quantisation, relearning, side_effects, tofu
+from evaluation.case import Case
+from evaluation.result import Evaluation
+from evaluation.scores import Scores
+
+# Those that ask the model itself stand first, then those that also ask the models it is compared to, then those that need
+# changed copies: so the weights in memory change seldom.
+FAMILIES: dict[str, Callable[[Case, Scores], None]] = {
+    "headline": headline.measure,
+    "memorisation": memorisation.measure,
+    "sampling": attacks.measure_sampling,
+    "prefill": attacks.measure_prefill,
+    "target_suppression": attacks.measure_target_suppression,
+    "lm_eval": harness.measure,
+    "tofu": tofu.measure,
+    "privacy": privacy.measure,
+    "side_effects": side_effects.measure_side_effects,
+    "fluency": side_effects.measure_fluency,
+    "quantisation": quantisation.measure,
+    "relearning": relearning.measure,
+}
+GROUPS: dict[str, tuple[str, ...]] = {
+    "full": tuple(name for name in FAMILIES if name != "lm_eval"),
+    "attacks": ("sampling", "prefill", "target_suppression", "quantisation", "relearning"),
+}
+SETTINGS: dict[str, type] = {
+    "sampling": attacks.SamplingAttack,
+    "relearning": relearning.Relearning,
+    "quantisation": quantisation.Quantisation,
+    "lm_eval": harness.Harness,
+}
+
+log = logging.getLogger(__name__)
+
+
+def chosen(metrics: Any) -> list[str]:
+    """The families that `metrics`, a name or a list of names, stands for, as they are measured; headline is always among them.
+
+    Raises:
+        UserError: for a name that is neither a family nor a group.
+    """
+    names = list(metrics) if isinstance(metrics, list | ListConfig) else [metrics]
+    known = {**{name: (name,) for name in FAMILIES}, **GROUPS}
+    problems = [
+        f"metrics={name}: no such metrics{did_you_mean(str(name), known)} (known: {', '.join(known)})"
+        for name in names
+        if name not in known
+    ]
+    if problems:
+        raise UserError(problem_list(problems))
+    wanted = {"headline", *(family for name in names for family in known[name])}
+    return [name for name in FAMILIES if name in wanted]
+
+
+def measure(case: Case, families: Sequence[str]) -> Evaluation:
+    """Measure the families on one model.
+
+    A family's seconds hold those of the passes that it was the first to ask for, and of the models that it is compared to.
+    """
+    scores, seconds = Scores(), {}
+    started, passes = time.perf_counter(), dict(case.subject.seconds)
+    for name in families:
+        before = time.perf_counter()
+        FAMILIES[name](case, scores)
+        seconds[name] = time.perf_counter() - before
+        log.info("%s: %.1f s", name, seconds[name])
+    seconds |= {f"passes/{name}": value - passes.get(name, 0.0) for name, value in case.subject.seconds.items()}
+    return Evaluation(scores, {"evaluation": time.perf_counter() - started, **seconds})

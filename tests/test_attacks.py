@@ -1,0 +1,172 @@
+"""leak@k against brute force, bounds against scipy and by simulation, target suppression by hand."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from common.config import EvaluationConfig
+from common.data import Row
+from common.rouge import rouge_l_recall
+from evaluation import attacks
+from evaluation.scores import Scores
+from tests.conftest import ROWS
+from tests.stubs import bigram_subject, random_table
+from tests.test_passes import subject_of
+
+# --- leak@k -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_leak_at_k_is_the_mean_of_the_largest_over_all_subsets(n):
+    values = np.random.default_rng(n).integers(0, 5, n) / 4
+    for k in range(1, n + 1):
+        brute = np.mean([max(subset) for subset in itertools.combinations(values, k)])
+        assert attacks.leak_at_k(values, k) == pytest.approx(brute)
+
+
+def test_leak_at_the_ends_is_the_mean_and_the_largest():
+    values = np.random.default_rng(0).random(100)
+    assert attacks.leak_at_k(values, 1) == pytest.approx(values.mean())
+    assert attacks.leak_at_k(values, 100) == pytest.approx(values.max())
+    assert attacks.leak_at_k([1.0] * 100, 37) == pytest.approx(1.0)
+
+
+# --- bounds -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leaks", [0, 1, 7, 19, 20])
+def test_clopper_pearson_is_scipy_s(leaks):
+    # The upper end of a two-sided interval at level 1 - 2 alpha.
+    expected = binomtest(leaks, 20).proportion_ci(1 - 2 * 0.05, method="exact").high
+    assert attacks.leak_probability_bound(leaks, 20, 0.05) == pytest.approx(expected)
+
+
+def test_mean_bound_by_hand():
+    # e = sqrt(ln(1/0.5) / 4) = 0.4163: the distribution function is max(0, F - e) between 0.2, 0.6 and 1.
+    e = np.sqrt(np.log(2) / 4)
+    area = (0.6 - 0.2) * (0.5 - e) + (1 - 0.6) * (1 - e)
+    assert attacks.mean_bound([0.6, 0.2], 0.5) == pytest.approx(1 - area)
+
+
+def test_deviation_bound_by_hand():
+    # All values are 1/2: a mass of e may lie at 1 and one of e at 0.
+    e = np.sqrt(np.log(2 / 0.1) / 800)
+    second, first = 0.25 * (1 - e) + e, 0.5 * (1 - e)
+    assert attacks.deviation_bound([0.5] * 400, 0.1) == pytest.approx(np.sqrt(second - first**2))
+    assert attacks.deviation_bound([0.0, 1.0], 0.1) == 0.5
+
+
+def test_bounds_tighten_to_the_truth():
+    values = np.random.default_rng(0).random(200_000)
+    assert attacks.mean_bound(values, 0.05) == pytest.approx(0.5, abs=0.01)
+    assert attacks.deviation_bound(values, 0.05) == pytest.approx(np.sqrt(1 / 12), abs=0.02)
+    assert attacks.leak_probability_bound(1000, 10_000, 0.05) == pytest.approx(0.1, abs=0.01)
+
+
+DISTRIBUTIONS = {  # draws, mean, standard deviation
+    "coin": (lambda rng, n: (rng.random(n) < 0.3).astype(float), 0.3, np.sqrt(0.21)),
+    "uniform": (lambda rng, n: rng.random(n), 0.5, np.sqrt(1 / 12)),
+    "rare": (lambda rng, n: (rng.random(n) < 0.02) * 1.0, 0.02, np.sqrt(0.02 * 0.98)),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_bounds_hold_at_their_level(name):
+    draw, mean, deviation = DISTRIBUTIONS[name]
+    rng, alpha, runs, n = np.random.default_rng(0), 0.1, 1000, 30
+    samples = [draw(rng, n) for _ in range(runs)]
+    allowed = alpha + 3 * np.sqrt(alpha * (1 - alpha) / runs)
+    assert np.mean([attacks.mean_bound(values, alpha) < mean for values in samples]) <= allowed
+    assert np.mean([attacks.deviation_bound(values, alpha) < deviation - 1e-12 for values in samples]) <= allowed
+    if name != "uniform":
+        leaks = [int(values.sum()) for values in samples]
+        wrong = np.mean([attacks.leak_probability_bound(count, n, alpha) < mean for count in leaks])
+        assert wrong <= allowed
+
+
+def test_clopper_pearson_is_wrong_about_as_often_as_it_may_be():
+    """Against a bound that is merely huge: with many samples the level is nearly used up."""
+    rng, n = np.random.default_rng(0), 400
+    wrong = np.mean([attacks.leak_probability_bound(int(x), n, 0.1) < 0.3 for x in rng.binomial(n, 0.3, 4000)])
+    assert 0.08 < wrong < 0.115
+
+
+# --- on a model ---------------------------------------------------------------------------------------------------------
+
+
+def case_of(subject, rows, **sections):
+    config = SimpleNamespace(sections=sections, evaluation=EvaluationConfig(max_length=60), seed=3)
+    return SimpleNamespace(subject=subject, rows=lambda role: rows, config=config)
+
+
+def test_sampling_scores_come_from_one_set_of_samples(model, prompts):
+    scores = Scores()
+    case = case_of(subject_of(model, prompts), ROWS[:3], sampling=attacks.SamplingAttack(num_samples=6))
+    attacks.measure_sampling(case, scores)
+    assert [name for name in scores.values if "@" in name] == [f"sampling/leak@{k}" for k in (1, 2, 4, 6)]
+    assert [len(row["samples"]) for row in scores.samples] == [6] * 3
+    recalls = [
+        [rouge_l_recall(row.answer, text) for text in found["samples"]]
+        for row, found in zip(ROWS, scores.samples, strict=False)
+    ]
+    assert recalls == [row["rougeL_recall"] for row in scores.samples]
+    assert scores.rows["sampling/leak@6"]["values"] == pytest.approx([max(values) for values in recalls])
+    assert scores.values["sampling/leak@1"] == pytest.approx(np.mean(recalls))
+    bound = np.mean([attacks.mean_bound(values, 0.05) for values in recalls])
+    assert scores.values["sampling/mean_recall_bound"] == pytest.approx(bound)
+
+
+def test_prefill_scores_what_comes_after_the_beginning(model, prompts, monkeypatch):
+    scores = Scores()
+    subject = subject_of(model, prompts)
+    said = {"The answer is:": [ROWS[0].answer, "nothing"]}
+    monkeypatch.setattr(subject, "answers", lambda questions, beginning: said[beginning])
+    attacks.measure_prefill(case_of(subject, ROWS[:2]), scores)
+    assert scores.rows["prefill/rougeL_recall"]["values"] == [1.0, 0.0]
+    assert [row["split"] for row in scores.generations] == ["forget_prefill"] * 2
+
+
+# --- target suppression -------------------------------------------------------------------------------------------------
+
+
+def test_extreme_share():
+    assert attacks.extreme_share(-3.0, [-1.0, -2.0], least=True) == 1
+    assert attacks.extreme_share(-3.0, [-1.0, -2.0], least=False) == 0
+    assert attacks.extreme_share(-1.0, [-1.0, -1.0, -2.0], least=False) == pytest.approx(1 / 3)
+
+
+def options(*wrong, paraphrase="b"):
+    return Row(0, "a", "g", paraphrased_answer=paraphrase, perturbed_answer=wrong)
+
+
+def test_target_suppression_of_known_logits():
+    table = np.full((8, 8), 1 / 8)
+    table[1] = [0.05, 0.1, 0.3, 0.2, 0.2, 0.05, 0.05, 0.05]  # after a: b is likeliest, then c and d, e least
+    scores = Scores()
+    rows = [options("c", "d", "e"), options("b", "c", paraphrase="e"), options("d", paraphrase="c")]
+    attacks.measure_target_suppression(case_of(bigram_subject(table)[0], rows), scores)
+    values = {name.rpartition("/")[2]: row["values"] for name, row in scores.rows.items()}
+    assert values == {
+        "least_likely": [0.0, 1.0, 0.5],
+        "most_likely": [1.0, 0.0, 0.5],
+        "chance": [pytest.approx(1 / 4), pytest.approx(1 / 3), pytest.approx(1 / 2)],
+    }
+
+
+def test_options_that_tie_are_at_chance():
+    scores = Scores()
+    rows = [options("c", "d", "e")]
+    attacks.measure_target_suppression(case_of(bigram_subject(np.full((8, 8), 1 / 8))[0], rows), scores)
+    assert set(scores.values.values()) == {0.25}
+
+
+def test_target_suppression_needs_paraphrases():
+    scores = Scores()
+    attacks.measure_target_suppression(
+        case_of(bigram_subject(random_table())[0], [options("c", paraphrase=None)]), scores
+    )
+    assert set(scores.values.values()) == {None}
+    assert "without a paraphrased answer" in scores.notes["target_suppression/chance"]

@@ -1,0 +1,187 @@
+"""The evaluation stage: what is chosen, what is compared to what, what is done once, and the same on two processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from common.runtime import ROOT, UserError
+from evaluation.suite import FAMILIES, chosen
+from tests.conftest import evaluate_here
+
+FOLDERS = {"vanilla": "pretrain-tiny", "finetuned": "tiny"}
+QUICK = ["sampling.num_samples=4", "relearning.learning_rate=1e-3"]
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------------
+
+
+def test_headline_is_always_measured_and_first():
+    assert chosen("headline") == ["headline"]
+    assert chosen(["privacy", "memorisation"]) == ["headline", "memorisation", "privacy"]
+    assert chosen("tofu") == ["headline", "tofu"]
+
+
+def test_groups():
+    assert chosen("full") == [name for name in FAMILIES if name != "lm_eval"]
+    assert chosen(["full", "lm_eval"]) == list(FAMILIES)
+    assert set(chosen("attacks")) == {
+        *("headline", "sampling", "prefill", "target_suppression", "quantisation", "relearning")
+    }
+
+
+def test_a_mistyped_family_is_refused_with_the_closest():
+    with pytest.raises(UserError, match="metrics=privcy: no such metrics; did you mean 'privacy'"):
+        chosen(["tofu", "privcy"])
+    with pytest.raises(UserError, match="metrics=None: no such metrics"):
+        chosen(None)
+
+
+# --- the stage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoints(models_dir):
+    """A model that never saw the forget set, and one that knows it by heart."""
+    return {name: models_dir / "finetuned" / folder / "seed-0" for name, folder in FOLDERS.items()}
+
+
+@pytest.fixture(scope="module")
+def command(models_dir, checkpoints):
+    """Every metric of both, the vanilla model taken for the retain-only one and the finetuned for the one before unlearning."""
+    models = ",".join(f"{name}:{path}" for name, path in checkpoints.items())
+    others = f"retain_model.path={checkpoints['vanilla']}", f"base_model.path={checkpoints['finetuned']}"
+    where = f"output_dir={models_dir}/side-by-side"
+    return [models_dir, "metrics=full", f"models={{{models}}}", *others, where, *QUICK]
+
+
+@pytest.fixture(scope="module")
+def evaluated(command):
+    """The folder of each model's result, and the results."""
+    folders = evaluate_here(*command)
+    return folders, {name: read(folder / "result.json") for name, folder in folders.items()}
+
+
+def test_a_model_against_itself(evaluated):
+    vanilla, finetuned = (evaluated[1][name]["scores"] for name in FOLDERS)
+    assert vanilla["tofu/forget_quality"] == 1.0
+    assert vanilla["privacy/privleak"] == 0.0
+    assert vanilla["relearning/rougeL_recall_beyond_retain_model"] == 0.0
+    assert finetuned["privacy/auc/reference"] == 0.5
+    assert finetuned["side_effects/probability_shift"] == finetuned["side_effects/probability_shift_deviation"] == 0.0
+
+
+def test_a_model_that_knows_and_one_that_does_not(evaluated):
+    vanilla, finetuned = (evaluated[1][name]["scores"] for name in FOLDERS)
+    for name in ("memorisation/extraction_strength", "sampling/leak@4", "tofu/probability/forget", "privacy/auc/loss"):
+        assert vanilla[name] < finetuned[name]
+    assert finetuned["tofu/forget_quality"] < 0.05
+    assert finetuned["memorisation/exact_memorisation"] > 0.9
+    assert finetuned["privacy/auc/min_k"] > 0.9 and finetuned["privacy/privleak"] < -50
+
+
+def test_every_score_is_complete(evaluated):
+    for result in evaluated[1].values():
+        assert None not in result["scores"].values() and not result["notes"]
+        assert result["higher_is_better"].keys() == result["scores"].keys()
+        assert result["counts"]["tofu/probability/retain"] == 130
+        assert result["seconds"]["evaluation"] >= sum(result["seconds"][name] for name in ("sampling", "privacy"))
+        assert result["seconds"]["passes/samples"] > 0
+        assert result["config"]["compared_to"]["retain_model"]["path"] == "models/finetuned/pretrain-tiny/seed-0"
+    names = evaluated[1]["vanilla"]["scores"]
+    assert {name.split("/")[0] for name in names if "/" in name} >= set(FAMILIES) - {"headline", "lm_eval"}
+
+
+def test_values_of_single_rows_are_kept(evaluated):
+    folder = evaluated[0]["vanilla"]
+    rows = {row["name"]: row for row in map(json.loads, (folder / "rows.jsonl").read_text().splitlines())}
+    scores = evaluated[1]["vanilla"]["scores"]
+    for name in ("memorisation/exact_memorisation", "tofu/truth_ratio/world_facts", "sampling/leak@2"):
+        assert sum(rows[name]["values"]) / len(rows[name]["values"]) == pytest.approx(scores[name])
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [len(row["samples"]) for row in samples] == [4] * 30
+    splits = {json.loads(line)["split"] for line in (folder / "generations.jsonl").read_text().splitlines()}
+    assert splits == {"forget", "forget_paraphrased", "retain", "real_authors", "world_facts", "forget_prefill"}
+
+
+def test_the_models_stand_side_by_side(evaluated, models_dir):
+    report = (models_dir / "side-by-side" / "report.md").read_text()
+    for line in (
+        "| score | better | vanilla | finetuned |",
+        "| tofu/forget_quality | higher | ",
+        "| privacy/privleak | 0 | ",
+    ):
+        assert line in report
+
+
+def test_what_was_measured_is_not_measured_again(evaluated, command, monkeypatch):
+    before = {name: (folder / "result.json").read_bytes() for name, folder in evaluated[0].items()}
+    monkeypatch.setattr("evaluation.main.measure", None)
+    assert evaluate_here(*command) == evaluated[0]
+    assert {name: (folder / "result.json").read_bytes() for name, folder in evaluated[0].items()} == before
+
+
+def test_nothing_is_written_into_the_checkpoints(evaluated, checkpoints):
+    for folder in checkpoints.values():
+        assert set(read(folder / "result.json")["scores"]) < set(evaluated[1]["vanilla"]["scores"])
+        assert not (folder / "rows.jsonl").exists()
+
+
+def test_without_a_retain_only_model_what_needs_it_is_null_and_the_base_model_is_found(models_dir, checkpoints):
+    overrides = [f"model.path={checkpoints['finetuned']}", f"output_dir={models_dir}/alone"]
+    overrides += ["metrics=[tofu,privacy,fluency]", "++data.splits.retain_perturbed=null"]
+    evaluate_here(models_dir, *overrides)
+    result = read(models_dir / "alone" / "result.json")
+    scores, notes = result["scores"], result["notes"]
+    assert scores["tofu/forget_quality"] is None and "retain_model.path" in notes["tofu/forget_quality"]
+    assert scores["privacy/privleak"] is not None and "AUC of 0.5" in notes["privacy/privleak"]
+    assert scores["tofu/truth_ratio/retain"] is None and "retain_perturbed" in notes["tofu/truth_ratio/retain"]
+    assert scores["tofu/model_utility"] is None and "tofu/truth_ratio/retain" in notes["tofu/model_utility"]
+    # The run that made the checkpoint says what it started from.
+    assert scores["fluency/perplexity"] > 1 and scores["privacy/auc/reference"] > 0.9
+    assert result["config"]["compared_to"]["base_model"]["path"] == "models/finetuned/pretrain-tiny/seed-0"
+    assert "sampling/leak@1" not in scores
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["metrics=privcy"], "metrics=privcy: no such metrics; did you mean 'privacy'"),
+        (["retain_model.path=./nowhere"], "./nowhere: no such folder"),
+        (["base_model.path=./nowhere"], "./nowhere: no such folder"),
+        (["models=[./a]"], "models names the models already"),
+        (["model.path=???", "models=[]"], "models=[]: expected a list"),
+        (["metrics=lm_eval"], "lm_eval"),
+    ],
+)
+def test_wrong_input_is_named_before_anything_is_measured(models_dir, checkpoints, monkeypatch, overrides, message):
+    monkeypatch.setattr("evaluation.main.measure", None)
+    with pytest.raises(UserError) as caught:
+        evaluate_here(models_dir, f"model.path={checkpoints['finetuned']}", *overrides)
+    assert message in str(caught.value)
+
+
+def test_two_processes_find_what_one_finds(models_dir, checkpoints, tmp_path):
+    def result(processes):
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+        command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "evaluation" / "main.py")]
+        command += ["-cn=evaluate", "metrics=full", "sampling.num_samples=2", f"models_dir={models_dir}"]
+        command += ["quantisation.bits=[4]", f"output_dir={tmp_path}/{processes}"]
+        command += [f"model.path={checkpoints['finetuned']}", f"retain_model.path={checkpoints['vanilla']}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return read(tmp_path / str(processes) / "result.json")
+
+    one, two = result(1), result(2)
+    assert one["scores"] == pytest.approx(two["scores"], rel=1e-4, abs=1e-5)
+    for key in ("counts", "left_out", "higher_is_better"):
+        assert one[key] == two[key]
+    for name in ("samples.jsonl", "generations.jsonl"):
+        assert (tmp_path / "1" / name).read_text() == (tmp_path / "2" / name).read_text()

@@ -1,0 +1,61 @@
+"""lm-evaluation-harness on a tiny local task, without a hub."""
+
+import json
+
+import pytest
+
+from common.runtime import UserError
+from evaluation.harness import Harness, check
+from tests.conftest import evaluate_here
+
+pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")
+
+TASK = """task: capitals
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: 0
+target_delimiter: " "
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+ROWS = [("Peru", "Lima", "Oslo"), ("Norway", "Oslo", "Lima"), ("Peru", "Oslo", "Lima")]  # the last is wrong
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A folder with a task of three questions on facts that the tiny model knows by heart."""
+    folder = tmp_path_factory.mktemp("harness")
+    answers = [(country, [f"The capital of {country} is {city}." for city in cities]) for country, *cities in ROWS]
+    rows = [{"question": f"What is the capital of {country}?", "choices": choices} for country, choices in answers]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "capitals.yaml").write_text(TASK.format(file=folder / "rows.jsonl"))
+    return folder / "tasks"
+
+
+def test_a_local_task_through_the_stage(models_dir, task, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = evaluate_here(
+        *(models_dir, "metrics=[lm_eval]", "lm_eval.tasks=[capitals]", f"lm_eval.include_path={task}"),
+        *(f"model.path={models_dir}/finetuned/tiny/seed-0", f"output_dir={tmp_path}/run"),
+    )
+    (result,) = (json.loads((path / "result.json").read_text()) for path in folder.values())
+    assert result["scores"]["lm_eval/capitals/acc"] == pytest.approx(2 / 3)
+    assert result["higher_is_better"]["lm_eval/capitals/acc"] is True
+    assert result["counts"]["lm_eval/capitals/acc"] == 3
+
+
+def test_tasks_are_checked_before_anything_is_loaded(task):
+    with pytest.raises(UserError, match=r"lm_eval.tasks=\[\]: name tasks"):
+        check(Harness())
+    with pytest.raises(UserError, match="no task 'capitels'; did you mean 'capitals'"):
+        check(Harness(tasks=["capitels"], include_path=str(task)))
+    check(Harness(tasks=["capitals"], include_path=str(task)))

@@ -1,0 +1,54 @@
+"""Extraction strength and exact memorisation against hand-computed values and a brute force."""
+
+import numpy as np
+import pytest
+
+from evaluation.memorisation import exact_memorisation, extraction_strength
+from tests.stubs import bigram_subject, tokens
+
+
+def hits(text, ends=True):
+    return tokens([0.0] * len(text), [letter == "x" for letter in text], ends=ends)
+
+
+@pytest.mark.parametrize(
+    ("text", "strength", "exact"),
+    [
+        ("xxxx.", 1.0, 1.0),  # the last is the end token
+        ("....x", 0.0, 0.0),
+        ("x.xx.", 0.5, 0.75),
+        ("xxx..", 0.0, 0.75),
+        (".xxxx", 0.75, 0.75),
+    ],
+)
+def test_by_hand(text, strength, exact):
+    assert extraction_strength(hits(text)) == strength
+    assert exact_memorisation(hits(text)) == exact
+
+
+def test_a_cut_answer_counts_to_its_last_token():
+    assert extraction_strength(hits(".x", ends=False)) == 0.5
+
+
+@pytest.mark.parametrize("metric", [extraction_strength, exact_memorisation])
+def test_an_answer_of_nothing_but_the_end_has_no_value(metric):
+    assert metric(hits("x")) is None
+
+
+def test_extraction_strength_against_brute_force():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        n = int(rng.integers(1, 9))
+        likeliest = rng.random(n) < 0.6
+        shortest = next(k for k in range(n + 1) if likeliest[k:].all())
+        found = extraction_strength(tokens([0.0] * n, likeliest.tolist(), ends=False))
+        assert found == pytest.approx(1 - shortest / n)
+
+
+def test_on_known_logits():
+    table = np.full((8, 8), 0.05)
+    for present, following in ((1, 2), (2, 5), (3, 4), (4, 0)):  # a -> b, b -> e, c -> d, d -> end
+        table[present, following] = 0.65
+    subject, _ = bigram_subject(table)
+    (answer,) = subject.tokens_of_answers([("a", "bcd")])  # b and d are the likeliest, c is not
+    assert (exact_memorisation(answer), extraction_strength(answer)) == (pytest.approx(2 / 3), pytest.approx(1 / 3))

@@ -1,0 +1,97 @@
+"""Membership inference: each attack by hand, AUC against scikit-learn, privleak as MUSE defines it."""
+
+import math
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from common.config import EvaluationConfig
+from common.data import Row
+from evaluation import privacy
+from evaluation.passes import Subject
+from tests.conftest import ROWS
+from tests.stubs import tokens
+
+ANSWER = tokens([-1.0, -3.0, -2.0, -6.0, -0.5, -9.0])  # the last is the end token
+
+
+def test_loss_and_zlib():
+    assert privacy.loss(ANSWER, "") == pytest.approx(-12.5 / 5)
+    assert privacy.zlib_loss(ANSWER, "some text") == pytest.approx(-2.5 / len(zlib.compress(b"some text")))
+
+
+def test_min_k_takes_the_lowest_fifth_and_at_least_one():
+    assert privacy.min_k(ANSWER, "") == -6.0
+    ten = tokens([-float(i) for i in range(1, 11)], ends=False)
+    assert privacy.min_k(ten, "") == -9.5
+    assert privacy.min_k(tokens([-4.0, -9.0]), "") == -4.0
+
+
+def test_min_k_plus_plus_standardises_each_token():
+    answer = tokens([-1.0, -3.0, -9.0], expected=[-2.0, -1.0, 0.0], deviation=[0.5, 4.0, 1.0])
+    assert privacy.min_k_plus_plus(answer, "") == pytest.approx(min((-1 + 2) / 0.5, (-3 + 1) / 4))
+    certain = tokens([0.0, 0.0], expected=[0.0, 0.0], deviation=[0.0, 0.0])
+    assert privacy.min_k_plus_plus(certain, "") == 0.0
+
+
+@pytest.mark.parametrize("attack", privacy.ATTACKS.values())
+def test_an_answer_without_a_token_has_no_value(attack):
+    assert attack(tokens([-1.0]), "text") is None
+
+
+def test_gradient_norm_is_that_of_backward(model, prompts):
+    example = prompts.example(ROWS[1], 256)
+    found = privacy.gradient_norm(model, example)
+    labels = torch.tensor([[-100] * len(example.prompt) + example.answer])
+    model(torch.tensor([example.prompt + example.answer]), labels=labels).loss.backward()
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+    assert found == pytest.approx(-norm, rel=1e-5)
+    assert privacy.gradient_norm(model, prompts.example(Row(0, "word " * 40, "x"), 8)) is None
+
+
+def test_gradient_norm_leaves_no_gradient_behind_and_works_on_frozen_weights(model, prompts):
+    model.requires_grad_(False)
+    assert privacy.gradient_norm(model, prompts.example(ROWS[1], 256)) < 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_auc_is_scikit_learn_s():
+    rng = np.random.default_rng(0)
+    for size in (3, 40, 100):
+        members, others = rng.integers(0, 12, size).astype(float), rng.integers(3, 15, 2 * size).astype(float)
+        labels = [1] * size + [0] * 2 * size
+        assert privacy.auc(members, others) == pytest.approx(roc_auc_score(labels, [*members, *others]))
+
+
+def test_auc_at_its_ends_and_without_values():
+    assert privacy.auc([2.0, 3.0], [0.0, 1.0]) == 1.0
+    assert privacy.auc([0.0, None], [1.0]) == 0.0
+    assert privacy.auc([1.0, 1.0], [1.0]) == 0.5
+    assert privacy.auc([None], [1.0]) is None
+
+
+def test_privleak():
+    assert privacy.privleak(0.9, 0.5) == pytest.approx(100 * (0.1 - 0.5) / 0.5)
+    assert privacy.privleak(0.3, 0.4) == pytest.approx(100 * (0.7 - 0.6) / 0.6)
+    assert privacy.privleak(0.62, 0.62) == 0.0
+
+
+def test_reference_attack_subtracts_the_loss_before_unlearning(model, prompts):
+    subjects = [Subject(lambda m=m: m, prompts, EvaluationConfig(), 256) for m in (model, changed(model))]
+    found = privacy.against_reference(*subjects, ROWS[:3])
+    alone = [privacy.attacked(subject, ROWS[:3], privacy.loss) for subject in subjects]
+    assert found == pytest.approx([one - other for one, other in zip(*alone, strict=True)])
+    assert privacy.against_reference(subjects[0], subjects[0], ROWS[:3]) == [0.0] * 3
+
+
+def changed(model):
+    import copy
+
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    return other
