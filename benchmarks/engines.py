@@ -40,7 +40,7 @@ def engines(config: RunConfig, model, prompts: list[list[int]]) -> dict[str, Cal
     paged = GenerationConfig(max_new_tokens=ANSWER_LENGTH, eos_token_id=-1, pad_token_id=0, **options)
     return {
         "ours": lambda: generate(model, prompts, settings, [], keys, limits=limits),
-        "generate": lambda: plain_answers(model, repeated, [ANSWER_LENGTH] * len(repeated), **options),
+        "generate": lambda: plain_answers(model, repeated, [ANSWER_LENGTH] * len(repeated), [], 0, **options),
         "generate_batch": lambda: list(model.generate_batch(inputs=repeated, generation_config=paged).values()),
     }
 

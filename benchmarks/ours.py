@@ -1,9 +1,8 @@
-"""The project's own trainer, with samples that stop where the plain way's stop.
-
-Neither pruning nor the skipping of finished questions counts: random answers would finish every question at once.
-"""
+"""The project's own trainer, timed. With random weights its samples stop where the plain way's stop."""
 
 import time
+from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 from benchmarks.plain import sample_lengths
@@ -11,28 +10,35 @@ from common.data import Row
 from common.sampling import generate
 from common.training import answer_tokens
 from unlearning import pmc
+from unlearning.pruning import Pruner
 
 
 class TimedPMC(pmc.PMC):
     """PMC that notes where an optimizer step's time goes, as `PlainPMC` does."""
 
+    forced_lengths = True  # samples stop where `sample_lengths` says
+
     def __init__(self, *args):
         super().__init__(*args)
-        self.end_token_ids = []
-        self.initial_responses = {row.index: row.answer for row in self.data.forget}
         self.reset()
 
     def reset(self) -> None:
-        self.memory.clear()  # every question is sampled in every step
         self.spent = {"sampling": 0.0, "scoring": 0.0}
         self.sampled_tokens = self.trained_tokens = self.label_tokens = 0
+        if self.forced_lengths:
+            self.memory.clear()  # random answers would finish every question at once
 
-    def sample(self, rows: list[Row], pruner: None) -> list[list[list[int]]]:
-        limits = [sample_lengths(self.state.global_step, row.index, self.settings.num_samples) for row in rows]
-        started = time.perf_counter()
-        with patch.object(pmc, "generate", lambda *args, **options: generate(*args, limits=limits, **options)):
+    def sample(self, rows: list[Row], pruner: Pruner | None) -> list[list[list[int]]]:
+        options: dict[str, Any] = {}
+        if self.forced_lengths:
+            n = self.settings.num_samples
+            options["limits"] = [sample_lengths(self.state.global_step, row.index, n) for row in rows]
+            self.end_token_ids = []
+        scored, started = self.spent["scoring"], time.perf_counter()
+        with patch.object(pmc, "generate", partial(generate, **options)):
             answers = super().sample(rows, pruner)
-        self.spent["sampling"] += time.perf_counter() - started
+        # The pruner's scoring happens inside.
+        self.spent["sampling"] += time.perf_counter() - started - (self.spent["scoring"] - scored)
         self.sampled_tokens += sum(len(answer) for some in answers for answer in some)
         return answers
 
@@ -41,6 +47,12 @@ class TimedPMC(pmc.PMC):
         scores = super().score(row, answers)
         self.spent["scoring"] += time.perf_counter() - started
         return scores
+
+    def lower_bound(self, row: Row, beginning: list[int]) -> float:
+        started = time.perf_counter()
+        bound = super().lower_bound(row, beginning)
+        self.spent["scoring"] += time.perf_counter() - started
+        return bound
 
     def get_batch_samples(self, *args):
         batches, count = super().get_batch_samples(*args)

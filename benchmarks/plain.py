@@ -8,13 +8,17 @@ published implementation works like this (arXiv 2507.04219, its public repositor
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, Trainer
 
 from benchmarks.synthetic import ANSWER_TOKENS, draw_lengths
 from common.decoding import pad_left
+from common.model import end_token_ids
 from common.prompts import IGNORED, Example
+from common.sampling import SamplingSettings, generate
+from unlearning.pmc import Pick, scores, select
 
 
 class AtLengths(StoppingCriteria):
@@ -27,14 +31,27 @@ class AtLengths(StoppingCriteria):
         return (input_ids.shape[1] - self.prompt_columns >= self.lengths).to(input_ids.device)
 
 
-def plain_answers(model, prompts: list[list[int]], lengths: list[int], **options) -> list[list[int]]:
-    """Hugging Face's `generate`, on a batch whose row i stops after lengths[i] tokens."""
+def plain_answers(
+    model, prompts: list[list[int]], lengths: list[int] | None, ends: list[int], max_length: int, **options
+) -> list[list[int]]:
+    """Hugging Face's `generate` on a batch.
+
+    Args:
+        lengths: row i stops after lengths[i] tokens; None: at one of the tokens `ends`, or at `max_length`.
+    """
     input_ids, mask = pad_left(prompts, model.device)
     columns = input_ids.shape[1]
-    settings = GenerationConfig(pad_token_id=0, eos_token_id=None, max_new_tokens=max(lengths), **options)
-    stop = StoppingCriteriaList([AtLengths(lengths, columns)])
+    if lengths:
+        settings = GenerationConfig(pad_token_id=0, eos_token_id=None, max_new_tokens=max(lengths), **options)
+        stop = StoppingCriteriaList([AtLengths(lengths, columns)])
+    else:
+        settings = GenerationConfig(pad_token_id=ends[0], eos_token_id=ends, max_length=max_length, **options)
+        stop = None
     ids = model.generate(input_ids, attention_mask=mask, generation_config=settings, stopping_criteria=stop)
-    return [row[:length] for row, length in zip(ids[:, columns:].tolist(), lengths, strict=True)]
+    answers = ids[:, columns:].tolist()
+    if lengths:
+        return [answer[:length] for answer, length in zip(answers, lengths, strict=True)]
+    return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in answers]
 
 
 def padded(examples: Sequence[Example], length: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -58,23 +75,38 @@ class PlainPMC(Trainer):
         sampled_tokens, trained_tokens: of the optimizer step so far.
     """
 
+    forced_lengths = True  # samples stop where `sample_lengths` says
+
     def __init__(self, model, args, data, settings):
         super().__init__(model=model, args=args, train_dataset=data.forget, data_collator=list)
         self.data, self.settings = data, settings
-        self.initial_responses = {row.index: row.answer for row in data.forget}
+        self.end_token_ids = end_token_ids(model, data.prompts.end_token_id)
+        self.initial_responses: dict[int, str] = {}
+        self.memory: dict[int, Pick] = {}
         self.scorer = RougeScorer(["rougeL"], use_stemmer=True)
         self.reset()
+
+    def before_training(self) -> None:
+        """The greedy answers that samples are compared with; how they are made is not timed."""
+        ids = [self.data.prompts.prompt(row.question) for row in self.data.forget]
+        answers = generate(self.model, ids, SamplingSettings(self.settings.max_length), self.end_token_ids)
+        for row, answer in zip(self.data.forget, answers, strict=True):
+            self.initial_responses[row.index] = self.data.prompts.text(answer[0])
 
     def reset(self) -> None:
         self.spent = {"sampling": 0.0, "scoring": 0.0}
         self.sampled_tokens = self.trained_tokens = 0
+        if self.forced_lengths:
+            self.memory.clear()  # random answers would finish every question at once
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        open_rows = [row for row in inputs if row.index not in self.memory or self.memory[row.index].score > 0]
+        if open_rows:
+            self.pick(open_rows, self.sample(open_rows))
         prompts = [self.data.prompts.prompt(row.question) for row in inputs]
-        picks = self.pick(inputs, self.sample(inputs, prompts))
-        collapse = [Example(prompt, answer) for prompt, answer in zip(prompts, picks, strict=True)]
+        collapse = [Example(ids, self.memory[row.index].answer) for ids, row in zip(prompts, inputs, strict=True)]
         forget = [self.data.prompts.example(row, self.settings.max_length) for row in inputs]
-        paired = [self.data.retain[row.index % len(self.data.retain)] for row in inputs]
+        paired = [self.data.retain[np.random.randint(len(self.data.retain))] for _ in inputs]
         retain = [self.data.prompts.example(row, self.settings.max_length) for row in paired]
         loss = self.loss(model, collapse) + self.settings.lambda_unlearning * self.loss(model, retain)
         with torch.no_grad():
@@ -85,14 +117,19 @@ class PlainPMC(Trainer):
     def loss(self, model, examples: list[Example]) -> torch.Tensor:
         return model(**padded(examples, self.settings.max_length, model.device)).loss
 
-    def sample(self, rows, prompts: list[list[int]]) -> list[list[list[int]]]:
+    def sample(self, rows) -> list[list[list[int]]]:
         s, n, started = self.settings, self.settings.num_samples, time.perf_counter()
-        lengths = [sample_lengths(self.state.global_step, row.index, n) for row in rows]
+        prompts = [self.data.prompts.prompt(row.question) for row in rows]
+        lengths = None
+        if self.forced_lengths:
+            lengths = [length for row in rows for length in sample_lengths(self.state.global_step, row.index, n)]
         self.model.eval()
         answers = plain_answers(
             self.model,
             [prompt for prompt in prompts for _ in range(n)],
-            [length for some in lengths for length in some],
+            lengths,
+            self.end_token_ids,
+            s.max_length,
             do_sample=True,
             temperature=s.temperature,
             top_k=s.top_k,
@@ -103,16 +140,16 @@ class PlainPMC(Trainer):
         self.sampled_tokens += sum(map(len, answers))
         return [answers[place : place + n] for place in range(0, len(answers), n)]
 
-    def pick(self, rows, samples: list[list[list[int]]]) -> list[list[int]]:
+    def pick(self, rows, samples: list[list[list[int]]]) -> None:
         started = time.perf_counter()
-        picks = []
         for row, answers in zip(rows, samples, strict=True):
             texts = self.data.prompts.tokenizer.batch_decode(answers, skip_special_tokens=True)
             reference = self.initial_responses[row.index]
-            scores = [self.scorer.score(reference, text)["rougeL"].recall for text in texts]
-            picks.append(answers[scores.index(min(scores))])
+            rewards = [1 - self.scorer.score(reference, text)["rougeL"].recall for text in texts]
+            values = scores(rewards, texts, self.settings.min_len)
+            candidates = [Pick(value, answer) for value, answer in zip(values, answers, strict=True)]
+            self.memory[row.index] = select(self.memory.get(row.index), candidates)
         self.spent["scoring"] += time.perf_counter() - started
-        return picks
 
 
 def sample_lengths(step: int, index: int, n: int) -> list[int]:

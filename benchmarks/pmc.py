@@ -5,7 +5,7 @@
 
 1. Two processes load the same random weights, one for each way; each has its own peak of memory.
 2. They take turns: a step the plain way, a step our way, on the same questions and the same lengths of samples.
-3. Medians over the steps, their ratio and the arithmetic limit of the machine are printed and written as JSON, with the
+3. Means over the steps, their ratio and the arithmetic limit of the machine are printed and written as JSON, with the
    device and the versions, to models/benchmarks/<recipe>.json.
 
 The plain way (benchmarks/plain.py) runs as a user's script would, with PyTorch's own thread and memory settings.
@@ -60,19 +60,19 @@ def measure(cfg: dict, settings: BenchmarkSettings, folder: str) -> dict[str, Wa
 
 
 def summary(ways: dict[str, Way], config: RunConfig, settings: BenchmarkSettings) -> dict[str, Any]:
-    """Medians of each way and the ratios plain / ours."""
+    """Means over the steps of each way, and the ratios plain / ours."""
     result: dict[str, Any] = {"ways": {}, "ratios": {}}
     for name, way in ways.items():
-        medians = {key: statistics.median(step[key] for step in way.steps) for key in way.steps[0]}
-        figures = {f"seconds_{part}": medians[part] for part in ("step", "sampling", "scoring", "training")}
-        figures["sampled_tokens_per_second"] = medians["sampled_tokens"] / medians["sampling"]
-        figures["trained_tokens_per_second"] = medians["trained_tokens"] / medians["training"]
+        means = {key: statistics.fmean(step[key] for step in way.steps) for key in way.steps[0]}
+        figures = {f"seconds_{part}": means[part] for part in ("step", "sampling", "scoring", "training")}
+        figures["sampled_tokens_per_second"] = means["sampled_tokens"] / means["sampling"]
+        figures["trained_tokens_per_second"] = means["trained_tokens"] / means["training"]
         figures["peak_memory_bytes"] = max(step["peak_memory_bytes"] for step in way.steps)
         if way.evaluation:
             figures["seconds_evaluation"] = way.evaluation["seconds"]
         if settings.questions:
             windows = settings.questions * config.training["num_epochs"] / window_size(config)
-            figures["minutes_whole_run"] = windows * medians["step"] / 60
+            figures["minutes_whole_run"] = windows * means["step"] / 60
         result["ways"][name] = figures
     plain, ours = (result["ways"][name] for name in WAYS)
     for key in plain:
@@ -87,13 +87,13 @@ def table(result: dict[str, Any], settings: BenchmarkSettings) -> str:
         plain, ours = (result["ways"][way][key] for way in WAYS)
         name, scale = (key.replace("_bytes", ", GB"), 1e9) if key.endswith("bytes") else (key, 1)
         lines.append(f"| {name.replace('_', ' ')} | {plain / scale:.3g} | {ours / scale:.3g} | {ratio:.1f} |")
-    limit = result["limit"]
-    lines += [
-        "",
-        f"Arithmetic limit of our step: {limit['seconds_step']:.3g} s ({limit['gflop_step']:.3g} GFLOP at "
-        f"{limit['gflop_per_second']:.0f} GFLOP/s, {limit['dtype']}). "
-        f"The step takes {limit['step_over_limit']:.2f} times that.",
-    ]
+    if limit := result.get("limit"):
+        lines += [
+            "",
+            f"Arithmetic limit of our step: {limit['seconds_step']:.3g} s ({limit['gflop_step']:.3g} GFLOP at "
+            f"{limit['gflop_per_second']:.0f} GFLOP/s, {limit['dtype']}). "
+            f"The step takes {limit['step_over_limit']:.2f} times that.",
+        ]
     if settings.published_minutes:
         lines.append(f"Published time of the whole run: {settings.published_minutes:g} minutes.")
     return "\n".join(lines)
@@ -119,6 +119,19 @@ def step_flop(step: dict[str, float], config: RunConfig) -> float:
     sampling = (step["prompt_tokens"] + step["sampled_tokens"]) * body + step["sampled_tokens"] * head
     training = 3 * (step["trained_tokens"] * body + step["label_tokens"] * head)
     return sampling + training
+
+
+def arithmetic_limit(ours: Way, config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What our steps would take if the machine did nothing but the matrix products that they need."""
+    flop = statistics.fmean(step_flop(step, config) for step in ours.steps)
+    rate = matmul_flop_per_second(config, dtype)
+    return {
+        "gflop_step": flop / 1e9,
+        "gflop_per_second": rate / 1e9,
+        "seconds_step": flop / rate,
+        "step_over_limit": statistics.fmean(step["step"] for step in ours.steps) * rate / flop,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 def matmul_flop_per_second(config: RunConfig, dtype: torch.dtype) -> float:
@@ -159,15 +172,8 @@ def benchmark(cfg: DictConfig) -> Path:
         ways = measure(plain_cfg, settings, folder)
         bf16 = training_arguments(config, Path(folder), 0).bf16
     result = summary(ways, config, settings)
-    flop, rate = step_flop(ways["ours"].steps[-1], config), matmul_flop_per_second(config, dtype_of(bf16))
-    seconds = flop / rate
-    result["limit"] = {
-        "gflop_step": flop / 1e9,
-        "gflop_per_second": rate / 1e9,
-        "seconds_step": seconds,
-        "step_over_limit": result["ways"]["ours"]["seconds_step"] / seconds,
-        "dtype": str(dtype_of(bf16)).removeprefix("torch."),
-    }
+    if config.model.new:
+        result["limit"] = arithmetic_limit(ways["ours"], config, torch.bfloat16 if bf16 else torch.float32)
     result |= {"device": device_name(), "versions": package_versions(), "config": plain_cfg}
     print(table(result, settings))
     name = hydra.core.hydra_config.HydraConfig.get().job.config_name
@@ -176,10 +182,6 @@ def benchmark(cfg: DictConfig) -> Path:
     write_json(path, result)
     print(f"\nWritten to {path}")
     return path
-
-
-def dtype_of(bf16: bool) -> torch.dtype:
-    return torch.bfloat16 if bf16 else torch.float32
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="benchmark-tiny")

@@ -3,6 +3,7 @@
 import statistics
 import time
 from dataclasses import dataclass
+from itertools import groupby
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,12 +16,14 @@ from benchmarks.ours import TimedPMC
 from benchmarks.plain import PlainPMC, plain_answers
 from benchmarks.synthetic import ANSWER_TOKENS, draw_lengths, rows, word_tokenizer
 from common.config import RunConfig, problem_list, read_config, read_section
-from common.model import _new_model
+from common.data import load_splits
+from common.model import _new_model, load_model, load_tokenizer
 from common.prompts import PromptFormat
 from common.rouge import rouge_l_recall
 from common.runtime import UserError, peak_memory_bytes, prepare_process
 from common.sampling import SamplingSettings, generate
 from common.training import training_arguments
+from evaluation.headline import load_questions
 from unlearning.pmc import PMCSettings
 from unlearning.trainer import UnlearningData
 
@@ -61,8 +64,6 @@ def read(cfg: DictConfig) -> tuple[RunConfig, BenchmarkSettings]:
     if problems:
         raise UserError(problem_list(problems))
     config = read_config(cfg, PMCSettings, also=("finetuned", "benchmark"))
-    if config.model.new is None:
-        raise UserError("model.new: missing; a benchmark needs an architecture, for its weights are random")
     return config, settings
 
 
@@ -86,7 +87,24 @@ class TakesTurns(TrainerCallback):
 
 
 def make_trainer(way: str, config: RunConfig, folder: str, questions: int) -> TimedPMC | PlainPMC:
-    """A trainer with random weights on so many invented forget questions, and as many retain rows."""
+    """A trainer of a recipe's own model and data; for a new model of random weights and so many invented questions."""
+    trainer_class = TimedPMC if way == "ours" else PlainPMC
+    if config.model.new:
+        return _on_invented_questions(trainer_class, config, folder, questions)
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model, tokenizer, trainable=True)
+    data = load_splits(config.data, ("forget", "retain"))
+    prompts = PromptFormat(tokenizer, config.model.prompt)
+    args = training_arguments(config, Path(folder), len(data["forget"]))
+    unlearning_data = UnlearningData(data["forget"], data["retain"], prompts, config.data.max_length)
+    trainer = trainer_class(model, args, unlearning_data, config.settings)
+    trainer.forced_lengths = False
+    trainer.before_training()
+    return trainer
+
+
+def _on_invented_questions(trainer_class: type, config: RunConfig, folder: str, questions: int) -> TimedPMC | PlainPMC:
     prompts = PromptFormat(word_tokenizer(config.model.new.vocab_size), config.model.prompt)
     set_seed(config.seed)
     model = _new_model(config.model.new, prompts.tokenizer, config.model.dtype)
@@ -94,7 +112,9 @@ def make_trainer(way: str, config: RunConfig, folder: str, questions: int) -> Ti
     some = rows(2 * questions, prompts.tokenizer, config.seed)
     data = UnlearningData(some[:questions], some[questions:], prompts, config.data.max_length)
     args = training_arguments(config, Path(folder), questions)
-    return (TimedPMC if way == "ours" else PlainPMC)(model, args, data, config.settings)
+    trainer = trainer_class(model, args, data, config.settings)
+    trainer.initial_responses = {row.index: row.answer for row in data.forget}
+    return trainer
 
 
 class Worker:
@@ -128,28 +148,47 @@ class Worker:
         self.pipe.send(record | {"peak_memory_bytes": peak_memory_bytes()})
 
     def evaluate(self) -> dict[str, float]:
-        """Greedy answers of TOFU's lengths, scored by ROUGE-L recall."""
-        asked = rows(self.settings.evaluation_questions, self.prompts.tokenizer, seed=1)
-        ids = [self.prompts.prompt(row.question) for row in asked]
-        lengths = draw_lengths(ANSWER_TOKENS, len(asked), (2,))
-        started = time.perf_counter()
-        if self.way == "ours":
-            settings = SamplingSettings(self.config.evaluation.max_length)
-            answers = generate(self.trainer.model, ids, settings, [], limits=[[length] for length in lengths])
-            texts = [self.prompts.text(answer[0]) for answer in answers]
-            recalls = [rouge_l_recall(row.answer, text) for row, text in zip(asked, texts, strict=True)]
+        """Greedy answers, scored by ROUGE-L recall: of the recipe's splits; for a new model invented, of TOFU's lengths."""
+        if self.config.model.new:
+            asked = rows(self.settings.evaluation_questions, self.prompts.tokenizer, seed=1)
+            splits = [[(row.question, row.answer) for row in asked]]
+            lengths = [draw_lengths(ANSWER_TOKENS, len(asked), (2,))]
         else:
-            self.trainer.model.eval()
-            answers = []
-            for place in range(0, len(ids), PLAIN_EVALUATION_BATCH):
-                batch = slice(place, place + PLAIN_EVALUATION_BATCH)
-                answers += plain_answers(self.trainer.model, ids[batch], lengths[batch], do_sample=False)
-            texts = self.prompts.tokenizer.batch_decode(answers, skip_special_tokens=True)
-            score = self.trainer.scorer.score
-            recalls = [score(row.answer, text)["rougeL"].recall for row, text in zip(asked, texts, strict=True)]
-            self.trainer.model.train()
+            questions = load_questions(self.config.data, self.config.evaluation)
+            by_split = groupby(questions, key=lambda question: question.split)
+            splits = [[(question.question, question.reference) for question in some] for _, some in by_split]
+            lengths = [None] * len(splits)
+        started = time.perf_counter()
+        answer = self.our_recalls if self.way == "ours" else self.plain_recalls
+        recalls = answer(splits, lengths)
         seconds = time.perf_counter() - started
-        return {"seconds": seconds, "tokens": sum(lengths), "mean_recall": statistics.fmean(recalls)}
+        return {"seconds": seconds, "mean_recall": statistics.fmean(recalls)}
+
+    def our_recalls(self, splits: list[list[tuple[str, str]]], lengths: list[list[int] | None]) -> list[float]:
+        """All splits' questions together, as the evaluation stage asks them."""
+        asked = [pair for split in splits for pair in split]
+        ids = [self.prompts.prompt(question) for question, _ in asked]
+        limits = [[length] for some in lengths for length in some] if lengths[0] else None
+        settings = SamplingSettings(self.config.evaluation.max_length)
+        answers = generate(self.trainer.sampled_model(), ids, settings, self.trainer.end_token_ids, limits=limits)
+        texts = [self.prompts.text(answer[0]) for answer in answers]
+        return [rouge_l_recall(reference, text) for (_, reference), text in zip(asked, texts, strict=True)]
+
+    def plain_recalls(self, splits: list[list[tuple[str, str]]], lengths: list[list[int] | None]) -> list[float]:
+        """Split by split, batches in the data's order, each to its longest answer."""
+        trainer, recalls = self.trainer, []
+        trainer.model.eval()
+        for pairs, some in zip(splits, lengths, strict=True):
+            for place in range(0, len(pairs), PLAIN_EVALUATION_BATCH):
+                batch = slice(place, place + PLAIN_EVALUATION_BATCH)
+                ids = [self.prompts.prompt(question) for question, _ in pairs[batch]]
+                own, longest = some and some[batch], self.config.evaluation.max_length
+                answers = plain_answers(trainer.model, ids, own, trainer.end_token_ids, longest, do_sample=False)
+                texts = self.prompts.tokenizer.batch_decode(answers, skip_special_tokens=True)
+                for (_, reference), text in zip(pairs[batch], texts, strict=True):
+                    recalls.append(trainer.scorer.score(reference, text)["rougeL"].recall)
+        trainer.model.train()
+        return recalls
 
 
 def work(way: str, cfg: dict, pipe: Connection, folder: str) -> None:

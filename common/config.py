@@ -148,6 +148,8 @@ class EvaluationConfig:
     """Answers generated side by side, at most; null: as many as a tenth of the memory holds."""
     full_eval: bool = False
     """Score all retain rows instead of 400 drawn with a fixed seed."""
+    bf16: Any = False
+    """Generate answers with a bfloat16 copy of a float32 model: true, false, or auto, where the hardware has it."""
     every_epochs: int = 0
     """Also evaluate after every so many epochs of training; 0: only at the end."""
     start: bool = True
@@ -158,6 +160,8 @@ class EvaluationConfig:
         for name in ("max_length", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 found.append(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.bf16 not in ("auto", True, False):
+            found.append(f"bf16={self.bf16}: expected auto, true or false")
         if self.every_epochs < 0:
             found.append(f"every_epochs={self.every_epochs}: expected 0 or more")
         return found

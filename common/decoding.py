@@ -39,9 +39,12 @@ class Replica:
 
     def __init__(self, source: PreTrainedModel, dtype: torch.dtype):
         self.source = source
-        self.model = copy.deepcopy(source).requires_grad_(False).eval()
-        for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(dtype)
+        copies = {
+            id(parameter): torch.nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+            for parameter in source.parameters()
+            if parameter.is_floating_point()
+        }
+        self.model = copy.deepcopy(source, copies).eval()
 
     @torch.no_grad()
     def refresh(self) -> PreTrainedModel:

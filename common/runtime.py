@@ -166,6 +166,15 @@ def device_name() -> str:
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
+def has_fast_bf16() -> bool:
+    """Whether this machine multiplies bfloat16 natively (a GPU since Ampere; a CPU with AVX512-BF16 or AMX)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def peak_memory_bytes() -> int:
     """Peak memory of the GPU where there is one, else of this process."""
     import torch

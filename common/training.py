@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from common.config import RunConfig
 from common.prompts import IGNORED, collate
-from common.runtime import Interrupted, UserError, read_json
+from common.runtime import Interrupted, UserError, has_fast_bf16, read_json
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +64,6 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
         log.info("using one of %d GPUs; torchrun --nproc-per-node N uses more", args.n_gpu)
         args._n_gpu = 1  # threads of one process would split our batches by tensors alone
     return args
-
-
-def has_fast_bf16() -> bool:
-    """Whether this machine multiplies bfloat16 natively (a GPU since Ampere; a CPU with AVX512-BF16 or AMX)."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def answer_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 
 from common.config import EvaluationConfig
 from common.data import Row
+from common.decoding import Replica
 from common.model import end_token_ids
 from common.prompts import Example, PromptFormat, check_prompt_lengths, collate
+from common.runtime import has_fast_bf16
 from common.sampling import SamplingSettings, evaluation_mode, generate
 from common.training import answer_logits
 
@@ -65,7 +67,7 @@ class Subject:
     Args:
         load: gives the model when a pass needs it.
         prompts: how it is asked.
-        evaluation: longest answer, and rows side by side.
+        evaluation: longest answer, rows side by side, and whether a bfloat16 copy generates.
         max_length: tokens of a question with its given answer, at most; longer answers are cut as in training.
 
     Attributes:
@@ -83,6 +85,7 @@ class Subject:
         self.prompts = prompts
         self.evaluation = evaluation
         self.max_length = max_length
+        self._in_bf16 = has_fast_bf16() if evaluation.bf16 == "auto" else evaluation.bf16
         self.seconds: dict[str, float] = {}
         self._answers: dict[tuple[int, ...], str] = {}
         self._tokens: dict[tuple[tuple[int, ...], tuple[int, ...]], Tokens] = {}
@@ -120,6 +123,8 @@ class Subject:
     ) -> list[list[str]]:
         check_prompt_lengths([list(ids) for ids in prompts], settings.max_length, "evaluation.max_length")
         model = self.load()
+        if self._in_bf16 and model.dtype == torch.float32:
+            model = Replica(model, torch.bfloat16).model
         order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
 
         def of_places(places: list[int]) -> list[list[str]]:

@@ -116,7 +116,7 @@ def _how_evaluated(identity: dict[str, Any]) -> dict[str, Any]:
     data, evaluation = identity["data"], identity["evaluation"]
     return {
         "data": (data["path"], {role: split for role, split in data["splits"].items() if role != "train"}),
-        "evaluation": {key: evaluation[key] for key in ("max_length", "full_eval")},
+        "evaluation": {key: evaluation.get(key) for key in ("max_length", "full_eval", "bf16")},
         "prompt": identity["model"]["prompt"],
     }
 

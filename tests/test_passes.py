@@ -138,3 +138,15 @@ def test_the_time_of_each_kind_of_pass_is_kept(model, prompts):
     subject.tokens_of_answers(PAIRS[:2])
     assert set(subject.seconds) == {"greedy answers", "token probabilities"}
     assert all(value > 0 for value in subject.seconds.values())
+
+
+def test_a_bfloat16_copy_answers_and_the_model_stays_as_it_is(model, prompts):
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    questions = [row.question for row in ROWS]
+    settings = {"max_length": 60}
+    for bf16, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        seen.clear()
+        Subject(lambda: model, prompts, EvaluationConfig(bf16=bf16, **settings), 256).answers(questions)
+        assert set(seen) == {dtype}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

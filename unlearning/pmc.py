@@ -132,7 +132,7 @@ class PMC(UnlearningTrainer):
         rows = self.data.forget
         settings = SamplingSettings(self.settings.max_length, batch_size=self.settings.sampling_batch_size)
         prompts = [self.prompt_ids[row.index] for row in rows]
-        answers = generate(self.model, prompts, settings, self.end_token_ids, description="initial responses")
+        answers = generate(self.sampled_model(), prompts, settings, self.end_token_ids, description="initial responses")
         texts = [self.data.prompts.text(answer[0]) for answer in answers]
         self.initial_responses = {row.index: text for row, text in zip(rows, texts, strict=True)}
         self.seconds["sampling"] += time.perf_counter() - started
@@ -167,10 +167,14 @@ class PMC(UnlearningTrainer):
             return []
         s = self.settings
         settings = SamplingSettings(s.max_length, s.num_samples, s.temperature, s.top_k, s.top_p, s.sampling_batch_size)
-        model = self.replica.refresh() if self.replica else self.model
         prompts = [self.prompt_ids[row.index] for row in rows]
         keys = [(self.args.seed, self.state.global_step, row.index) for row in rows]
-        return generate(model, prompts, settings, self.end_token_ids, keys, description="sampling", watcher=pruner)
+        options = {"description": "sampling", "watcher": pruner}
+        return generate(self.sampled_model(), prompts, settings, self.end_token_ids, keys, **options)
+
+    def sampled_model(self) -> PreTrainedModel:
+        """The current model, in the type that it is sampled in."""
+        return self.replica.refresh() if self.replica else self.model
 
     def score(self, row: Row, answers: list[list[int]]) -> list[float]:
         texts = [self.data.prompts.text(answer) for answer in answers]
