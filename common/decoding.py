@@ -153,11 +153,28 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (buffer[: self.rows, :, : self.length] for buffer in buffers)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows, moved to the top of the same buffers, which recorded graphs read."""
+        """Keep these rows, moved to the top of the same buffers, which recorded graphs read; few move (`closed_up`)."""
         self.rows = len(indices)
+        target = (indices != torch.arange(self.rows, device=indices.device)).nonzero().squeeze(1)
+        source = indices[target]
         for buffer in self.buffers:
-            buffer[: self.rows, :, : self.length] = buffer[indices, :, : self.length]
+            buffer[target, :, : self.length] = buffer[source, :, : self.length]
         self.keys, self.values = (buffer[: self.rows, :, : self.length] for buffer in self.buffers)
+
+
+def closed_up(alive: torch.Tensor) -> torch.Tensor:
+    """Rows to keep, for `Decoder.keep`: those alive, the last of them put where others have gone; nobody else moves.
+
+    >>> closed_up(torch.tensor([True, False, True, False, True]))
+    tensor([0, 4, 2])
+
+    Args:
+        alive: shape (rows,).
+    """
+    rows = torch.arange(int(alive.sum()), device=alive.device)
+    gone, last = (~alive[: len(rows)]).nonzero().squeeze(1), alive[len(rows) :].nonzero().squeeze(1)
+    rows[gone] = last + len(rows)
+    return rows
 
 
 def pad_left(prompts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,14 +228,18 @@ class Decoder:
                 layer.batch_repeat_interleave(n)
         for layer, buffers in zip(self.preallocated, self._buffers(rows, columns), strict=True):
             layer.repeat_into(n, buffers)
-        self.mask = mask.new_zeros(rows, columns)
+        self.mask = torch.zeros(rows, columns, dtype=torch.bool, device=device)
         self.mask[:, : self.length] = mask.repeat_interleave(n, 0)
+        # A mask of four dimensions is taken as it is, which spares its making; sliding windows need one of their own.
+        self.whole_mask = self.model.config._attn_implementation == "sdpa" and len(self.preallocated) == len(
+            self.cache.layers
+        )
         self.positions = mask.sum(1).repeat_interleave(n)  # of the next token
         return logits.repeat_interleave(n, 0)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Append a token to every answer, shape (rows,); returns the logits of the next, shape (rows, vocabulary)."""
-        self.mask[:, self.length] = 1
+        self.mask[:, self.length] = True
         self.length += 1
         logits = self._recorded_step(tokens) if self.may_record else None
         if logits is None:
@@ -227,12 +248,13 @@ class Decoder:
         return logits
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Go on with these answers alone, given by their rows in rising order."""
+        """Go on with these answers alone, given by their rows (as `closed_up` orders them)."""
         self.cache.batch_select_indices(rows)
         self.mask, self.positions = self.mask[rows], self.positions[rows]
 
     def plain_step(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.forward(tokens[:, None], self.mask[:, : self.length], self.positions[:, None])
+        mask = self.mask[:, : self.length]
+        return self.forward(tokens[:, None], mask[:, None, None] if self.whole_mask else mask, self.positions[:, None])
 
     def forward(self, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         # Under mixed precision accelerate wraps `forward` in autocast, which would cast every weight again at every token.
@@ -308,7 +330,7 @@ class StepGraphs:
             plain = decoder.plain_step(tokens)
         self.tokens[: len(tokens)] = tokens[:, None]
         self.positions[: len(tokens)] = decoder.positions[:, None]
-        self.mask[: len(tokens), : decoder.length] = decoder.mask[:, : decoder.length].bool()
+        self.mask[: len(tokens), : decoder.length] = decoder.mask[:, : decoder.length]
         self.mask[: len(tokens), decoder.length : columns] = False
         self.column.fill_(decoder.length - 1)
         if plain is None:

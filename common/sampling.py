@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from common.decoding import Decoder, decoder_of, packed_linears, rows_that_fit
+from common.decoding import Decoder, closed_up, decoder_of, packed_linears, rows_that_fit
 
 KEEP_SHARE = 0.9  # rows are dropped from the batch when at most this share of them is unfinished
 LOOK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two looks at what is finished; a look makes a GPU wait
@@ -209,12 +209,13 @@ class _Batch:
         """Note what has ended, and drop it when that pays; returns the rows that were kept, None for all."""
         if self.watcher and (position % self.watcher.every == 0 or bool(self.finished.all())):
             self.watch()
-        kept = (~self.finished).nonzero().squeeze(1)
-        ended = len(self.names) - len(kept)
-        self.bar.update(ended - self.ended)
-        self.ended = ended
-        if len(kept) > KEEP_SHARE * len(self.rows):
+        alive = ~self.finished
+        unfinished = int(alive.sum())
+        self.bar.update(len(self.names) - unfinished - self.ended)
+        self.ended = len(self.names) - unfinished
+        if unfinished > KEEP_SHARE * len(self.rows):
             return None
+        kept = closed_up(alive)
         self.rows, self.room, self.finished = self.rows[kept], self.room[kept], self.finished[kept]
         if len(kept):
             self.decoder.keep(kept)

@@ -20,7 +20,7 @@ from transformers import (
 
 from common import sampling
 from common.config import PromptConfig
-from common.decoding import Decoder, Replica, packed_linears
+from common.decoding import Decoder, Replica, closed_up, packed_linears
 from common.prompts import PromptFormat
 from common.sampling import SamplingSettings, draw_tokens, generate, random_numbers
 from tests.conftest import ROWS
@@ -346,6 +346,16 @@ def test_greedy_answers_do_not_depend_on_the_batch(reference):
     for batch_size in (1, 2):
         settings = SamplingSettings(40, batch_size=batch_size)
         assert generate(reference.model, reference.prompts, settings, [7]) == answers
+
+
+def test_rows_that_end_leave_holes_for_the_last_ones():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        alive = torch.from_numpy(rng.random(12) < 0.6)
+        kept = closed_up(alive)
+        assert sorted(kept.tolist()) == alive.nonzero().squeeze(1).tolist()
+        stayed = [row for row in kept.tolist() if row < len(kept)]
+        assert all(kept[row] == row for row in stayed)
 
 
 def noted_shapes(monkeypatch) -> list[tuple[int, int]]:
