@@ -61,7 +61,7 @@ def measure(cfg: dict, settings: BenchmarkSettings, folder: str) -> dict[str, Wa
 
 def summary(ways: dict[str, Way], config: RunConfig, settings: BenchmarkSettings) -> dict[str, Any]:
     """Means over the steps of each way, and the ratios plain / ours."""
-    result: dict[str, Any] = {"ways": {}, "ratios": {}}
+    result: dict[str, Any] = {"ways": {}, "ratios": {}, "mean_recall": {}}
     for name, way in ways.items():
         means = {key: statistics.fmean(step[key] for step in way.steps) for key in way.steps[0]}
         figures = {f"seconds_{part}": means[part] for part in ("step", "sampling", "scoring", "training")}
@@ -70,6 +70,7 @@ def summary(ways: dict[str, Way], config: RunConfig, settings: BenchmarkSettings
         figures["peak_memory_bytes"] = max(step["peak_memory_bytes"] for step in way.steps)
         if way.evaluation:
             figures["seconds_evaluation"] = way.evaluation["seconds"]
+            result["mean_recall"][name] = way.evaluation["mean_recall"]
         if settings.questions:
             windows = settings.questions * config.training["num_epochs"] / window_size(config)
             figures["minutes_whole_run"] = windows * means["step"] / 60
