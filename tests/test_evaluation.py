@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from common.runtime import ROOT, UserError
+from evaluation.report import full_table
 from evaluation.suite import FAMILIES, chosen
 from tests.conftest import evaluate_here
 
@@ -118,6 +119,19 @@ def test_the_models_stand_side_by_side(evaluated, models_dir):
         "| privacy/privleak | 0 | ",
     ):
         assert line in report
+
+
+def test_notes_name_the_models_that_they_are_about():
+    def result(notes):
+        scores = dict.fromkeys(("a", "b"))
+        return {"scores": scores, "higher_is_better": scores, "ideal": {}, "notes": notes, "left_out": {"b": 2}}
+
+    both = full_table({"one": result({"a": "not given", "b": "too short"}), "two": result({"a": "not given"})})
+    assert both.split("\n\n")[1:] == [
+        "a: not given.",
+        "b (one): too short.",
+        "b: 2 rows without a value are left out.",
+    ]
 
 
 def test_what_was_measured_is_not_measured_again(evaluated, command, monkeypatch):
