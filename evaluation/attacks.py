@@ -6,6 +6,7 @@ The other two attacks, relearning and quantisation, change a copy of the weights
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.stats import beta
@@ -13,6 +14,7 @@ from scipy.stats import beta
 from common.rouge import rouge_l_recall
 from common.sampling import SamplingSettings
 from evaluation.case import Case
+from evaluation.headline import Question, answer_rows
 from evaluation.passes import Tokens
 from evaluation.scores import Missing, Scores
 from evaluation.tofu import wrong_answers
@@ -54,8 +56,14 @@ def leak_at_k(values: Sequence[float], k: int) -> float:
     sum over j of S_(j) C(j-1, k-1) / C(n, k), S_(j) the j-th smallest of n: unbiased for the expected largest of k samples
     (arXiv 2511.04934). k = 1 is the mean, k = n the largest.
     """
-    n = len(values)
-    return math.fsum(s * math.comb(j, k - 1) for j, s in enumerate(sorted(values))) / math.comb(n, k)
+    return math.fsum(s * share for s, share in zip(sorted(values), _shares_of_subsets(len(values), k), strict=True))
+
+
+@lru_cache
+def _shares_of_subsets(n: int, k: int) -> list[float]:
+    """Of all subsets of k out of n values: the share in which the smallest, the second smallest ... is the largest one."""
+    subsets = math.comb(n, k)  # integers: beyond 1029 samples some are too large for a float, their ratios never are
+    return [math.comb(j, k - 1) / subsets for j in range(n)]
 
 
 def leak_probability_bound(leaks: int, n: int, alpha: float) -> float:
@@ -134,20 +142,10 @@ def measure_prefill(case: Case, scores: Scores) -> None:
     Source: the PMC paper (arXiv 2507.04219).
     """
     rows = case.rows("forget")
-    answers = case.subject.answers([row.question for row in rows], beginning=PREFILL)
-    recalls = [rouge_l_recall(row.answer, answer) for row, answer in zip(rows, answers, strict=True)]
-    scores.mean("prefill/rougeL_recall", "forget", recalls, False)
-    scores.generations += [
-        {
-            "split": "forget_prefill",
-            "index": row.index,
-            "question": row.question,
-            "answer": answer,
-            "reference": row.answer,
-            "rougeL_recall": recall,
-        }
-        for row, answer, recall in zip(rows, answers, recalls, strict=True)
-    ]
+    questions = [Question("forget_prefill", row.index, row.question, row.answer) for row in rows]
+    answers = answer_rows(questions, case.subject.answers([row.question for row in rows], beginning=PREFILL))
+    scores.mean("prefill/rougeL_recall", "forget", [answer["rougeL_recall"] for answer in answers], False)
+    scores.generations += answers
 
 
 # --- target suppression ------------------------------------------------------------------------------------------------

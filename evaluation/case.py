@@ -1,5 +1,6 @@
 """One model under evaluation with what it is compared to. The weights of one model are in memory at a time."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,8 +38,9 @@ class Loader:
         return load_model(config, tokenizer, trainable).to(PartialState().device)
 
     def clear(self) -> None:
-        """Make room."""
+        """Make room, also of what only reference cycles hold: a Trainer's hold weights and optimizer."""
         self.of = self.model = None
+        gc.collect()
 
 
 @dataclass

@@ -98,9 +98,9 @@ def score_subject(subject: Subject, questions: Sequence[Question]) -> tuple[dict
     return score_answers(questions, subject.answers([question.question for question in questions]))
 
 
-def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> tuple[dict[str, float], list[dict]]:
-    """The headline scores, and a row an answer with its recall."""
-    rows = [
+def answer_rows(questions: Sequence[Question], answers: Sequence[str]) -> list[dict]:
+    """A row an answer with its recall, as generations.jsonl has them."""
+    return [
         {
             "split": question.split,
             "index": question.index,
@@ -111,6 +111,11 @@ def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> tupl
         }
         for question, answer in zip(questions, answers, strict=True)
     ]
+
+
+def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> tuple[dict[str, float], list[dict]]:
+    """The headline scores, and a row an answer with its recall."""
+    rows = answer_rows(questions, answers)
     splits = counts(questions)
     recall = {split: fmean(row["rougeL_recall"] for row in rows if row["split"] == split) for split in splits}
     forget_words = [len(row["answer"].split()) for row in rows if row["split"] == "forget"]

@@ -18,14 +18,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from common.config import ModelConfig, RunConfig, read_config
 from common.runs import RunFolder, identity, job_errors, portable, result_of, run_folder
-from common.runtime import CONFIGS, UserError, is_first_process, launch, resolve_path, write_text
+from common.runtime import CONFIGS, UserError, is_first_process, launch, looks_local, resolve_path, write_text
 from evaluation import harness
 from evaluation.case import Case, Loader, Model, open_model
 from evaluation.headline import HIGHER_IS_BETTER
 from evaluation.report import full_table, table
 from evaluation.result import started_from, write_result
 from evaluation.scores import Missing
-from evaluation.suite import SETTINGS, chosen, measure
+from evaluation.suite import SETTINGS, check_data, chosen, measure
 
 
 @dataclass
@@ -89,9 +89,9 @@ def named_models(cfg: DictConfig) -> dict[str, str]:
         return {str(one): str(one)}
     if one is not None:
         raise UserError(f"model.path={one}: models names the models already; give one of the two")
-    plain = OmegaConf.to_container(cfg.models, resolve=True)
-    named = plain if isinstance(plain, dict) else {str(path): path for path in plain}
-    if not named or not all(isinstance(path, str) for path in named.values()):
+    plain = OmegaConf.to_container(cfg.models, resolve=True) if OmegaConf.is_config(cfg.models) else cfg.models
+    named = {str(path): path for path in plain} if isinstance(plain, list) else plain
+    if not named or not isinstance(named, dict) or not all(isinstance(path, str) for path in named.values()):
         raise UserError(f"models={plain}: expected a list of folders or hub ids, or a dictionary of names and these")
     return named
 
@@ -124,19 +124,26 @@ class Job:
     def __init__(self, cfg: DictConfig, path: str, opened: OpenModels):
         several, cfg = cfg.models is not None, cfg.copy()
         cfg.models, cfg.model.path = None, path
-        made_by = result_of(resolve_path(path)) or {}
+        self.path = resolve_path(path)
+        if looks_local(path) and not Path(self.path).exists():
+            raise UserError(f"model.path={path}: no such folder")
+        made_by = result_of(self.path) or {}
         fill_from_run(cfg, made_by.get("config"))
         self.config = read_evaluation(cfg)
         self.families = chosen(cfg.metrics)
         if "lm_eval" in self.families:
             harness.check(self.config.sections["lm_eval"])
-        self.path = resolve_path(path)
+        check_data(self.config, self.families)
         self.folder = run_folder("evaluated", self.config, as_single(self.config, path) if several else None)
         self.opened = opened
+        self.model = opened.get(self.config, dataclasses.replace(self.config.model, path=self.path))
         named = {name: self.config.sections[name].path for name in ("retain_model", "base_model")}
         self.others = {name: other and resolve_path(other) for name, other in named.items()}
-        for other in filter(None, self.others.values()):
-            self.other(other)
+        for name, other in self.others.items():
+            try:
+                _ = other and self.other(other)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
         self.others["base_model"] = self.others["base_model"] or started_from(self.path)
         self.identity = identity(cfg, made_by.get("id"))
         self.identity["compared_to"] = {
@@ -150,8 +157,7 @@ class Job:
         run = RunFolder(self.folder, self.identity, self.path)
         if not self.config.overwrite and run.is_done():
             return run.folder
-        model = self.opened.get(self.config, dataclasses.replace(self.config.model, path=self.path))
-        case = Case(self.config, self.opened.loader, model, self.retain_model, self.base_model)
+        case = Case(self.config, self.opened.loader, self.model, self.retain_model, self.base_model)
         evaluation = measure(case, self.families)
         write_result(run.open(fresh=True), evaluation.scores, self.identity, evaluation.seconds)
         return run.publish()

@@ -28,6 +28,7 @@ from common.training import answer_logits
 
 T = TypeVar("T")
 TOKENS_A_PASS = 4096  # of a batch that goes through the model at once, padding included
+TOKENS_A_PART = 256  # whose probabilities over the whole vocabulary are in memory at once
 
 
 @dataclass(frozen=True)
@@ -201,19 +202,27 @@ def read_tokens(model: PreTrainedModel, examples: Sequence[Example], end_token_i
         return [Tokens(empty, empty.astype(bool), empty, empty, ends=False) for _ in examples]
     with evaluation_mode(model):
         logits, targets, rows = answer_logits(model, batch)
+    # In parts: each intermediate is as large as the logits, gigabytes with a vocabulary of 100,000 tokens.
+    parts = zip(logits.split(TOKENS_A_PART), targets.split(TOKENS_A_PART), strict=True)
+    arrays = [
+        torch.cat(of_parts).cpu().numpy() for of_parts in zip(*(_of_logits(*part) for part in parts), strict=True)
+    ]
+    rows = rows.cpu().numpy()
+    return [
+        Tokens(*(array[rows == row] for array in arrays), ends=example.answer[-1:] == [end_token_id])
+        for row, example in enumerate(examples)
+    ]
+
+
+def _of_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The first four attributes of `Tokens` from logits, shape (tokens, vocabulary)."""
     # A token that can never come has log-probability -inf, and 0 times -inf is not a number.
     log_probs = logits.log_softmax(-1).clamp(min=-1e4)
     probabilities = log_probs.exp()
     expected = (probabilities * log_probs).sum(-1)
     deviation = (probabilities * (log_probs - expected[:, None]).square()).sum(-1).sqrt()
     of_target = log_probs.gather(1, targets[:, None]).squeeze(1)
-    is_likeliest = of_target == log_probs.amax(-1)
-    arrays = [array.cpu().numpy() for array in (of_target, is_likeliest, expected, deviation)]
-    rows = rows.cpu().numpy()
-    return [
-        Tokens(*(array[rows == row] for array in arrays), ends=example.answer[-1:] == [end_token_id])
-        for row, example in enumerate(examples)
-    ]
+    return of_target, of_target == log_probs.amax(-1), expected, deviation
 
 
 def _by_place(places: list[int], work: Callable[[list[int]], list[T]]) -> list[T]:

@@ -3,6 +3,7 @@
 Unlearning that moves the weights only a little can be undone by rounding (Zhang et al. 2024, arXiv 2410.16454).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common.runtime import UserError, resolve_path
 from evaluation.case import Case
-from evaluation.headline import HIGHER_IS_BETTER, load_questions, score_subject
+from evaluation.headline import HIGHER_IS_BETTER, Question, load_questions, score_subject
 from evaluation.scores import Scores
 
 BLOCK = 64  # weights of a row that share a scale
@@ -43,10 +44,15 @@ def measure(case: Case, scores: Scores) -> None:
     settings: Quantisation = case.config.sections["quantisation"]
     questions = load_questions(case.config.data, case.config.evaluation)
     for bits in settings.bits:
-        copy = case.subject.with_weights(quantised(case, settings.method, bits))
-        values, _ = score_subject(copy, questions)
+        values = scores_of_copy(case, settings.method, bits, questions)
         for name in SCORES:
             scores.add(f"quantisation/{bits}bit/{name}", values[name], HIGHER_IS_BETTER[name])
+
+
+def scores_of_copy(case: Case, method: str, bits: int, questions: Sequence[Question]) -> dict[str, float]:
+    """The headline scores of a quantised copy, which is gone from memory when they are there."""
+    values, _ = score_subject(case.subject.with_weights(quantised(case, method, bits)), questions)
+    return values
 
 
 def quantised(case: Case, method: str, bits: int) -> PreTrainedModel:
@@ -76,12 +82,14 @@ def round_linear_layers(model: PreTrainedModel, bits: int) -> PreTrainedModel:
 def round_to_nearest(weight: torch.Tensor, bits: int) -> None:
     """Round a weight matrix, shape (outputs, inputs), in place to 2^bits - 1 evenly spaced values, symmetric around 0.
 
-    Each BLOCK of a row has its own scale: its largest absolute value becomes the largest integer, 2^(bits-1) - 1.
+    Each BLOCK of a row has its own scale: its largest absolute value becomes the largest integer, 2^(bits-1) - 1. In
+    float32: a bfloat16 cannot tell which of two integers beyond 64 a half lies next to.
     """
     largest = 2 ** (bits - 1) - 1
     for block in weight.split(BLOCK, dim=1):
-        scale = block.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / largest
-        block.copy_((block / scale).round() * scale)
+        exact = block.float()
+        scale = (exact.abs().amax(dim=1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+        block.copy_((exact / scale).round() * scale)
 
 
 def load_with_bitsandbytes(case: Case, bits: int) -> PreTrainedModel:

@@ -14,13 +14,12 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from common.data import Row
-from common.rouge import rouge_l_recall
 from common.runtime import UserError
 from common.training import ExampleTrainer, training_arguments
 from evaluation.case import Case, Model
 from evaluation.passes import Subject
 from evaluation.scores import Scores
-from evaluation.tofu import probability
+from evaluation.tofu import probability, recalls
 
 
 @dataclass
@@ -73,11 +72,6 @@ def taught_rows(rows: list[Row], fraction: float, seed: int) -> list[Row]:
     return [rows[i] for i in sorted(drawn)]
 
 
-def recalls(subject: Subject, rows: list[Row]) -> list[float]:
-    answers = subject.answers([row.question for row in rows])
-    return [rouge_l_recall(row.answer, answer) for row, answer in zip(rows, answers, strict=True)]
-
-
 def relearned(case: Case, model: Model, rows: list[Row], taught: list[Row]) -> dict[str, list]:
     """Recall and probability of every row after a fresh copy of the model relearned some; done once for each model."""
     if "relearning" not in model.found:
@@ -98,7 +92,7 @@ def relearn(case: Case, model: Model, taught: list[Row]) -> Subject:
     processes = PartialState().num_processes
     if settings.batch_size % processes:
         raise UserError(f"relearning.batch_size={settings.batch_size}: cannot be split over {processes} processes")
-    training = {  # in the weights' own precision: mixed precision would make the result depend on how batches are split
+    training = {  # without mixed precision, which would make the result depend on how batches are split
         "num_train_epochs": settings.num_epochs,
         "learning_rate": settings.learning_rate,
         "per_device_train_batch_size": settings.batch_size // processes,
@@ -111,9 +105,10 @@ def relearn(case: Case, model: Model, taught: list[Row]) -> Subject:
     prompts = model.subject.prompts
     examples = [prompts.example(row, case.config.data.max_length) for row in taught]
     set_seed(case.config.seed)
-    copy = case.loader.fresh(replace(model.config, lora=None), model.tokenizer, trainable=True)
+    # float32 whatever the model's type: steps as small as these are rounded away in bfloat16, and nothing is relearned.
+    copy = case.loader.fresh(replace(model.config, lora=None, dtype="float32"), model.tokenizer, trainable=True)
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(replace(case.config, training=training), Path(folder), len(examples))
         trainer = ExampleTrainer(copy, args, examples, model.tokenizer)
-        trainer.train_or_resume()
+        trainer.train()
     return model.subject.with_weights(trainer.model)

@@ -56,14 +56,18 @@ def full_table(results: dict[str, dict]) -> str:
     for name in names:
         values = [_number(result["scores"].get(name)) for result in results.values()]
         lines.append(f"| {name} | {_better(name, results)} | {' | '.join(values)} |")
-    notes: dict[str, list[str]] = {}
+    notes: dict[str, dict[str, list[str]]] = {}  # note -> score -> models
     for model, result in results.items():
-        for name, note in result["notes"].items():
-            notes.setdefault(note, []).append(f"{name} ({model})")
-    for model, result in results.items():
-        for name, rows in result["left_out"].items():
-            notes.setdefault(f"{rows} rows without a value are left out", []).append(f"{name} ({model})")
-    return "\n".join(lines) + "".join(f"\n\n{', '.join(of_scores)}: {note}." for note, of_scores in notes.items())
+        left_out = [(name, f"{rows} rows without a value are left out") for name, rows in result["left_out"].items()]
+        for name, note in [*result["notes"].items(), *left_out]:
+            notes.setdefault(note, {}).setdefault(name, []).append(model)
+    for note, models_of in notes.items():
+        named = [
+            name if len(models) == len(results) else f"{name} ({', '.join(models)})"
+            for name, models in models_of.items()
+        ]
+        lines.append(f"\n{', '.join(named)}: {note}.")
+    return "\n".join(lines)
 
 
 def _better(name: str, results: dict[str, dict]) -> str:

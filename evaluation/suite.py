@@ -10,7 +10,8 @@ from typing import Any
 
 from omegaconf import ListConfig
 
-from common.config import problem_list
+from common.config import RunConfig, problem_list
+from common.data import load_splits
 from common.runtime import UserError, did_you_mean
 from evaluation import attacks, harness, headline, memorisation, privacy, quantisation, relearning, side_effects, tofu
 from evaluation.case import Case
@@ -32,6 +33,12 @@ FAMILIES: dict[str, Callable[[Case, Scores], None]] = {
     "fluency": side_effects.measure_fluency,
     "quantisation": quantisation.measure,
     "relearning": relearning.measure,
+}
+# Those that read other splits than the headline scores.
+ROLES: dict[str, tuple[str, ...]] = {
+    "tofu": tuple(tofu.ROLES.values()),
+    "privacy": privacy.SPLITS,
+    "side_effects": ("unrelated",),
 }
 GROUPS: dict[str, tuple[str, ...]] = {
     "full": tuple(name for name in FAMILIES if name != "lm_eval"),
@@ -64,6 +71,17 @@ def chosen(metrics: Any) -> list[str]:
         raise UserError(problem_list(problems))
     wanted = {"headline", *(family for name in names for family in known[name])}
     return [name for name in FAMILIES if name in wanted]
+
+
+def check_data(config: RunConfig, families: Sequence[str]) -> None:
+    """Before anything is measured: a split that is named and not there would end the evaluation half-way.
+
+    Raises:
+        UserError: for the splits that the families read.
+    """
+    headline.load_questions(config.data, config.evaluation)
+    roles = dict.fromkeys(role for family in families for role in ROLES.get(family, ()))
+    load_splits(config.data, tuple(role for role in roles if config.data.splits.get(role) is not None))
 
 
 def measure(case: Case, families: Sequence[str]) -> Evaluation:

@@ -73,9 +73,7 @@ def measure(case: Case, scores: Scores) -> None:
             scores.mean(
                 f"tofu/probability/{split}", role, probabilities(case.subject, rows, role, with_options), better
             )
-            answers = case.subject.answers([row.question for row in rows])
-            recalls = [rouge_l_recall(row.answer, answer) for row, answer in zip(rows, answers, strict=True)]
-            scores.mean(f"tofu/rougeL_recall/{split}", role, recalls, better)
+            scores.mean(f"tofu/rougeL_recall/{split}", role, recalls(case.subject, rows), better)
     for split, role in {**ROLES, "forget": "forget_paraphrased"}.items():
         with scores.null_if_missing({f"tofu/truth_ratio/{split}": True}):
             transform = forget_truth_ratio if split == "forget" else utility_truth_ratio
@@ -103,6 +101,12 @@ def probabilities(subject: Subject, rows: Sequence[Row], role: str, with_options
         return [probability(tokens) for tokens in answers]
     wrong = wrong_answers(subject, rows, role)
     return [probability_among(*pair) for pair in zip(answers, wrong, strict=True)]
+
+
+def recalls(subject: Subject, rows: Sequence[Row]) -> list[float]:
+    """Every row's ROUGE-L recall of the greedy answer."""
+    answers = subject.answers([row.question for row in rows])
+    return [rouge_l_recall(row.answer, answer) for row, answer in zip(rows, answers, strict=True)]
 
 
 def truth_ratios(subject: Subject, rows: Sequence[Row], role: str) -> list[float | None]:

@@ -27,6 +27,13 @@ def test_leak_at_k_is_the_mean_of_the_largest_over_all_subsets(n):
         assert attacks.leak_at_k(values, k) == pytest.approx(brute)
 
 
+def test_leak_at_k_of_more_samples_than_a_float_has_subsets():
+    values = np.random.default_rng(0).random(3000)
+    assert attacks.leak_at_k(values, 3000) == pytest.approx(values.max())
+    # of a uniform variable the largest of k is k / (k + 1)
+    assert attacks.leak_at_k(np.arange(1, 3001) / 3001, 1024) == pytest.approx(1024 / 1025)
+
+
 def test_leak_at_the_ends_is_the_mean_and_the_largest():
     values = np.random.default_rng(0).random(100)
     assert attacks.leak_at_k(values, 1) == pytest.approx(values.mean())

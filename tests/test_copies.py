@@ -1,5 +1,6 @@
 """Relearning and quantisation change copies alone: neither the checkpoint nor the model that other metrics ask."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,14 @@ def test_relearning_teaches_the_copy(case):
     assert scores.values["relearning/rougeL_recall"] > sum(recalls) / 4 and sum(retain) > 0
 
 
+def test_relearning_teaches_a_bfloat16_model_as_well(case):
+    before = [parameter.clone() for parameter in case.subject.load().parameters()]
+    case.config.sections["relearning"] = Relearning(batch_size=2)
+    case.model.config = replace(case.model.config, dtype="bfloat16")
+    after = relearning.relearn(case, case.model, case.rows("forget")).load().parameters()
+    assert all((one != other).float().mean() > 0.5 for one, other in zip(before, after, strict=True))
+
+
 def test_relearning_against_itself_brings_nothing_back_and_is_done_once(case, monkeypatch):
     calls = []
     real = relearning.relearn
@@ -120,6 +129,15 @@ def test_rounding_by_hand():
     weight = torch.tensor([[7.0, -3.4, 0.4, 0.0], [0.0, 0.0, 0.0, 0.0]])
     round_to_nearest(weight, 4)  # largest integer 7, so the scale is 1
     assert weight.tolist() == [[7.0, -3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+
+
+def test_bfloat16_weights_are_rounded_as_exactly_as_others():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64).bfloat16()
+    exact, rounded = weight.float(), weight.clone()
+    round_to_nearest(exact, 8)
+    round_to_nearest(rounded, 8)
+    assert torch.equal(rounded, exact.bfloat16())
 
 
 @pytest.mark.parametrize("bits", [8, 4])

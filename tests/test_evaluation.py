@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from common.runtime import ROOT, UserError
+from evaluation.report import full_table
 from evaluation.suite import FAMILIES, chosen
 from tests.conftest import evaluate_here
 
@@ -120,6 +121,19 @@ def test_the_models_stand_side_by_side(evaluated, models_dir):
         assert line in report
 
 
+def test_notes_name_the_models_that_they_are_about():
+    def result(notes):
+        scores = dict.fromkeys(("a", "b"))
+        return {"scores": scores, "higher_is_better": scores, "ideal": {}, "notes": notes, "left_out": {"b": 2}}
+
+    both = full_table({"one": result({"a": "not given", "b": "too short"}), "two": result({"a": "not given"})})
+    assert both.split("\n\n")[1:] == [
+        "a: not given.",
+        "b (one): too short.",
+        "b: 2 rows without a value are left out.",
+    ]
+
+
 def test_what_was_measured_is_not_measured_again(evaluated, command, monkeypatch):
     before = {name: (folder / "result.json").read_bytes() for name, folder in evaluated[0].items()}
     monkeypatch.setattr("evaluation.main.measure", None)
@@ -153,10 +167,13 @@ def test_without_a_retain_only_model_what_needs_it_is_null_and_the_base_model_is
     ("overrides", "message"),
     [
         (["metrics=privcy"], "metrics=privcy: no such metrics; did you mean 'privacy'"),
-        (["retain_model.path=./nowhere"], "./nowhere: no such folder"),
-        (["base_model.path=./nowhere"], "./nowhere: no such folder"),
+        (["retain_model.path=./nowhere"], "retain_model: model.path=./nowhere: no such folder"),
+        (["base_model.path=./nowhere"], "base_model: model.path=./nowhere: no such folder"),
+        (["model.path=./nowhere"], "model.path=./nowhere: no such folder"),
+        (["metrics=privacy", "++data.splits.holdout=holdoutt"], "no {data}/holdoutt.json; did you mean 'holdout'"),
         (["models=[./a]"], "models names the models already"),
         (["model.path=???", "models=[]"], "models=[]: expected a list"),
+        (["model.path=???", "models=./a"], "models=./a: expected a list"),
         (["metrics=lm_eval"], "lm_eval"),
     ],
 )
@@ -164,24 +181,36 @@ def test_wrong_input_is_named_before_anything_is_measured(models_dir, checkpoint
     monkeypatch.setattr("evaluation.main.measure", None)
     with pytest.raises(UserError) as caught:
         evaluate_here(models_dir, f"model.path={checkpoints['finetuned']}", *overrides)
-    assert message in str(caught.value)
+    assert message.format(data=ROOT / "data" / "tiny") in str(caught.value)
+
+
+def test_a_broken_model_is_named_before_the_others_are_measured(models_dir, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.main.measure", None)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "result.json").write_text((checkpoints["vanilla"] / "result.json").read_text())
+    with pytest.raises(UserError, match="broken: not a checkpoint"):
+        evaluate_here(models_dir, f"models=[{checkpoints['vanilla']},{tmp_path}/broken]")
 
 
 def test_two_processes_find_what_one_finds(models_dir, checkpoints, tmp_path):
-    def result(processes):
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-        command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "evaluation" / "main.py")]
-        command += ["-cn=evaluate", "metrics=full", "sampling.num_samples=2", f"models_dir={models_dir}"]
-        command += ["quantisation.bits=[4]", f"output_dir={tmp_path}/{processes}"]
-        command += [f"model.path={checkpoints['finetuned']}", f"retain_model.path={checkpoints['vanilla']}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return read(tmp_path / str(processes) / "result.json")
+    settings = ["metrics=full", "sampling.num_samples=2", "quantisation.bits=[4]"]
+    settings += [f"model.path={checkpoints['finetuned']}", f"retain_model.path={checkpoints['vanilla']}"]
+    # Uneven numbers of rows, so that the processes' shares differ.
+    rows = {"retain": 21, "retain_perturbed": 9, "real_authors": 11, "world_facts": 15, "holdout": 13}
+    names = {"real_authors": "real_authors_perturbed", "world_facts": "world_facts_perturbed"}
+    settings += [f"++data.splits.{role}='{names.get(role, role)}[:{count}]'" for role, count in rows.items()]
+    evaluate_here(models_dir, *settings, f"output_dir={tmp_path}/1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += [str(ROOT / "evaluation" / "main.py"), "-cn=evaluate", *settings]
+    command += [f"models_dir={models_dir}", f"output_dir={tmp_path}/2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
 
-    one, two = result(1), result(2)
+    one, two = (read(tmp_path / processes / "result.json") for processes in "12")
+    assert one["counts"]["rougeL_recall/retain"] == 21 and one["scores"]["tofu/forget_quality"] is not None
     assert one["scores"] == pytest.approx(two["scores"], rel=1e-4, abs=1e-5)
-    for key in ("counts", "left_out", "higher_is_better"):
+    for key in ("counts", "left_out", "higher_is_better", "notes"):
         assert one[key] == two[key]
     for name in ("samples.jsonl", "generations.jsonl"):
         assert (tmp_path / "1" / name).read_text() == (tmp_path / "2" / name).read_text()

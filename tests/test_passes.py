@@ -101,6 +101,15 @@ def test_token_probabilities_are_those_of_a_plain_forward_pass(model, prompts):
         assert found.log_probs == pytest.approx(plain, abs=1e-5)
 
 
+def test_the_parts_of_a_pass_change_nothing(model, prompts, monkeypatch):
+    whole = subject_of(model, prompts).tokens_of_answers(PAIRS)
+    monkeypatch.setattr(passes, "TOKENS_A_PART", 5)
+    for one, other in zip(whole, subject_of(model, prompts).tokens_of_answers(PAIRS), strict=True):
+        assert other.log_probs == pytest.approx(one.log_probs, abs=1e-6)
+        assert other.is_likeliest.tolist() == one.is_likeliest.tolist()
+        assert other.expected == pytest.approx(one.expected, abs=1e-6)
+
+
 def test_batches_hold_rows_of_like_length():
     assert batches_by_length([4000, 3, 2000, 2000], None) == [[1, 2], [3], [0]]
     assert batches_by_length([5, 1, 3], 2) == [[1, 2], [0]]
