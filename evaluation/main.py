@@ -193,7 +193,7 @@ def as_single(config: RunConfig, path: str) -> list[str]:
 
 
 def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
-    """Give the keys that are null in `model` and `data` the values of the run that made the checkpoint, in place.
+    """Give the keys that are null in `model`, `data` and `evaluation` the values of the run that made the checkpoint, in place.
 
     Single splits and columns of that run's data that the command names stand beside the others.
 
@@ -204,6 +204,8 @@ def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
     if made_by and cfg.data.path is None:
         for key in ("splits", "columns"):
             cfg.data[key] = {**made_by["data"][key], **(cfg.data[key] or {})}
+    if cfg.evaluation.bf16 is None:
+        cfg.evaluation.bf16 = made_by["evaluation"].get("bf16", "auto") if made_by else "auto"
     for section, keys in needed.items():
         empty = [key for key in keys if cfg[section].get(key) is None]
         if empty and made_by is None:

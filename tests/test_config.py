@@ -20,6 +20,7 @@ GROUPS = ("model", "data", "method", "evaluation")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 MADE_BY = {
     "model": {"prompt": {"style": "plain"}},
+    "evaluation": {"bf16": False},
     "data": {"path": "data/tiny", "splits": {"forget": "forget"}, "columns": {"question": "q", "answer": "a"}},
 }
 
