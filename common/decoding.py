@@ -64,7 +64,7 @@ def packed_linears(model: PreTrainedModel) -> Iterator[None]:
     PyTorch lays a weight out anew at every call, which for a few rows costs more than the product. Inside, the weights must
     not change.
     """
-    layers = [module for module in model.modules() if type(module) is torch.nn.Linear and _packs(module.weight)]
+    layers = [module for module in model.modules() if type(module) is torch.nn.Linear and _packs(module)]
     try:
         for layer in layers:
             packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), PACKED_FOR)
@@ -79,9 +79,10 @@ def _packed_linear(weight: torch.Tensor, bias: torch.Tensor | None, inputs: torc
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
-def _packs(weight: torch.Tensor) -> bool:
-    """Whether oneDNN has kernels for a weight here."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+def _packs(layer: torch.nn.Linear) -> bool:
+    """Whether oneDNN has kernels for a layer here, and nobody else (offloading, for one) has put himself before it."""
+    weight = layer.weight
+    if "forward" in vars(layer) or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype == torch.float32 or (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -490,6 +490,14 @@ def test_layers_are_as_before_after_packing():
     assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
+def test_a_layer_whose_forward_somebody_replaced_is_left_alone():
+    model = random_model()
+    replaced = model.lm_head.forward = lambda inputs: torch.nn.functional.linear(inputs, model.lm_head.weight)
+    with packed_linears(model):
+        assert model.lm_head.forward is replaced
+    assert model.lm_head.forward is replaced
+
+
 def test_new_weights_are_packed_anew():
     model, prompts = random_model(), random_prompts((3, 9))
     generate(model, prompts, SamplingSettings(20), [7])
