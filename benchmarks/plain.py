@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from rouge_score.rouge_scorer import RougeScorer
+from torch.nn.functional import pad
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, Trainer
 
 from benchmarks.synthetic import ANSWER_TOKENS, draw_lengths
 from common.decoding import pad_left
 from common.model import end_token_ids
-from common.prompts import IGNORED, Example
+from common.prompts import IGNORED, Example, collate
 from common.sampling import SamplingSettings, generate
 from unlearning.pmc import Pick, scores, select
 
@@ -56,15 +57,10 @@ def plain_answers(
 
 def padded(examples: Sequence[Example], length: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Ids, mask and labels, all of shape (rows, length)."""
-    shape = (len(examples), length)
-    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED)
-    for row, example in enumerate(examples):
-        whole = torch.tensor(example.prompt + example.answer)[:length]
-        ids[row, : len(whole)], mask[row, : len(whole)] = whole, 1
-        labels[row, len(example.prompt) : len(whole)] = whole[len(example.prompt) :]
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    batch, fill = collate(examples), {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    return {
+        name: pad(tensor, (0, length - tensor.shape[1]), value=fill[name]).to(device) for name, tensor in batch.items()
+    }
 
 
 class PlainPMC(Trainer):

@@ -21,6 +21,7 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.synthetic import word_tokenizer
@@ -177,8 +178,7 @@ def benchmark(cfg: DictConfig) -> Path:
         result["limit"] = arithmetic_limit(ways["ours"], config, torch.bfloat16 if bf16 else torch.float32)
     result |= {"device": device_name(), "versions": package_versions(), "config": plain_cfg}
     print(table(result, settings))
-    name = hydra.core.hydra_config.HydraConfig.get().job.config_name
-    path = Path(config.models_dir) / "benchmarks" / f"{name}.json"
+    path = Path(config.models_dir) / "benchmarks" / f"{HydraConfig.get().job.config_name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     print(f"\nWritten to {path}")

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, set_seed
 from benchmarks.ours import TimedPMC
 from benchmarks.plain import PlainPMC, plain_answers
 from benchmarks.synthetic import ANSWER_TOKENS, draw_lengths, rows, word_tokenizer
-from common.config import RunConfig, problem_list, read_config, read_section
+from common.config import RunConfig, read_config
 from common.data import load_splits
 from common.model import _new_model, load_model, load_tokenizer
 from common.prompts import PromptFormat
@@ -59,12 +59,8 @@ def read(cfg: DictConfig) -> tuple[RunConfig, BenchmarkSettings]:
     Raises:
         UserError: naming every key that does not fit.
     """
-    problems: list[str] = []
-    settings = read_section("benchmark", BenchmarkSettings, cfg.get("benchmark"), problems)
-    if problems:
-        raise UserError(problem_list(problems))
-    config = read_config(cfg, PMCSettings, also=("finetuned", "benchmark"))
-    return config, settings
+    config = read_config(cfg, PMCSettings, also=("finetuned",), sections={"benchmark": BenchmarkSettings})
+    return config, config.sections["benchmark"]
 
 
 def window_size(config: RunConfig) -> int:
