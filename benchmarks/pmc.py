@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from benchmarks.synthetic import word_tokenizer
 from benchmarks.worker import BenchmarkSettings, Way, read, window_size
 from common.config import RunConfig
-from common.model import _new_model
+from common.model import new_model
 from common.runs import job_errors
 from common.runtime import CONFIGS, device_name, launch, package_versions, write_json
 from common.training import training_arguments
@@ -105,7 +105,7 @@ def flop_per_token(config: RunConfig) -> tuple[float, float]:
     """FLOP of a forward pass for one token: without the head, and of the head. Attention's share is left out."""
     with torch.device("meta"):
         tokenizer = word_tokenizer(config.model.new.vocab_size)
-        model = _new_model(config.model.new, tokenizer, "float32")
+        model = new_model(config.model.new, tokenizer, "float32")
     head = model.get_output_embeddings().weight.numel()
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     return 2.0 * (linear - head), 2.0 * head

@@ -17,7 +17,7 @@ from benchmarks.plain import PlainPMC, plain_answers
 from benchmarks.synthetic import ANSWER_TOKENS, draw_lengths, rows, word_tokenizer
 from common.config import RunConfig, read_config
 from common.data import load_splits
-from common.model import _new_model, load_model, load_tokenizer
+from common.model import load_model, load_tokenizer, new_model
 from common.prompts import PromptFormat
 from common.rouge import rouge_l_recall
 from common.runtime import UserError, peak_memory_bytes, prepare_process
@@ -103,7 +103,7 @@ def make_trainer(way: str, config: RunConfig, folder: str, questions: int) -> Ti
 def _on_invented_questions(trainer_class: type, config: RunConfig, folder: str, questions: int) -> TimedPMC | PlainPMC:
     prompts = PromptFormat(word_tokenizer(config.model.new.vocab_size), config.model.prompt)
     set_seed(config.seed)
-    model = _new_model(config.model.new, prompts.tokenizer, config.model.dtype)
+    model = new_model(config.model.new, prompts.tokenizer, config.model.dtype)
     model.generation_config.eos_token_id = None
     some = rows(2 * questions, prompts.tokenizer, config.seed)
     data = UnlearningData(some[:questions], some[questions:], prompts, config.data.max_length)

@@ -58,7 +58,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainabl
         UserError: when the weights cannot be loaded or do not fit the tokenizer.
     """
     if config.new:
-        return _new_model(config.new, tokenizer, config.dtype)
+        return new_model(config.new, tokenizer, config.dtype)
     path = _checkpoint_path(config)
     if _is_adapter(path):
         return _load_adapter(config, path, tokenizer, trainable)
@@ -138,7 +138,7 @@ def _train_tokenizer(new: NewModelConfig, texts: Iterable[str]) -> PreTrainedTok
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, unk_token=UNKNOWN)
 
 
-def _new_model(new: NewModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:
+def new_model(new: NewModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:
     """A model with random weights of the architecture that `new` describes."""
     if new.architecture not in CONFIG_MAPPING:
         raise UserError(

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from common.config import NewModelConfig, PromptConfig
 from common.data import Row
-from common.model import _new_model, _train_tokenizer
+from common.model import _train_tokenizer, new_model
 from common.prompts import PromptFormat
 from common.runtime import CONFIGS, ROOT, write_json_lines
 from evaluation.main import evaluate
@@ -67,7 +67,7 @@ def tokenizer():
 def model(tokenizer):
     """A Llama of a few thousand parameters with fixed random weights, not yet trained."""
     torch.manual_seed(0)
-    return _new_model(NEW, tokenizer, "float32")
+    return new_model(NEW, tokenizer, "float32")
 
 
 @pytest.fixture
