@@ -122,12 +122,12 @@ def split_by_length(batch: dict[str, torch.Tensor], extra_pass: int) -> list[dic
     return parts[::-1]
 
 
-def in_slices(examples: Sequence[Any], sizes: Sequence[int]) -> list[Sequence[Any]]:
+def in_slices(examples: Sequence[Any], sizes: Sequence[int], length: Callable[[Any], int] = len) -> list[list[Any]]:
     """The examples from short to long, in slices of the given sizes: batches of like length have little padding.
 
     The loss is a mean over the tokens of the whole optimizer step, so it does not matter which rows go together.
     """
-    ordered = iter(sorted(examples, key=len))
+    ordered = iter(sorted(examples, key=length))
     return [[next(ordered) for _ in range(size)] for size in sizes]
 
 
@@ -181,10 +181,14 @@ class ExampleTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward of a micro-batch, in parts of like length where positions cost more than passes."""
-        parts = [inputs]
+        passes = self.passes(inputs)
+        return sum(super(ExampleTrainer, self).training_step(model, part, num_items_in_batch) for part in passes)
+
+    def passes(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """The parts of a micro-batch that go through the model one after the other."""
         if self.args.device.type == "cpu" and self.args.world_size == 1:  # processes must agree on the passes
-            parts = split_by_length(inputs, EXTRA_PASS)
-        return sum(super(ExampleTrainer, self).training_step(model, part, num_items_in_batch) for part in parts)
+            return split_by_length(batch, EXTRA_PASS)
+        return [batch]
 
     def total(self, count: float) -> float:
         """A count summed over all processes."""

@@ -11,20 +11,7 @@ from common import training
 from common.prompts import Example, collate
 from common.training import ExampleTrainer, answer_losses, in_slices, last_complete_checkpoint, split_by_length
 from tests.conftest import ROWS
-from unlearning.trainer import UnlearningData, UnlearningTrainer
-
-
-class Settings:
-    lambda_unlearning = 1.5
-
-
-class TrainOnForgetAnswers(UnlearningTrainer):
-    """The simplest method: the data's own forget answers. Keeps the gradient of the step instead of applying it."""
-
-    Settings = Settings
-
-    def forget_examples(self, rows):
-        return [self.data.prompts.example(row, self.data.max_length) for row in rows]
+from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer
 
 
 def arguments(folder, batch_size, accumulation, **more):
@@ -56,7 +43,8 @@ def gradients_of_one_step(trainer):
 
 def unlearning_trainer(model, prompts, folder, batch_size, accumulation, **more):
     data = UnlearningData(ROWS, ROWS[::-1], prompts, max_length=64)
-    return TrainOnForgetAnswers(model, arguments(folder, batch_size, accumulation, **more), data, Settings())
+    settings = MethodSettings(lambda_unlearning=1.5)
+    return UnlearningTrainer(model, arguments(folder, batch_size, accumulation, **more), data, settings)
 
 
 def plain_unlearning_loss(model, prompts, pairs):

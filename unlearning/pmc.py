@@ -29,13 +29,13 @@ from common.model import end_token_ids
 from common.prompts import Example
 from common.sampling import SamplingSettings, generate
 from unlearning.pruning import Pruner, complete_words
-from unlearning.trainer import UnlearningData, UnlearningTrainer
+from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer, at_least
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class PMCSettings:
+class PMCSettings(MethodSettings):
     lambda_unlearning: float = 1.5
     """Weight of the retain loss."""
     num_samples: int = 5
@@ -58,13 +58,9 @@ class PMCSettings:
     """Function (reference, samples) -> list of rewards in [0, 1]."""
 
     def problems(self) -> list[str]:
-        found = []
-        for name in ("num_samples", "max_length", "sampling_batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                found.append(f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("lambda_unlearning", "temperature", "top_k", "min_len"):
-            if getattr(self, name) < 0:
-                found.append(f"{name}={getattr(self, name)}: expected 0 or more")
+        found = super().problems()
+        found += at_least(self, 1, "num_samples", "max_length", "sampling_batch_size")
+        found += at_least(self, 0, "temperature", "top_k", "min_len")
         if self.temperature == 0 and self.num_samples > 1:
             found.append(
                 f"temperature=0: all {self.num_samples} samples would be the same greedy answer; "
@@ -209,7 +205,7 @@ class PMC(UnlearningTrainer):
         total = self.epoch_sum
         questions, samples, sampled = total("questions"), total("samples"), total("sampled_questions")
         losses = super().epoch_record(steps)
-        record = {"collapse_loss": losses["forget_loss"], "retain_loss": losses["retain_loss"]}
+        record = {"collapse_loss": losses.pop("forget_loss"), **losses}
         record["selected_score"] = total("selected_score") / questions
         record["finished"] = total("finished") / questions
         if samples:

@@ -1,25 +1,57 @@
 """The trainer that every unlearning method is a subclass of: it pairs forget with retain rows and adds up the loss.
 
-    loss = collapse (or forget) part + lambda_unlearning * retain part
+    loss = gamma * forget_loss + lambda_unlearning * retain_loss
 
-Each part is the mean over its answer tokens of the whole optimizer step, so that neither micro-batches nor processes
-change the gradient. A method states what its forget rows are trained on (`forget_examples`).
+Both are means over the whole optimizer step, so that neither micro-batches nor processes change the gradient. A method is
+a subclass that says what its forget rows are trained on (`forget_examples`, by default the true answers) and what its two
+losses are (`forget_loss`, `retain_loss`, by default the cross-entropy of the answers), with a dataclass of its knobs
+(`Settings`) and a YAML file in configs/method/.
 """
 
 import time
-from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.data import Row
 from common.prompts import Example, PromptFormat, collate
-from common.training import ExampleTrainer, answer_losses, answer_tokens, in_slices
+from common.training import ExampleTrainer, answer_logits, answer_tokens, in_slices
+from unlearning.answers import Answers
+from unlearning.reference import Reference
 
 RETAIN_STREAM = 1  # keeps the draw of retain rows apart from the sampler's, which (seed, step, index) keys
+
+
+@dataclass
+class MethodSettings:
+    """The knobs of nearly every method."""
+
+    gamma: float = 1.0
+    """Weight of the forget loss."""
+    lambda_unlearning: float = 1.0
+    """Weight of the retain loss; 0: retain rows are not looked at."""
+
+    def problems(self) -> list[str]:
+        return at_least(self, 0, "gamma", "lambda_unlearning")
+
+
+def at_least(settings: Any, least: float, *names: str) -> list[str]:
+    """What to say of the settings that are smaller than allowed; None is allowed."""
+    values = {name: getattr(settings, name) for name in names}
+    allowed = f"{least:g} or more" if least == 0 else f"at least {least:g}"
+    return [
+        f"{name}={value}: expected {allowed}" for name, value in values.items() if value is not None and value < least
+    ]
+
+
+def above_zero(settings: Any, *names: str) -> list[str]:
+    """What to say of the settings that are not positive."""
+    values = {name: getattr(settings, name) for name in names}
+    return [f"{name}={value}: expected more than 0" for name, value in values.items() if value <= 0]
 
 
 @dataclass(frozen=True)
@@ -49,17 +81,36 @@ class UnlearningTrainer(ExampleTrainer):
         settings: the method's knobs, an instance of the class's `Settings`.
     """
 
-    Settings: type  # dataclass of the method's knobs; every subclass has one
+    Settings: type = MethodSettings  # dataclass of the method's knobs, with `problems`
+    needs_reference = False  # whether `Answers.reference` is asked for
+    terms: tuple[
+        str, ...
+    ] = ()  # the method's own figures in an epoch's line: sums of an optimizer step, by `add_to_epoch`
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: Any):
         super().__init__(model, args, examples=data.forget, tokenizer=data.prompts.tokenizer)
         self.data = data
         self.settings = settings
         self.retain_examples = [data.prompts.example(row, data.max_length) for row in data.retain]
+        self.reference = Reference(self.model) if self.needs_reference else None
 
-    @abstractmethod
+    # --- what a method states ---
+
+    def loss_weights(self) -> tuple[float, float]:
+        """gamma and lambda_unlearning of this optimizer step. A part of weight 0 is not computed."""
+        return self.settings.gamma, self.settings.lambda_unlearning
+
     def forget_examples(self, rows: list[Row]) -> list[Example]:
         """What each forget row of this optimizer step is trained on. The weights do not change within a step."""
+        return [self.data.prompts.example(row, self.data.max_length) for row in rows]
+
+    def forget_loss(self, forget: Answers) -> torch.Tensor:
+        """This micro-batch's share in the step's forget loss, a scalar."""
+        return forget.cross_entropy
+
+    def retain_loss(self, retain: Answers) -> torch.Tensor:
+        """This micro-batch's share in the step's retain loss, a scalar."""
+        return retain.cross_entropy
 
     # --- one optimizer step ---
 
@@ -70,34 +121,89 @@ class UnlearningTrainer(ExampleTrainer):
         """
         windows = [rows for _, rows in zip(range(num_batches), epoch_iterator, strict=False)]
         rows = [row for window in windows for row in window]
-        forget = self.forget_examples(rows)
-        self.step_started = time.perf_counter()
-        retain = [self.paired_retain_example(row) for row in rows]
         sizes = [len(window) for window in windows]
-        micro_batches = []
-        for forgotten, kept in zip(in_slices(forget, sizes), in_slices(retain, sizes), strict=True):
-            is_forget = torch.tensor([True] * len(forgotten) + [False] * len(kept))
-            micro_batches.append({**collate([*forgotten, *kept]), "is_forget": is_forget})
-        forgets, keeps = (
-            self.total(sum(answer_tokens(batch["labels"][batch["is_forget"] == part]) for batch in micro_batches))
-            for part in (True, False)
-        )
-        self.tokens = {"forget": forgets, "retain": keeps}
+        self.weights = dict(zip(("forget", "retain"), self.loss_weights(), strict=True))
+        forget = self.forget_groups(rows) if self.weights["forget"] else [()] * len(rows)
+        self.step_started = time.perf_counter()
+        retain = [(self.paired_retain_example(row),) if self.weights["retain"] else () for row in rows]
+        micro_batches = [
+            forget_and_retain(forgotten, kept)
+            for forgotten, kept in zip(
+                in_slices(forget, sizes, longest), in_slices(retain, sizes, longest), strict=True
+            )
+        ]
+        self.step_rows = self.total(len(rows))
+        self.step_tokens = {
+            part: self.total(sum(answer_tokens(batch["labels"][batch["is_forget"] == flag]) for batch in micro_batches))
+            for part, flag in (("forget", True), ("retain", False))
+        }
         return micro_batches, None
+
+    def forget_groups(self, rows: list[Row]) -> list[tuple[Example, ...]]:
+        """For each forget row the examples that its loss looks at."""
+        return [(example,) for example in self.forget_examples(rows)]
 
     def paired_retain_example(self, row: Row) -> Example:
         """A retain example drawn at random, the same whatever the order of the data or the number of processes."""
-        key = (self.args.seed, self.state.global_step, row.index, RETAIN_STREAM)
-        return self.retain_examples[np.random.default_rng(key).integers(len(self.retain_examples))]
+        return self.retain_examples[self.drawn(RETAIN_STREAM, row, len(self.retain_examples))]
+
+    def drawn(self, stream: int, row: Row, choices: int) -> int:
+        """A number below `choices`, keyed by (seed, optimizer step, row): a stream for each thing that is drawn."""
+        key = (self.args.seed, self.state.global_step, row.index, stream)
+        return int(np.random.default_rng(key).integers(choices))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        losses, rows = answer_losses(model, inputs)
-        is_forget = inputs["is_forget"][rows]
-        forget = losses[is_forget].sum() / self.tokens["forget"]
-        retain = losses[~is_forget].sum() / self.tokens["retain"]
-        self.add_to_epoch(forget_loss=forget.detach(), retain_loss=retain.detach())
-        loss = forget + self.settings.lambda_unlearning * retain
+        loss = 0.0
+        losses = {"forget": self.forget_loss, "retain": self.retain_loss}
+        for part, answers in self.answers(model, inputs).items():
+            value = losses[part](answers)
+            self.add_to_epoch(**{f"{part}_loss": value.detach()})
+            loss = loss + self.weights[part] * value
         return loss * self.args.world_size  # gradients are averaged over processes
 
+    def answers(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Answers]:
+        """What the model says of the parts that the micro-batch has, from one forward pass for both."""
+        logits, targets, rows = answer_logits(model, batch)
+        losses = cross_entropy(logits, targets, reduction="none")
+        found = {}
+        for part, examples in parts(batch["is_forget"]):
+            mine = examples[rows]
+            place = examples.cumsum(0) - 1  # of an example among those of its part
+            found[part] = Answers(
+                losses[mine],
+                place[rows[mine]],
+                int(examples.sum()),
+                targets[mine],
+                lambda mine=mine: logits[mine],
+                self.step_tokens[part],
+                self.step_rows,
+                lambda part=part, examples=examples: self.reference_answers(part, batch, examples),
+            )
+        return found
+
+    def reference_answers(self, part: str, batch: dict[str, torch.Tensor], examples: torch.Tensor) -> Answers:
+        """What the model before unlearning says of one part."""
+        with self.reference.active() as model:
+            return self.answers(model, {name: values[examples] for name, values in batch.items()})[part]
+
     def epoch_record(self, steps: int) -> dict[str, float]:
-        return {name: self.epoch_sum(name) / steps for name in ("forget_loss", "retain_loss")}
+        names = [name for name in ("forget_loss", "retain_loss", *self.terms) if name in self.epoch_sums]
+        return {name: self.epoch_sum(name) / steps for name in names}
+
+
+def forget_and_retain(forgotten: list[tuple[Example, ...]], kept: list[tuple[Example, ...]]) -> dict[str, torch.Tensor]:
+    """A micro-batch: the forget rows' examples (all first ones, then all second ones, ...), then the retain rows'."""
+    forget = [example for same_place in zip(*forgotten, strict=True) for example in same_place]
+    retain = [example for group in kept for example in group]
+    is_forget = torch.tensor([True] * len(forget) + [False] * len(retain))
+    return {**collate([*forget, *retain]), "is_forget": is_forget}
+
+
+def longest(examples: tuple[Example, ...]) -> int:
+    return max(map(len, examples), default=0)
+
+
+def parts(is_forget: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """The parts that have examples, each with the mask of these, shape (examples,)."""
+    found = [("forget", is_forget), ("retain", ~is_forget)]
+    return [(name, mask) for name, mask in found if mask.any()]
