@@ -91,7 +91,7 @@ class UnlearningTrainer(ExampleTrainer):
         super().__init__(model, args, examples=data.forget, tokenizer=data.prompts.tokenizer)
         self.data = data
         self.settings = settings
-        self.retain_examples = [data.prompts.example(row, data.max_length) for row in data.retain]
+        self.retain_examples = [self.example(row) for row in data.retain]
         self.reference = Reference(self.model) if self.needs_reference else None
 
     # --- what a method states ---
@@ -102,7 +102,7 @@ class UnlearningTrainer(ExampleTrainer):
 
     def forget_examples(self, rows: list[Row]) -> list[Example]:
         """What each forget row of this optimizer step is trained on. The weights do not change within a step."""
-        return [self.data.prompts.example(row, self.data.max_length) for row in rows]
+        return [self.example(row) for row in rows]
 
     def forget_loss(self, forget: Answers) -> torch.Tensor:
         """This micro-batch's share in the step's forget loss, a scalar."""
@@ -142,6 +142,10 @@ class UnlearningTrainer(ExampleTrainer):
     def forget_groups(self, rows: list[Row]) -> list[tuple[Example, ...]]:
         """For each forget row the examples that its loss looks at."""
         return [(example,) for example in self.forget_examples(rows)]
+
+    def example(self, row: Row) -> Example:
+        """A row with its answer, of at most `data.max_length` tokens."""
+        return self.data.prompts.example(row, self.data.max_length)
 
     def paired_retain_example(self, row: Row) -> Example:
         """A retain example drawn at random, the same whatever the order of the data or the number of processes."""

@@ -1,0 +1,111 @@
+"""AltPO (arXiv 2409.13474): prefer other plausible answers of the model before unlearning, sampled once, to the forget answer.
+
+The loss is that of `unlearning.dpo`, with one of a question's alternatives, drawn for each step, in place of the refusal.
+
+    python unlearning/main.py -cd=configs -cn=unlearn-tiny method=altpo
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from common.data import Row
+from common.model import end_token_ids
+from common.prompts import Example
+from common.sampling import SamplingSettings, generate
+from unlearning.dpo import DPO
+from unlearning.trainer import MethodSettings, above_zero, at_least
+
+ALTERNATIVE_STREAM = 4  # of `UnlearningTrainer.drawn`
+ATTEMPTS = (
+    5  # times that a question is asked while it has no alternative, each time at a temperature 1.25 times the last
+)
+HOTTER = 1.25
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class AltPOSettings(MethodSettings):
+    beta: float = 0.1
+    """Inverse temperature: how far a pair may move away from the model before unlearning."""
+    num_alternatives: int = 5
+    """Answers sampled for each forget question; those that equal the forget answer are left out."""
+    temperature: float = 1.0
+    """The logits are divided by it; raised for questions whose samples all equal the forget answer."""
+    top_p: float = 0.95
+    """Draw from the smallest set of likeliest tokens with at least this probability."""
+    top_k: int = 50
+    """Draw from the k likeliest tokens; 0: all."""
+    max_length: int = 200
+    """Prompt and sampled answer together, in tokens."""
+
+    def problems(self) -> list[str]:
+        found = super().problems() + above_zero(self, "beta", "temperature")
+        found += at_least(self, 1, "num_alternatives", "max_length") + at_least(self, 0, "top_k")
+        if not 0 < self.top_p <= 1:
+            found.append(f"top_p={self.top_p}: expected 0 < top_p <= 1")
+        return found
+
+
+class AltPO(DPO):
+    """Prefers other answers of the model's own to the forget answer."""
+
+    Settings = AltPOSettings
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.alternatives: dict[int, list[list[int]]] = {}  # token ids, by row index
+
+    def before_training(self) -> None:
+        started = time.perf_counter()
+        without = self.data.forget
+        for attempt in range(ATTEMPTS):
+            for row, answers in zip(without, self.sample(without, attempt), strict=True):
+                self.alternatives[row.index] = self.others(row, answers)
+            without = [row for row in without if not self.alternatives[row.index]]
+        if without:
+            log.warning(
+                "%d of %d questions have no answer but the forget answer even at a temperature of %.2f, and are not "
+                "unlearned; raise method.temperature (now %g) or method.top_p",
+                len(without),
+                len(self.data.forget),
+                self.settings.temperature * HOTTER ** (ATTEMPTS - 1),
+                self.settings.temperature,
+            )
+        self.seconds["sampling"] = time.perf_counter() - started
+
+    def sample(self, rows: list[Row], attempt: int) -> list[list[list[int]]]:
+        """`num_alternatives` answers to each row's question, as token ids."""
+        s = self.settings
+        temperature = s.temperature * HOTTER**attempt
+        settings = SamplingSettings(s.max_length, s.num_alternatives, temperature, s.top_k, s.top_p)
+        prompts = [self.data.prompts.prompt(row.question) for row in rows]
+        keys = [(self.args.seed, attempt, row.index, ALTERNATIVE_STREAM) for row in rows]
+        ends = end_token_ids(self.model, self.data.prompts.end_token_id)
+        return generate(self.model, prompts, settings, ends, keys, description="alternatives")
+
+    def others(self, row: Row, answers: list[list[int]]) -> list[list[int]]:
+        """The answers that say something, and something else than the forget answer."""
+        texts = [self.data.prompts.text(answer) for answer in answers]
+        return [answer for answer, text in zip(answers, texts, strict=True) if text and text != row.answer.strip()]
+
+    def preferred_examples(self, rows: list[Row]) -> list[Example]:
+        return [self.alternative(row) for row in rows]
+
+    def alternative(self, row: Row) -> Example:
+        """The question with the alternative of this step; where there is none, with the forget answer, which moves nothing."""
+        found = self.alternatives[row.index]
+        if not found:
+            return self.example(row)
+        return Example(self.data.prompts.prompt(row.question), found[self.drawn(ALTERNATIVE_STREAM, row, len(found))])
+
+    # --- checkpoints ---
+
+    def state_to_save(self) -> dict[str, Any]:
+        return super().state_to_save() | {"alternatives": list(self.alternatives.items())}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.alternatives = dict(state["alternatives"])

@@ -1,0 +1,38 @@
+"""UNDIAL (arXiv 2402.10052): learn from the model before unlearning, with the true token's logit turned down.
+
+forget loss = CE(forget) against softmax(logits of pi0, less beta at the true token), the mean over tokens
+
+python unlearning/main.py -cd=configs -cn=unlearn-tiny method=undial
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import one_hot
+
+from unlearning.answers import Answers
+from unlearning.trainer import MethodSettings, UnlearningTrainer, at_least
+
+
+@dataclass
+class UNDIALSettings(MethodSettings):
+    beta: float = 10.0
+    """What is taken off the true token's logit."""
+
+    def problems(self) -> list[str]:
+        return super().problems() + at_least(self, 0, "beta")
+
+
+class UNDIAL(UnlearningTrainer):
+    """Distils what the model before unlearning would say if it had to avoid the true token."""
+
+    Settings = UNDIALSettings
+    needs_reference = True
+    terms = ("forget_nll",)
+
+    def forget_loss(self, forget: Answers) -> torch.Tensor:
+        self.add_to_epoch(forget_nll=forget.cross_entropy.detach())
+        before = forget.reference.logits
+        true_token = one_hot(forget.targets, before.shape[-1])
+        teacher = (before - self.settings.beta * true_token).softmax(dim=-1)
+        return forget.mean_over_tokens(-(teacher * forget.log_probs).sum(dim=-1))
