@@ -29,7 +29,7 @@ class Answers:
         logits: Callable[[], torch.Tensor],
         step_tokens: float,
         step_rows: float,
-        reference: Callable[[], "Answers"] | None = None,
+        reference: Callable[[], "Answers"],
     ):
         self.losses, self.rows, self.size, self.targets = losses, rows, size, targets
         self.step_tokens, self.step_rows = step_tokens, step_rows
@@ -58,10 +58,6 @@ class Answers:
     @cached_property
     def reference(self) -> "Answers":
         """The same answers under the model before unlearning; without gradients."""
-        if self._reference is None:
-            raise RuntimeError(
-                "the model before unlearning was not kept; a method that needs it says so by needs_reference"
-            )
         return self._reference()
 
     def mean_over_tokens(self, values: torch.Tensor) -> torch.Tensor:

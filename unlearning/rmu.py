@@ -158,4 +158,4 @@ def trained_parameters(model: PreTrainedModel, layers: list[str], settings: RMUS
 
 def patterns(names: Iterable[str]) -> str:
     """The names, those that differ in numbers alone as one."""
-    return ", ".join(dict.fromkeys(re.sub(r"\d+", "N", name) for name in names)) or "none"
+    return ", ".join(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "N", name) for name in names)) or "none"

@@ -187,6 +187,10 @@ class UnlearningTrainer(ExampleTrainer):
 
     def reference_answers(self, part: str, batch: dict[str, torch.Tensor], examples: torch.Tensor) -> Answers:
         """What the model before unlearning says of one part."""
+        if self.reference is None:
+            raise RuntimeError(
+                f"{type(self).__name__} asks for the model before unlearning without needs_reference = True"
+            )
         with self.reference.active() as model:
             return self.answers(model, {name: values[examples] for name, values in batch.items()})[part]
 

@@ -1,0 +1,522 @@
+"""The unlearning methods: each loss by its formula, the direction of a step, the model before unlearning, the command line."""
+
+import copy
+import json
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
+
+from common.config import LoraSettings, NewModelConfig
+from common.model import add_adapter, new_model
+from common.prompts import IGNORED
+from common.runtime import CONFIGS, UserError
+from common.training import ExampleTrainer
+from tests.conftest import NEW, ROWS, run_stage
+from tests.test_training import arguments
+from unlearning.altpo import AltPO
+from unlearning.reference import Reference
+from unlearning.refusals import read_refusals
+from unlearning.rmu import RMUSettings, steered_layers, trained_parameters
+from unlearning.trainer import UnlearningData
+
+METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
+OTHERS = [name for name in METHODS if name != "pmc"]
+RETAIN_ANSWERS_ARE_TRAINED = [name for name in OTHERS if name not in ("grad_ascent", "kl_min", "rmu")]
+
+
+@pytest.fixture(scope="module")
+def learned(tokenizer, tmp_path_factory):
+    """A model that has begun to learn the rows: its probabilities are neither all alike nor all 1."""
+    from common.config import PromptConfig
+    from common.prompts import PromptFormat
+
+    torch.manual_seed(0)
+    model = new_model(NEW, tokenizer, "float32")
+    prompts = PromptFormat(tokenizer, PromptConfig(style="plain"))
+    examples = [prompts.example(row, 64) for row in ROWS]
+    args = arguments(tmp_path_factory.mktemp("learned"), 8, 1, learning_rate=1e-2, max_steps=40)
+    ExampleTrainer(model, args, examples, tokenizer).train()
+    return model
+
+
+def method_named(name: str):
+    """The class and its settings, as configs/method/ has them."""
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        node = compose("unlearn", [f"method={name}"]).method
+    found = get_class(node._target_)
+    return found, found.Settings(**{key: value for key, value in node.items() if key != "_target_"})
+
+
+def make(name, learned, prompts, folder, rows=ROWS[:2], max_length=64, knobs=None, **training):
+    """A trainer of the method on a copy of the model, with those of the knobs that the method has."""
+    found, settings = method_named(name)
+    known = {key: value for key, value in (knobs or {}).items() if hasattr(settings, key)}
+    data = UnlearningData(rows, ROWS[4:], prompts, max_length)
+    trainer = found(
+        copy.deepcopy(learned), arguments(folder, len(rows), 1, **training), data, replace(settings, **known)
+    )
+    trainer.before_training()
+    return trainer
+
+
+def moved(trainer, amount=0.05):
+    """Move the trained weights, so that the present model is not the one before unlearning."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter += amount * torch.randn(parameter.shape, generator=generator)
+    return trainer
+
+
+def loss_of_step(trainer, rows=ROWS[:2]):
+    """The loss of an optimizer step over these rows, and what it trains on: forget examples, then retain examples."""
+    batches, _ = trainer.get_batch_samples(iter([rows]), 1, None)
+    loss = sum(trainer.compute_loss(trainer.model, batch) for batch in batches)
+    (batch,) = batches
+    examples = []
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        length = int(mask.sum())
+        start = int((labels[:length] != IGNORED).nonzero()[0])
+        examples.append((ids[:length].tolist(), start))
+    forget = int(batch["is_forget"].sum())
+    return loss, examples[:forget], examples[forget:]
+
+
+class Plain:
+    """A model's own words in float64, one row at a time, without padding, masks or batches."""
+
+    def __init__(self, model):
+        self.model = copy.deepcopy(model).double().eval()
+
+    @torch.no_grad()
+    def logits(self, example):
+        ids, start = example
+        return self.model(torch.tensor([ids])).logits[0, start - 1 : -1].numpy(), np.array(ids[start:])
+
+    def log_p(self, example):
+        """log p of every answer token."""
+        logits, targets = self.logits(example)
+        return log_softmax(logits)[np.arange(len(targets)), targets]
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x))
+
+
+def token_mean(rows):
+    """The mean over all tokens of several rows."""
+    return np.concatenate(rows).mean()
+
+
+def cross_entropy(model, examples):
+    return -token_mean([model.log_p(example) for example in examples])
+
+
+def by_hand(name, now, before, forget, retain, s):
+    """forget loss and retain loss by the formulas of the papers."""
+    if name == "retain_only":
+        return 0.0, cross_entropy(now, retain)
+    ascent = -cross_entropy(now, forget)
+    kept = cross_entropy(now, retain) if retain else 0.0
+    nll = [-now.log_p(example).sum() for example in forget]
+    nll0 = [-before.log_p(example).sum() for example in forget]
+    p = [np.exp(now.log_p(example)) for example in forget]
+    if name in ("grad_ascent", "grad_diff"):
+        return ascent, kept
+    if name == "kl_min":
+        divergence = []
+        for example in retain:
+            log_p, log_p0 = (log_softmax(model.logits(example)[0]) for model in (now, before))
+            divergence.append((np.exp(log_p0) * (log_p0 - log_p)).sum(-1))
+        return ascent, token_mean(divergence)
+    if name == "idk":
+        return cross_entropy(now, forget), kept
+    if name in ("dpo", "altpo"):
+        losses = []
+        for row in range(2):  # the preferred answers come first
+            preferred, forgotten = row, row + 2
+            margin = (nll0[preferred] - nll[preferred]) - (nll0[forgotten] - nll[forgotten])
+            losses.append(-2 / s.beta * log_sigmoid(s.beta * margin))
+        return np.mean(losses), kept
+    if name == "npo":
+        return np.mean([-2 / s.beta * log_sigmoid(s.beta * (a - b)) for a, b in zip(nll, nll0, strict=True)]), kept
+    if name == "simnpo":
+        each = [value / len(now.log_p(example)) for value, example in zip(nll, forget, strict=True)]
+        return np.mean([-2 / s.beta * log_sigmoid(s.beta * (value - s.delta)) for value in each]), kept
+    if name == "undial":
+        losses = []
+        for example in forget:
+            logits, targets = before.logits(example)
+            logits[np.arange(len(targets)), targets] -= s.beta
+            teacher = np.exp(log_softmax(logits))
+            losses.append(-(teacher * log_softmax(now.logits(example)[0])).sum(-1))
+        return token_mean(losses), kept
+    if name == "wga":
+        return -token_mean([some**s.beta * -np.log(some) for some in p]), kept
+    assert name == "satimp"
+    return -token_mean([some**s.beta1 * (1 - some) ** s.beta2 * -np.log(some) for some in p]), kept
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name != "rmu"])
+def test_the_loss_is_that_of_the_paper(name, learned, prompts, tmp_path):
+    """On two rows of unlike length, in float64, a row at a time, by the formula written out."""
+    knobs = {"gamma": 0.7, "lambda_unlearning": 1.9, "delta": 0.3, "beta2": 1.5}
+    trainer = moved(make(name, learned, prompts, tmp_path, knobs=knobs))
+    now, before = Plain(trainer.model), Plain(learned)
+    loss, forget, retain = loss_of_step(trainer)
+    assert len({len(ids) for ids, _ in [*forget, *retain]}) > 1
+    gamma, weight = {"grad_ascent": (1, 0), "retain_only": (0, 1)}.get(name, (0.7, 1.9))
+    forget_loss, retain_loss = by_hand(name, now, before, forget, retain, trainer.settings)
+    assert loss.item() == pytest.approx(gamma * forget_loss + weight * retain_loss, rel=1e-4, abs=1e-5)
+    for part, expected, weight_of_part in (("forget", forget_loss, gamma), ("retain", retain_loss, weight)):
+        if weight_of_part:
+            assert float(trainer.epoch_sums[f"{part}_loss"]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        else:
+            assert f"{part}_loss" not in trainer.epoch_sums
+
+
+def test_rmu_is_that_of_the_paper(learned, prompts, tmp_path):
+    trainer = moved(make("rmu", learned, prompts, tmp_path, knobs={"gamma": 0.7, "lambda_unlearning": 1.9, "layer": 1}))
+    now, before = (copy.deepcopy(model).eval() for model in (trainer.model, learned))
+    loss, forget, retain = loss_of_step(trainer)
+
+    def activations(model, example):
+        ids, start = example
+        caught = []
+        handle = model.model.layers[1].register_forward_hook(lambda _m, _i, output: caught.append(output))
+        with torch.no_grad():
+            model(torch.tensor([ids]))
+        handle.remove()
+        return caught[0][0, start:].double().numpy()
+
+    u = trainer.target.double().numpy()
+    assert np.linalg.norm(u) == pytest.approx(trainer.settings.steering_coeff)
+    steered = token_mean([((activations(now, example) - u) ** 2).mean(-1) for example in forget])
+    kept = token_mean([((activations(now, e) - activations(before, e)) ** 2).mean(-1) for e in retain])
+    assert kept > 0
+    assert loss.item() == pytest.approx(0.7 * steered + 1.9 * kept, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name not in ("dpo", "altpo")])
+def test_micro_batches_and_passes_do_not_change_a_step(name, learned, prompts, tmp_path, monkeypatch):
+    """One batch of eight rows against four of two, and one pass against one for every length."""
+    from common import training
+
+    losses = []
+    for batch_size, extra_pass in ((8, 10**9), (2, 10**9), (8, 1)):
+        monkeypatch.setattr(training, "EXTRA_PASS", extra_pass)
+        losses.append(step_loss_and_gradient(name, learned, prompts, tmp_path, batch_size))
+    for loss, gradient in losses[1:]:
+        assert loss == pytest.approx(losses[0][0], rel=1e-4)
+        torch.testing.assert_close(gradient, losses[0][1], rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dpo", "altpo"])
+def test_the_two_answers_of_a_question_stay_together(name, learned, prompts, tmp_path):
+    one, four = (step_loss_and_gradient(name, learned, prompts, tmp_path, size) for size in (8, 2))
+    assert four[0] == pytest.approx(one[0], rel=1e-4)
+    torch.testing.assert_close(four[1], one[1], rtol=2e-3, atol=1e-5)
+
+
+def step_loss_and_gradient(name, learned, prompts, folder, batch_size):
+    trainer = moved(make(name, learned, prompts, folder, rows=ROWS), 0.02)
+    windows = [ROWS[start : start + batch_size] for start in range(0, len(ROWS), batch_size)]
+    batches, _ = trainer.get_batch_samples(iter(windows), len(windows), None)
+    loss = sum(trainer.compute_loss(trainer.model, part) for batch in batches for part in trainer.passes(batch))
+    loss.backward()
+    gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+    return loss.item(), torch.cat(gradients)
+
+
+def likelihood(model, prompts, rows):
+    """Mean log p of the answer tokens of some rows."""
+    plain = Plain(model)
+    return np.mean(
+        [
+            plain.log_p((example.prompt + example.answer, len(example.prompt))).mean()
+            for example in (prompts.example(row, 64) for row in rows)
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name != "retain_only"])
+def test_a_few_steps_make_the_forget_answers_less_likely(name, learned, prompts, tmp_path):
+    trainer = make(
+        name, learned, prompts, tmp_path, rows=ROWS[:4], learning_rate=1e-3, max_steps=8, knobs={"steering_coeff": 50.0}
+    )
+    trainer.train()
+    assert likelihood(trainer.model, prompts, ROWS[:4]) < likelihood(learned, prompts, ROWS[:4]) - 0.01
+
+
+@pytest.mark.parametrize("name", RETAIN_ANSWERS_ARE_TRAINED)
+def test_the_retain_loss_makes_the_retain_answers_likelier(name, learned, prompts, tmp_path):
+    """Than the same steps without it, or, where it is all there is, than before."""
+
+    def trained(weight):
+        knobs = {"lambda_unlearning": weight}
+        trainer = make(name, learned, prompts, tmp_path, ROWS[:4], knobs=knobs, learning_rate=1e-3, max_steps=8)
+        trainer.train()
+        return likelihood(trainer.model, prompts, ROWS[4:])
+
+    without = likelihood(learned, prompts, ROWS[4:]) if name == "retain_only" else trained(0.0)
+    assert trained(10.0) > without + 0.01
+
+
+def test_idk_and_dpo_raise_a_refusal(learned, prompts, tmp_path):
+    refusals = [
+        replace(row, answer=text) for row, text in zip(ROWS[:4], read_refusals("data/refusals.txt"), strict=False)
+    ]
+    for name in ("idk", "dpo"):
+        trainer = make(name, learned, prompts, tmp_path, rows=ROWS[:4], learning_rate=1e-3, max_steps=8)
+        trainer.train()
+        assert likelihood(trainer.model, prompts, refusals) > likelihood(learned, prompts, refusals), name
+
+
+# --- the model before unlearning -----------------------------------------------------------------------------------------
+
+
+def outputs(model, prompts):
+    with torch.no_grad():
+        return model(torch.tensor([prompts.prompt(ROWS[0].question)])).logits
+
+
+@pytest.mark.parametrize("name", ["kl_min", "npo", "dpo", "undial", "rmu", "altpo"])
+def test_the_model_before_unlearning_stays_as_it_was(name, learned, prompts, tmp_path):
+    trainer = make(name, learned, prompts, tmp_path, rows=ROWS[:4], learning_rate=1e-2, max_steps=3)
+    trainer.train()
+    trained = outputs(trainer.model, prompts)
+    with trainer.reference.active() as model:
+        assert not model.training
+        torch.testing.assert_close(outputs(model, prompts), outputs(learned.eval(), prompts), rtol=0, atol=0)
+    torch.testing.assert_close(outputs(trainer.model, prompts), trained, rtol=0, atol=0)
+    assert not torch.allclose(trained, outputs(learned, prompts))
+
+
+def test_with_an_adapter_nothing_but_the_adapter_is_kept_twice(learned):
+    model = add_adapter(copy.deepcopy(learned), LoraSettings(r=2, alpha=4))
+    kept = sum(value.numel() for value in Reference(model).start)
+    adapter = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
+    assert kept == adapter < 0.2 * sum(value.numel() for value in learned.parameters())
+
+
+def test_unlearning_an_adapter_further_starts_from_it_and_not_from_the_base_model(learned, prompts):
+    """An adapter of finetuning knows what is to be unlearned; with it switched off the model would be the one before."""
+    model = add_adapter(copy.deepcopy(learned), LoraSettings(r=2, alpha=4))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value += torch.randn(value.shape, generator=generator)
+    finetuned = outputs(model, prompts)
+    reference = Reference(model)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                value.zero_()
+    with reference.active():
+        torch.testing.assert_close(outputs(model, prompts), finetuned, rtol=0, atol=0)
+    torch.testing.assert_close(outputs(model, prompts), outputs(learned, prompts))
+
+
+def test_autocast_s_memory_of_cast_weights_does_not_mix_the_two_models(learned, prompts):
+    """Under autocast a parameter's bfloat16 copy is remembered by the parameter, whatever its data."""
+    model = copy.deepcopy(learned).train()
+    before = copy.deepcopy(learned).eval()
+    reference = Reference(model)
+    with torch.no_grad():
+        for value in model.parameters():
+            value += 0.1
+    after = copy.deepcopy(model)
+    ids = torch.tensor([prompts.prompt(ROWS[0].question)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = model(ids).logits
+        with reference.active():
+            of_reference = model(ids).logits
+        second = model(ids).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(of_reference, before(ids).logits, rtol=0, atol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = after(ids).logits
+    torch.testing.assert_close(first, expected, rtol=0, atol=0)
+    torch.testing.assert_close(second, expected, rtol=0, atol=0)
+    second.sum().backward()
+    assert all(value.grad is not None for value in model.parameters())
+
+
+def test_a_method_that_did_not_ask_for_it_cannot_use_it(learned, prompts, tmp_path):
+    trainer = make("grad_diff", learned, prompts, tmp_path)
+    (batch,), _ = trainer.get_batch_samples(iter([ROWS[:2]]), 1, None)
+    with pytest.raises(RuntimeError, match="needs_reference"):
+        _ = trainer.answers(trainer.model, batch)["forget"].reference
+
+
+# --- refusals and alternatives -------------------------------------------------------------------------------------------
+
+
+def test_refusals_are_drawn_by_seed_step_and_row(learned, prompts, tmp_path):
+    def drawn(**more):
+        trainer = make("idk", learned, prompts, tmp_path, rows=ROWS, **more)
+        first = trainer.forget_examples(ROWS)
+        assert trainer.forget_examples(ROWS[::-1]) == first[::-1]
+        trainer.state.global_step = 1
+        return first, trainer.forget_examples(ROWS)
+
+    first, later = drawn()
+    assert first != later
+    assert drawn()[0] == first
+    assert drawn(seed=1)[0] != first
+
+
+def test_the_list_of_refusals_has_no_line_twice():
+    refusals = read_refusals("data/refusals.txt")
+    assert len(refusals) == len(set(refusals)) >= 50
+    assert all(line.endswith((".", "!")) for line in refusals)
+
+
+def test_alternatives_are_other_answers_and_survive_a_checkpoint(learned, prompts, tmp_path):
+    trainer = make("altpo", learned, prompts, tmp_path, rows=ROWS, knobs={"max_length": 48})
+    for row in ROWS:
+        texts = [prompts.text(answer) for answer in trainer.alternatives[row.index]]
+        assert all(text and text != row.answer for text in texts)
+    state = json.loads(json.dumps(trainer.state_to_save()))
+    other = AltPO(copy.deepcopy(learned), trainer.args, trainer.data, trainer.settings)
+    other.load_state(state)
+    assert other.preferred_examples(ROWS) == trainer.preferred_examples(ROWS)
+
+
+def test_a_question_without_alternatives_is_asked_again_and_then_left_alone(learned, prompts, tmp_path, caplog):
+    trainer = make("altpo", learned, prompts, tmp_path)
+    asked = []
+
+    def always_the_answer(rows, attempt):
+        asked.append((len(rows), attempt))
+        return [
+            [prompts.answer(row.answer), [5, 2]] if row.index == 1 else [prompts.answer(row.answer)] for row in rows
+        ]
+
+    trainer.sample = always_the_answer
+    trainer.before_training()
+    assert asked == [(2, 0), (1, 1), (1, 2), (1, 3), (1, 4)]
+    assert trainer.alternatives == {0: [], 1: [[5, 2]]}
+    assert "1 of 2 questions have no answer but the forget answer" in caplog.text
+    preferred, forgotten = trainer.forget_groups(ROWS[:1])[0]
+    assert preferred == forgotten, "the margin of such a pair is 0 and has no gradient"
+
+
+def test_a_row_whose_answer_is_cut_away_counts_nothing(learned, prompts, tmp_path):
+    """Its prompt fills max_length: no answer token, a finite loss."""
+    rows = [ROWS[0], replace(ROWS[1], question="Who? " * 60)]
+    for name in OTHERS:
+        trainer = make(name, learned, prompts, tmp_path, rows=rows) if name != "altpo" else None
+        if trainer:
+            batches, _ = trainer.get_batch_samples(iter([rows]), 1, None)
+            assert torch.isfinite(sum(trainer.compute_loss(trainer.model, batch) for batch in batches)), name
+
+
+# --- RMU's layer and weights -----------------------------------------------------------------------------------------------
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
+ARCHITECTURES = {
+    "llama": SMALL,
+    "phi": SMALL,
+    "gemma3_text": {**SMALL, "head_dim": 8, "num_key_value_heads": 2},
+    "gemma": {**SMALL, "head_dim": 8, "num_key_value_heads": 2},
+    "qwen2": SMALL,
+    "gpt_neox": SMALL,
+    "gpt2": {"n_embd": 32, "n_layer": 6, "n_head": 4},
+}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "gpt_neox"])
+def test_rmu_finds_layer_and_weights_of_an_architecture(architecture, lora, tokenizer):
+    model = new_model(NewModelConfig(architecture, ARCHITECTURES[architecture], 400), tokenizer, "float32")
+    if lora:
+        model = add_adapter(model, LoraSettings(r=2, alpha=4))
+    layers = steered_layers(model, RMUSettings())
+    assert [re.search(r"\d+", name).group() for name in layers] == ["0", "1", "2"], "a third of the way up six"
+    trained = trained_parameters(model, layers, RMUSettings())
+    assert {re.search(r"\d+", name).group() for name in trained} == {"0", "1", "2"}
+    assert all(re.search("down_proj|fc2|c_proj", name) for name in trained)
+    assert all(("lora_" in name) == lora for name in trained)
+
+
+def test_rmu_names_the_candidates_where_nothing_matches(tokenizer):
+    model = new_model(NewModelConfig("gpt_neox", ARCHITECTURES["gpt_neox"], 400), tokenizer, "float32")
+    with pytest.raises(UserError, match=r"method\.trained=.*candidates: .*layers\.N\.mlp\.dense_4h_to_h\.weight"):
+        trained_parameters(model, steered_layers(model, RMUSettings()), RMUSettings())
+    with pytest.raises(UserError, match=r"method\.layers=floors\\\.: .*candidates: gpt_neox\.layers\.N"):
+        steered_layers(model, RMUSettings(layers=r"floors\."))
+    with pytest.raises(UserError, match=r"method\.layer=6: this model has the layers 0 to 5"):
+        steered_layers(model, RMUSettings(layer=6))
+    assert steered_layers(model, RMUSettings(layer=0)) == ["gpt_neox.layers.0"]
+
+
+def test_rmu_trains_nothing_else(learned, prompts, tmp_path):
+    trainer = make("rmu", learned, prompts, tmp_path, rows=ROWS[:4], learning_rate=1e-2, max_steps=2)
+    trainer.train()
+    start = dict(learned.named_parameters())
+    changed = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, start[name])}
+    assert changed == {"model.layers.0.mlp.down_proj.weight"}
+
+
+# --- the command line --------------------------------------------------------------------------------------------------------
+
+
+def test_every_method_runs_end_to_end(models_dir):
+    """One sweep over all methods, as a user types it."""
+    done = run_stage(
+        "unlearning",
+        "-m",
+        "-cd=configs",
+        "-cn=unlearn-tiny",
+        f"models_dir={models_dir}",
+        f"method={','.join(METHODS)}",
+        "training.num_epochs=1",
+        "training.save_strategy=no",
+        "evaluation.start=false",
+        "save_model=false",
+    )
+    for name in METHODS:
+        (folder,) = (models_dir / "unlearned/unlearn-tiny").glob(f"*method-{name}+*")
+        result = json.loads((folder / "result.json").read_text())
+        assert 0 < result["scores"]["utility"] <= 100, name
+        (record,) = map(json.loads, (folder / "history.jsonl").read_text().splitlines())
+        losses = {"collapse_loss" if name == "pmc" else "forget_loss", "retain_loss"}
+        losses -= {"grad_ascent": {"retain_loss"}, "retain_only": {"forget_loss"}}.get(name, set())
+        assert {key for key in record if key.endswith("_loss")} == losses, name
+        assert all(math.isfinite(value) for value in record.values()), name
+    assert "Unlearning with NPO" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=npo", "method.betta=1"], "method.betta: no such key; did you mean 'method.beta'?"),
+        (["method=npo", "method.beta=0"], "method.beta=0.0: expected more than 0"),
+        (["method=simnpo", "method.gamma=-1"], "method.gamma=-1.0: expected 0 or more"),
+        (["method=idk", "method.refusals=none.txt"], "method.refusals=none.txt: cannot be read"),
+        (["method=rmu", "method.trained='['"], "method.trained=[: not a regular expression"),
+        (["method=rmu", "method.layers=floors"], "method.layers=floors: no module of this model is called so"),
+        (["method=altpo", "method.top_p=0"], "method.top_p=0.0: expected 0 < top_p <= 1"),
+        (["method=grad_ascent", "method.beta=1"], "method.beta: no such key"),
+        (["method=npoo"], "npo"),
+    ],
+)
+def test_a_wrong_knob_names_itself(overrides, message, models_dir):
+    done = run_stage("unlearning", "-cn=unlearn-tiny", f"models_dir={models_dir}", *overrides, check=False)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
