@@ -12,10 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 from common.config import DataConfig, EvaluationConfig, ModelConfig, PromptConfig, RunConfig, read_config
 from common.runtime import CONFIGS, ROOT, UserError
 from evaluation.main import SECTIONS, fill_from_run, read_evaluation
+from evaluation.suite import FAMILIES
 from unlearning.main import method_class
 from unlearning.trainer import UnlearningTrainer
 
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ("run", "benchmark"))
+COMPARISONS = sorted(path.stem for path in CONFIGS.glob("compare-*.yaml"))
+ALL = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ("run", "benchmark"))
+RECIPES = [name for name in ALL if name not in COMPARISONS]
 GROUPS = ("model", "data", "method", "evaluation")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 MADE_BY = {
@@ -63,7 +66,22 @@ def test_recipe_is_accepted(recipe):
     config = read(recipe)
     assert (config.seed, config.overwrite, config.output_dir) == (0, False, None)
     assert config.models_dir == str(ROOT / "models")
-    assert (config.settings is not None) == (recipe.startswith(("PMC-unlearn", "benchmark")) or recipe == "unlearn")
+    assert (config.settings is not None) == (recipe.startswith(("PMC-unlearn", "unlearn", "benchmark")))
+
+
+@pytest.mark.parametrize("recipe", COMPARISONS)
+def test_every_run_of_a_comparison_is_accepted(recipe):
+    comparison = compose(recipe).comparison
+    names = set()
+    for words in comparison.methods.values():
+        (name, *overrides) = words.removeprefix("-cn=").split()
+        config = read(
+            name, *(f"++{override}" if override.startswith("method.") else override for override in overrides)
+        )
+        names.add(type(config.settings).__name__ if name.startswith("PMC") else overrides[0])
+        assert f"finetuning -cn={compose(name).finetuned}" in comparison.before
+    assert len(names) == len(list((CONFIGS / "method").glob("*.yaml"))), "every method once"
+    assert set(comparison.metrics) <= set(FAMILIES)
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
@@ -79,10 +97,10 @@ def test_group_file_can_be_chosen(group, choice):
         if isinstance(value, int | float | str) and "${" not in str(value)
     ]
     assert all(same)
-    assert same or choice in ("from_run", "tofu-cpu")
+    assert same or choice in ("from_run", "tofu-cpu", "grad_ascent", "retain_only")
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name.startswith("PMC")])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if "unlearn-" in name])
 def test_unlearning_recipe_names_a_finetuning_recipe_of_the_same_model_and_data(recipe):
     cfg = compose(recipe)
     finetuning = compose(cfg.finetuned)
@@ -97,7 +115,8 @@ def test_unlearning_recipe_names_a_finetuning_recipe_of_the_same_model_and_data(
 def test_method_and_reward_exist(choice):
     cfg = compose("unlearn", [f"method={choice}"])
     assert issubclass(method_class(cfg), UnlearningTrainer)
-    assert callable(hydra.utils.get_method(cfg.method.reward._target_))
+    if "reward" in cfg.method:
+        assert callable(hydra.utils.get_method(cfg.method.reward._target_))
 
 
 @pytest.mark.parametrize(("group", "choice"), [pair for pair in CHOICES if pair[0] in ("method", "evaluation")])
@@ -160,7 +179,7 @@ def test_every_knob_is_commented(file):
 def test_commands_and_groups_that_comments_name_exist(path):
     text = path.read_text(encoding="utf-8")
     for name in re.findall(r"-cn=(\S+)", text):
-        assert name in RECIPES, name
+        assert name in ALL, name
     for group, choice in re.findall(r"\b([a-z]+(?:/[a-z]+)*)=([\w-]+)\b", "\n".join(re.findall(r"#.*", text))):
         if group.split("/")[0] in GROUPS:
             assert (CONFIGS / group / f"{choice}.yaml").is_file(), f"{group}={choice}"

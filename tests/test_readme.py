@@ -2,11 +2,13 @@
 
 import re
 import shlex
+import textwrap
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from common.runtime import CONFIGS, ROOT
+from common.runtime import CONFIGS, ROOT, read_json_lines
+from tests.conftest import run_stage
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -47,8 +49,29 @@ def test_the_file_tree_names_every_module():
         for path in (ROOT / stage).glob("*.py")
     ]
     assert [str(path) for path in modules if path.name != "__init__.py" and path.name not in tree] == []
-    named = re.findall(r"^ {6}([a-z_]+\.py)", tree, re.MULTILINE)
+    named = re.findall(r"\b([a-z_]+\.py)\b", tree)
     assert [name for name in named if not any(path.name == name for path in modules)] == []
+
+
+def test_the_method_of_the_readme_runs(models_dir, tmp_path):
+    """The blocks of "Extend it", saved as it says and run from their folder."""
+    section = README.split("## Extend it")[1].split("- **A data set**")[0]
+    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^ {6}.*\n|^\n(?= {6}))+", section, re.MULTILINE)]
+    code, config = (block for block in blocks if block.strip())
+    assert len([line for line in (code + config).splitlines() if line.strip()]) <= 10
+    (tmp_path / "entropy.py").write_text(code)
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method/entropy.yaml").write_text(config)
+    (command,) = re.findall(r"`PYTHONPATH=\. python \.\./main/unlearning/main\.py (.*)`", section)
+    quick = [
+        f"models_dir={models_dir}",
+        "training.num_epochs=3",
+        "evaluation.start=false",
+        f"output_dir={tmp_path}/run",
+    ]
+    run_stage("unlearning", *shlex.split(command), *quick, cwd=tmp_path, PYTHONPATH=".")
+    losses = [record["forget_loss"] for record in read_json_lines(tmp_path / "run/history.jsonl")]
+    assert losses[-1] < losses[0] < 0, "minus the entropy falls"
 
 
 def test_every_recipe_is_in_the_table():

@@ -1,0 +1,69 @@
+"""The comparison of methods: its table, and that a failed run leaves the others alone."""
+
+import os
+import subprocess
+import sys
+
+from benchmarks.methods import cell, table
+from common.runtime import ROOT, read_json_lines
+
+
+def scores(quality, utility=90.0, **more):
+    return {"unlearn_quality": quality, "utility": utility, "minutes": 0.5, **more}
+
+
+def test_the_table_has_means_with_deviations_the_best_first():
+    results = {"A": [scores(50.0), scores(60.0)], "none": [], "B": [scores(80.0, forget_answers_empty=0.5)]}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(results).splitlines()]
+    assert [row[0] for row in rows] == ["method", "---", "B", "A", "none"]
+    columns = rows[0]
+    quality, empty = columns.index("unlearn quality"), columns.index("empty")
+    assert (rows[2][quality], rows[3][quality], rows[4][quality]) == ("80.0", "55.0 ± 7.1", "-")
+    assert (rows[2][empty], rows[3][empty]) == ("0.50", "-")
+
+
+def test_a_missing_value_of_one_seed_leaves_the_others():
+    assert cell([1.0, None, 3.0], 1) == "2.0 ± 1.4"
+    assert cell([1.0, None], 1) == "1.0"
+    assert cell([12345678.0], 1) == "1.2e+07"
+
+
+def written(folder, seeds, methods):
+    """A comparison's recipe in a folder of the user's own."""
+    (folder / "small.yaml").write_text(
+        "defaults:\n  - run\n  - _self_\ncomparison:\n  metrics: [headline]\n  before: []\n"
+        f"  seeds: {seeds}\n  methods: {methods}\n"
+    )
+    return folder
+
+
+def run(recipe, *overrides):
+    script = str(ROOT / "benchmarks" / "methods.py")
+    command = [sys.executable, script, f"-cd={recipe}", "-cn=small", *overrides]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, cwd=recipe)
+
+
+def test_a_method_that_fails_leaves_a_gap_and_an_error(tmp_path, models_dir):
+    quick = ["training.num_epochs=1", "evaluation.start=false"]
+    methods = "{Good: -cn=unlearn-tiny method=wga, Bad: -cn=unlearn-tiny method=wga method.beta=-1}"
+    recipe = written(tmp_path, [0], methods)
+    done = run(recipe, f"models_dir={models_dir}", *quick)
+    assert done.returncode != 0
+    assert "method.beta=-1" in done.stdout, "the reason of the failure"
+    assert "these commands failed" in done.stderr
+    assert "Traceback" not in done.stderr
+    folder = models_dir / "comparisons/small"
+    lines = (folder / "comparison.md").read_text().splitlines()
+    (good,) = [line for line in lines if line.startswith("| Good")]
+    (bad,) = [line for line in lines if line.startswith("| Bad")]
+    assert "-" not in good.split("|")[2]
+    assert set(bad.split("|")[2:-1]) == {" - "}
+    assert len(read_json_lines(folder / "Good/seed-0/history.jsonl")) == 1
+    assert (folder / "comparison.png").stat().st_size > 5000
+
+
+def test_a_wrong_recipe_is_refused_with_all_that_is_wrong(tmp_path):
+    done = run(written(tmp_path, [], "{NPO: method=npo}"), f"models_dir={tmp_path}")
+    assert "comparison.seeds: is empty" in done.stderr
+    assert "comparison.methods.NPO=method=npo: expected arguments of unlearning/main.py" in done.stderr
