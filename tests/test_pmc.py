@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.prompts import collate
+from common.training import answer_losses
 from tests.conftest import ROWS
 from tests.test_training import arguments
 from unlearning.pmc import PMC, Pick, PMCSettings, scores, select
@@ -132,17 +134,65 @@ def test_an_over_memorised_model_is_called_so_after_two_epochs(model, prompts, t
     assert "method.temperature (now 1)" in caplog.text
 
 
+@pytest.fixture
+def memorised(model, prompts):
+    """The model, trained until no sample at temperature 1 differs from what it answers greedily."""
+    examples = collate([prompts.example(row, 64) for row in ROWS])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(300):
+        loss = answer_losses(model, examples)[0].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.003
+    return model
+
+
+def test_a_stalled_question_is_drawn_hotter_until_its_samples_differ(memorised, prompts, tmp_path):
+    """An over-memorised model: without the factor every sample is the initial response, with it PMC goes through."""
+    start = {name: value.clone() for name, value in memorised.state_dict().items()}
+    picked = {}
+    for factor in (1.0, 2.0):
+        memorised.load_state_dict(start)
+        settings = PMCSettings(num_samples=4, max_length=60, temperature=1.0, stalled_temperature_factor=factor)
+        more = {"learning_rate": 1e-3, "max_steps": 8}  # an epoch each
+        trainer = make_trainer(memorised, prompts, tmp_path, settings=settings, **more)
+        assert [trainer.initial_responses[row.index] for row in ROWS] == [row.answer for row in ROWS]
+        trainer.train()
+        picked[factor] = [record["selected_score"] for record in trainer.history]
+    assert picked[1.0][0] == picked[2.0][0] == 1.0
+    assert picked[1.0][-1] > 0.9
+    assert picked[2.0][-1] < 0.5
+    assert trainer.heat == {}
+
+
+def test_the_temperature_rises_while_all_is_the_initial_response_and_falls_back(model, prompts, tmp_path, monkeypatch):
+    settings = PMCSettings(num_samples=2, max_length=48, temperature=1.2, stalled_temperature_factor=3.0)
+    trainer = make_trainer(model, prompts, tmp_path, settings=settings)
+    drawn, texts = [], []
+
+    def draw(_model, asked, *_, temperatures, **__):
+        drawn.append(temperatures)
+        return [[prompts.answer(text) for text in texts[-1]] for _ in asked]
+
+    monkeypatch.setattr("unlearning.pmc.generate", draw)
+    initial = trainer.initial_responses[0] = "one two three four"
+    for answers in ([initial] * 2, [initial] * 2, [initial] * 2, [initial] * 2, [initial, "one two"], [initial] * 2):
+        texts.append(answers)
+        trainer.forget_examples(ROWS[:1])
+    assert drawn == [[pytest.approx(1.2 * heat)] for heat in (1, 3, 9, 10, 10, 1)], "MOST_HEAT is the end"
+    assert trainer.memory[0].score == 0.5
+
+
 def test_state_survives_a_checkpoint(model, prompts, tmp_path):
     import json
 
     trainer = make_trainer(model, prompts, tmp_path)
     trainer.train()
+    trainer.heat = {3: 1.5}
     state = json.loads(json.dumps(trainer.state_to_save()))
     other = make_trainer(model, prompts, tmp_path)
     other.initial_responses = {}
     other.load_state(state)
-    assert (other.memory, other.initial_responses, other.history) == (
-        trainer.memory,
-        trainer.initial_responses,
-        trainer.history,
-    )
+    for name in ("memory", "initial_responses", "heat", "history"):
+        assert getattr(other, name) == getattr(trainer, name)

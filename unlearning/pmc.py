@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from hydra.utils import get_method, instantiate
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -42,6 +43,8 @@ class PMCSettings(MethodSettings):
     """Answers drawn for each forget question and step."""
     temperature: float = 1.25
     """The logits are divided by it; 0 is greedy."""
+    stalled_temperature_factor: float = 1.0
+    """A question whose samples all equal its initial response is next drawn at so many times its last temperature; 1: off."""
     top_p: float = 0.95
     """Draw from the smallest set of likeliest tokens with at least this probability."""
     top_k: int = 50
@@ -59,7 +62,7 @@ class PMCSettings(MethodSettings):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        found += at_least(self, 1, "num_samples", "max_length", "sampling_batch_size")
+        found += at_least(self, 1, "num_samples", "max_length", "sampling_batch_size", "stalled_temperature_factor")
         found += at_least(self, 0, "temperature", "top_k", "min_len")
         if self.temperature == 0 and self.num_samples > 1:
             found.append(
@@ -74,6 +77,9 @@ class PMCSettings(MethodSettings):
         except (ValueError, ImportError, TypeError, AttributeError) as error:
             found.append(f"reward._target_={target}: no such function ({str(error).splitlines()[0]})")
         return found
+
+
+MOST_HEAT = 10.0  # times the set temperature, at most, for a stalled question: near-uniform draws of the top_k tokens
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,7 @@ class PMC(UnlearningTrainer):
         self.prompt_ids = {row.index: data.prompts.prompt(row.question) for row in data.forget}
         self.initial_responses: dict[int, str] = {}  # by row index, as is the memory
         self.memory: dict[int, Pick] = {}
+        self.heat: dict[int, float] = {}  # of stalled questions: what the set temperature is multiplied by
         self.seconds["sampling"] = 0.0
         self.stalled_epochs = 0
 
@@ -145,7 +152,9 @@ class PMC(UnlearningTrainer):
                 values = [pruner.bounds.get((question, sample), value) for sample, value in enumerate(values)]
             candidates = [Pick(value, answer) for value, answer in zip(values, answers, strict=True)]
             self.memory[row.index] = select(self.memory.get(row.index), candidates)
+            self.adapt_temperature(row)
             self.count(candidates)
+        self.share_memory(open_rows)
         self.add_to_epoch(
             questions=len(rows),
             selected_score=sum(self.memory[row.index].score for row in rows),
@@ -166,7 +175,15 @@ class PMC(UnlearningTrainer):
         prompts = [self.prompt_ids[row.index] for row in rows]
         keys = [(self.args.seed, self.state.global_step, row.index) for row in rows]
         options = {"description": "sampling", "watcher": pruner}
+        if s.stalled_temperature_factor > 1:
+            options["temperatures"] = [s.temperature * self.heat.get(row.index, 1.0) for row in rows]
         return generate(self.sampled_model(), prompts, settings, self.end_token_ids, keys, **options)
+
+    def adapt_temperature(self, row: Row) -> None:
+        """Draw a question hotter the next time while nothing but its initial response was ever sampled."""
+        heat = self.heat.pop(row.index, 1.0)
+        if self.memory[row.index].score == 1:
+            self.heat[row.index] = min(heat * self.settings.stalled_temperature_factor, MOST_HEAT)
 
     def sampled_model(self) -> PreTrainedModel:
         """The current model, in the type that it is sampled in."""
@@ -189,6 +206,18 @@ class PMC(UnlearningTrainer):
             score=lambda question, answer: self.score(rows[question], [answer])[0],
             bound=lambda question, beginning: self.lower_bound(rows[question], beginning),
         )
+
+    def share_memory(self, rows: list[Row]) -> None:
+        """Let all processes know the picks of this step's rows: a shuffled question goes to another one every epoch."""
+        if self.args.world_size == 1:
+            return
+        own = [(row.index, self.memory[row.index], self.heat.get(row.index)) for row in rows]
+        for index, pick, heat in gather_object(own):
+            self.memory[index] = pick
+            if heat:
+                self.heat[index] = heat
+            else:
+                self.heat.pop(index, None)
 
     # --- the epoch's line ---
 
@@ -224,9 +253,11 @@ class PMC(UnlearningTrainer):
         if self.stalled_epochs == 2:
             log.warning(
                 "for %.0f%% of the questions every sample equals the initial response, so there is nothing to select: "
-                "the model knows these answers too well by heart. Raise method.temperature (now %g), method.top_p or "
-                "method.num_samples (now %d), or finetune for fewer epochs (training.num_epochs there).",
+                "the model knows these answers too well by heart. Set method.stalled_temperature_factor to 1.5 (now %g), raise "
+                "method.temperature (now %g), method.top_p or method.num_samples (now %d), or finetune for fewer epochs "
+                "(training.num_epochs there).",
                 100 * share,
+                self.settings.stalled_temperature_factor,
                 self.settings.temperature,
                 self.settings.num_samples,
             )
@@ -234,10 +265,10 @@ class PMC(UnlearningTrainer):
     # --- checkpoints ---
 
     def state_to_save(self) -> dict[str, Any]:
-        memory = [[index, pick.score, pick.answer] for index, pick in self.gathered(self.memory).items()]
         return super().state_to_save() | {
             "initial_responses": list(self.initial_responses.items()),
-            "memory": memory,
+            "memory": [[index, pick.score, pick.answer] for index, pick in self.memory.items()],
+            "heat": list(self.heat.items()),
             "stalled_epochs": self.stalled_epochs,
         }
 
@@ -245,16 +276,5 @@ class PMC(UnlearningTrainer):
         super().load_state(state)
         self.initial_responses = dict(state["initial_responses"])
         self.memory = {index: Pick(score, answer) for index, score, answer in state["memory"]}
+        self.heat = dict(state["heat"])
         self.stalled_epochs = state["stalled_epochs"]
-
-    def gathered(self, memory: dict[int, Pick]) -> dict[int, Pick]:
-        """The memories of all processes, the lowest score of each question."""
-        if self.args.world_size == 1:
-            return memory
-        from accelerate.utils import gather_object
-
-        union: dict[int, Pick] = {}
-        for index, pick in gather_object(list(memory.items())):
-            if index not in union or pick.score <= union[index].score:
-                union[index] = pick
-        return union
