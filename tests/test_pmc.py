@@ -7,8 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.prompts import collate
-from common.training import answer_losses
 from tests.conftest import ROWS
 from tests.test_training import arguments
 from unlearning.pmc import PMC, Pick, PMCSettings, scores, select
@@ -55,6 +53,48 @@ def test_selection_and_memory(stored, candidates, expected):
         return Pick(pair[0], [pair[1]])
 
     assert select(stored and pick(stored), [pick(pair) for pair in candidates]) == pick(expected)
+
+
+def test_a_penalty_decides_between_scores_that_are_close():
+    gibberish, fluent = Pick(0.0, [1], penalty=0.5), Pick(0.25, [2], penalty=0.125)
+    assert (gibberish.cost, fluent.cost) == (0.5, 0.375)
+    assert select(None, [gibberish, fluent]) == fluent
+    assert select(fluent, [gibberish]) == fluent, "the stored pick is compared by its cost, too"
+    assert select(fluent, []) == fluent, "all candidates may have been stopped"
+
+
+def plain_surprise(model, prompt: list[int], answer: list[int]) -> float:
+    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
+    return -logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).mean().item()
+
+
+def test_penalties_are_mean_surprise_under_the_model_before_unlearning(model, prompts, tmp_path):
+    settings = PMCSettings(num_samples=3, max_length=48, temperature=1.0, fluency_weight=0.5)
+    trainer = make_trainer(model, prompts, tmp_path, settings=settings)
+    answers = {0: [[7, 8, 2], [9, 2]], 1: [[5, 6, 7, 8, 9, 10, 2]]}
+    expected = [[plain_surprise(model, prompts.prompt(ROWS[i].question), ids) for ids in answers[i]] for i in (0, 1)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    trainer.memory = {1: Pick(0.5, [3, 2], penalty=0.25)}
+    candidates = [[Pick(0.25, ids) for ids in answers[0]], [Pick(0.75, answers[1][0]), Pick(0.76, [4, 2])]]
+    found = trainer.penalised(ROWS[:2], candidates)
+    assert [[pick.answer for pick in picks] for picks in found] == [answers[0], answers[1]], "0.76 > 0.5 + 0.25 is lost"
+    for picks, own in zip(found, expected, strict=True):
+        assert [pick.penalty for pick in picks] == pytest.approx([0.5 * surprise for surprise in own], rel=1e-4)
+        assert all(pick.score in (0.25, 0.75) for pick in picks)
+
+
+def test_a_fluency_weight_makes_the_picks_likelier_before_unlearning(memorised, prompts, tmp_path):
+    start = {name: value.clone() for name, value in memorised.state_dict().items()}
+    surprise = {}
+    for weight in (0.001, 1.0):
+        memorised.load_state_dict(start)
+        settings = PMCSettings(num_samples=16, max_length=60, temperature=2.0, fluency_weight=weight)
+        trainer = make_trainer(memorised, prompts, tmp_path, settings=settings)
+        trainer.forget_examples(ROWS)
+        surprise[weight] = sum(pick.penalty / weight for pick in trainer.memory.values()) / len(ROWS)
+    assert 0 < surprise[1.0] < 0.8 * surprise[0.001]
 
 
 def test_initial_responses_are_the_greedy_answers(model, prompts, tmp_path):
@@ -134,20 +174,6 @@ def test_an_over_memorised_model_is_called_so_after_two_epochs(model, prompts, t
     assert "method.temperature (now 1)" in caplog.text
 
 
-@pytest.fixture
-def memorised(model, prompts):
-    """The model, trained until no sample at temperature 1 differs from what it answers greedily."""
-    examples = collate([prompts.example(row, 64) for row in ROWS])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(300):
-        loss = answer_losses(model, examples)[0].mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.003
-    return model
-
-
 def test_a_stalled_question_is_drawn_hotter_until_its_samples_differ(memorised, prompts, tmp_path):
     """An over-memorised model: without the factor every sample is the initial response, with it PMC goes through."""
     start = {name: value.clone() for name, value in memorised.state_dict().items()}
@@ -190,6 +216,7 @@ def test_state_survives_a_checkpoint(model, prompts, tmp_path):
     trainer = make_trainer(model, prompts, tmp_path)
     trainer.train()
     trainer.heat = {3: 1.5}
+    trainer.memory[3] = Pick(0.5, [7, 2], penalty=0.25)
     state = json.loads(json.dumps(trainer.state_to_save()))
     other = make_trainer(model, prompts, tmp_path)
     other.initial_responses = {}
