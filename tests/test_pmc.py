@@ -7,8 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.prompts import collate
+from common.training import answer_logits
 from tests.conftest import ROWS
 from tests.test_training import arguments
+from unlearning.answers import Answers
 from unlearning.pmc import PMC, Pick, PMCSettings, scores, select
 from unlearning.rewards import rouge_l
 from unlearning.trainer import UnlearningData
@@ -102,6 +105,40 @@ def test_initial_responses_are_the_greedy_answers(model, prompts, tmp_path):
     ids = prompts.prompt(ROWS[3].question)
     expected = model.generate(torch.tensor([ids]), do_sample=False, max_length=48, pad_token_id=1)[0, len(ids) :]
     assert trainer.initial_responses[3] == prompts.text(expected)
+
+
+def test_retain_kl_holds_the_retain_answers_where_they_were(model, prompts, tmp_path):
+    """One token of two: 1/2 and 1/2 before, 1/4 and 3/4 now; CE = ln 4, KL(before || now) = (ln 2 + ln 2/3) / 2."""
+
+    def answers(probabilities, reference=None):
+        logits, target = torch.tensor([probabilities]).log(), torch.tensor([0])
+        losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+        return Answers(losses, target, 1, target, lambda: logits, 1, 1, reference)
+
+    retain = answers([0.25, 0.75], lambda: answers([0.5, 0.5]))
+    settings = PMCSettings(num_samples=3, max_length=48, temperature=1.0)
+    for weight in (0.0, 2.0):
+        trainer = make_trainer(model, prompts, tmp_path, settings=replace(settings, retain_kl=weight))
+        expected = math.log(4) + weight * (math.log(2) + math.log(2 / 3)) / 2
+        assert trainer.retain_loss(retain).item() == pytest.approx(expected)
+        assert (trainer.reference is None) == (weight == 0), "the weights before unlearning are kept only if needed"
+
+
+def test_a_run_with_all_options_stays_closer_on_retain_rows(memorised, prompts, tmp_path):
+    """Through the whole trainer, with micro-batches: less divergence on the retain rows than without."""
+    start = {name: value.clone() for name, value in memorised.state_dict().items()}
+    batch = collate([prompts.example(row, 64) for row in ROWS])
+    before = answer_logits(memorised, batch)[0].detach().log_softmax(-1)
+    moved = {}
+    for weight in (0.0, 20.0):
+        memorised.load_state_dict(start)
+        options = {"stalled_temperature_factor": 2.0, "fluency_weight": 0.05, "retain_kl": weight}
+        settings = PMCSettings(num_samples=4, max_length=60, temperature=4.0, lambda_unlearning=0.05, **options)
+        more = {"learning_rate": 1e-3, "max_steps": 4}
+        make_trainer(memorised, prompts, tmp_path, ROWS[:4], 2, 2, settings, **more).train()
+        now = answer_logits(memorised, batch)[0].detach().log_softmax(-1)
+        moved[weight] = (before.exp() * (before - now)).sum(-1).mean().item()
+    assert moved[20.0] < 0.7 * moved[0.0]
 
 
 def test_the_forget_answers_are_never_looked_at(model, prompts, tmp_path):

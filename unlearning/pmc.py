@@ -8,7 +8,8 @@
 4. Keep per question the answer with the lowest s so far; one whose s is 0 is not sampled again. Samples that cannot be
    picked any more are stopped while they are drawn (`unlearning.pruning`). An option adds to s how unlikely the answer
    was before unlearning, for fluent picks.
-5. Train: cross-entropy on the kept answers + lambda_unlearning * cross-entropy on retain answers.
+5. Train: cross-entropy on the kept answers + lambda_unlearning * cross-entropy on retain answers. An option adds to the
+   latter how far the model has moved on them.
 
 The forget answers of the data set are never looked at.
 """
@@ -31,6 +32,8 @@ from common.model import end_token_ids
 from common.prompts import Example, collate
 from common.sampling import SamplingSettings, generate
 from common.training import answer_losses
+from unlearning.answers import Answers
+from unlearning.kl_min import divergence
 from unlearning.pruning import Pruner, complete_words
 from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer, at_least
 
@@ -57,6 +60,8 @@ class PMCSettings(MethodSettings):
     """Answers of fewer words score worse, by exp(-words); 0: off."""
     fluency_weight: float = 0.0
     """Added to a score so many times: the answer's mean -log p per token under the model before unlearning; 0: off."""
+    retain_kl: float = 0.0
+    """Added to the retain loss so many times: KL(before || now), a retain token, from the model before unlearning; 0: off."""
     prune: bool = True
     """Stop samples that can no longer be picked; for rewards that never rise as a sample grows."""
     sampling_batch_size: int | None = None
@@ -67,7 +72,7 @@ class PMCSettings(MethodSettings):
     def problems(self) -> list[str]:
         found = super().problems()
         found += at_least(self, 1, "num_samples", "max_length", "sampling_batch_size", "stalled_temperature_factor")
-        found += at_least(self, 0, "temperature", "top_k", "min_len", "fluency_weight")
+        found += at_least(self, 0, "temperature", "top_k", "min_len", "fluency_weight", "retain_kl")
         if self.temperature == 0 and self.num_samples > 1:
             found.append(
                 f"temperature=0: all {self.num_samples} samples would be the same greedy answer; "
@@ -135,7 +140,7 @@ class PMC(UnlearningTrainer):
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: PMCSettings):
         # Made before super() wraps the model. A model kept in bfloat16 already is its own replica.
         self.replica = Replica(model, torch.bfloat16) if args.bf16 and model.dtype != torch.bfloat16 else None
-        self.needs_reference = settings.fluency_weight > 0
+        self.needs_reference = settings.fluency_weight > 0 or settings.retain_kl > 0
         super().__init__(model, args, data, settings)
         self.reward = instantiate(settings.reward, _partial_=True)
         self.prunes = settings.prune and getattr(self.reward.func, "never_rises", False)
@@ -272,6 +277,15 @@ class PMC(UnlearningTrainer):
                 self.heat[index] = heat
             else:
                 self.heat.pop(index, None)
+
+    # --- step 5 ---
+
+    def retain_loss(self, retain: Answers) -> torch.Tensor:
+        """Cross-entropy, and as an option retain_kl times the divergence from the model before unlearning, a token."""
+        loss = super().retain_loss(retain)
+        if self.settings.retain_kl:
+            loss = loss + self.settings.retain_kl * retain.mean_over_tokens(divergence(retain))
+        return loss
 
     # --- the epoch's line ---
 
