@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -86,6 +87,29 @@ def test_penalties_are_mean_surprise_under_the_model_before_unlearning(model, pr
     for picks, own in zip(found, expected, strict=True):
         assert [pick.penalty for pick in picks] == pytest.approx([0.5 * surprise for surprise in own], rel=1e-4)
         assert all(pick.score in (0.25, 0.75) for pick in picks)
+
+
+def test_only_candidates_that_may_still_win_are_asked_about(model, prompts, tmp_path, monkeypatch):
+    """1000 random questions: fewer passes than candidates, and the pick of a selection that knows all penalties."""
+    trainer = make_trainer(
+        model, prompts, tmp_path, settings=PMCSettings(num_samples=2, max_length=48, fluency_weight=0.1)
+    )
+    rng, asked, total = random.Random(0), [], 0
+
+    def surprise(examples):
+        asked.extend(examples)
+        return [float(example.answer[0]) for example in examples]  # an answer's id is how surprising it is
+
+    monkeypatch.setattr(trainer, "surprise", surprise)
+    for _ in range(1000):
+        candidates = [Pick(rng.choice([0.0, 0.2, 0.4, 0.6, 0.8]), [rng.random() * 6]) for _ in range(rng.randint(1, 6))]
+        stored = Pick(rng.random(), [0], penalty=rng.random() / 2) if rng.random() < 0.5 else None
+        trainer.memory = {0: stored} if stored else {}
+        complete = [replace(pick, penalty=0.1 * pick.answer[0]) for pick in candidates]
+        (penalised,) = trainer.penalised(ROWS[:1], [candidates])
+        assert select(stored, penalised) == select(stored, complete)
+        total += len(candidates)
+    assert len(asked) < 0.7 * total
 
 
 def test_a_fluency_weight_makes_the_picks_likelier_before_unlearning(memorised, prompts, tmp_path):

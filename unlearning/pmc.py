@@ -207,14 +207,25 @@ class PMC(UnlearningTrainer):
         return generate(self.sampled_model(), prompts, settings, self.end_token_ids, keys, **options)
 
     def penalised(self, rows: list[Row], candidates: list[list[Pick]]) -> list[list[Pick]]:
-        """The candidates that may be picked, with their penalties; a score above the stored cost has lost already."""
+        """The candidates that may be picked, with their penalties.
+
+        A penalty is never negative, so a candidate whose score alone is above the cost of the stored pick, or of the
+        candidate with the lowest score, has lost and need not be asked about.
+        """
         if not self.settings.fluency_weight:
             return candidates
         most = [self.memory[row.index].cost if row.index in self.memory else math.inf for row in rows]
+        lowest = [min(picks, key=lambda pick: pick.score) for picks in candidates]
+        first = self.with_penalties(rows, [[pick] for pick in lowest], most)
+        most = [min([cost, *(pick.cost for pick in picks)]) for cost, picks in zip(most, first, strict=True)]
+        others = [[p for p in picks if p is not own] for picks, own in zip(candidates, lowest, strict=True)]
+        return [a + b for a, b in zip(first, self.with_penalties(rows, others, most), strict=True)]
+
+    def with_penalties(self, rows: list[Row], candidates: list[list[Pick]], most: list[float]) -> list[list[Pick]]:
+        """Those of each row's candidates whose score is at most so much, with their penalties."""
         left = [[pick for pick in picks if pick.score <= cost] for picks, cost in zip(candidates, most, strict=True)]
-        asked = [
-            Example(self.prompt_ids[row.index], p.answer) for row, picks in zip(rows, left, strict=True) for p in picks
-        ]
+        prompts = [self.prompt_ids[row.index] for row in rows]
+        asked = [Example(prompt, pick.answer) for prompt, picks in zip(prompts, left, strict=True) for pick in picks]
         found = iter(self.surprise(asked))
         return [[replace(p, penalty=self.settings.fluency_weight * next(found)) for p in picks] for picks in left]
 
