@@ -9,7 +9,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -73,6 +73,7 @@ def generate(
     description: str | None = None,
     limits: Sequence[Sequence[int]] | None = None,
     watcher: Watcher | None = None,
+    temperatures: Sequence[float] | None = None,
 ) -> list[list[list[int]]]:
     """Answers to prompts, as token ids.
 
@@ -85,6 +86,7 @@ def generate(
         description: text of a progress bar that counts finished answers; None: no bar.
         limits: for each prompt the most tokens of each of its answers; None: what `max_length` leaves.
         watcher: may stop answers half-way.
+        temperatures: for each prompt, instead of the one in `settings`, which must be above 0 as these must.
     Returns:
         for each prompt `num_samples` answers. An answer ends with its end token unless its limit or the watcher cut it off.
     """
@@ -103,7 +105,8 @@ def generate(
                 decoder, [(i, sample) for i in chunk for sample in samples], room, end_token_ids, watcher, bar
             )
             uniforms = _uniforms(keys, chunk, samples, settings, max(room)) if settings.temperature > 0 else None
-            rows = batch.generate([prompts[i] for i in chunk], settings, uniforms)
+            own = torch.tensor([temperatures[i] for i in chunk for _ in samples]) if temperatures else None
+            rows = batch.generate([prompts[i] for i in chunk], settings, uniforms, own)
             for position, i in enumerate(chunk):
                 answers[i] += rows[position * len(samples) : (position + 1) * len(samples)]
     return answers
@@ -183,14 +186,22 @@ class _Batch:
         self.ended = 0
 
     def generate(
-        self, prompts: list[list[int]], settings: SamplingSettings, uniforms: torch.Tensor | None
+        self,
+        prompts: list[list[int]],
+        settings: SamplingSettings,
+        uniforms: torch.Tensor | None,
+        temperatures: torch.Tensor | None = None,
     ) -> list[list[int]]:
-        """The answers, those to one prompt together."""
+        """The answers, those to one prompt together; `temperatures` has shape (answers,)."""
         if uniforms is not None:
             uniforms = uniforms.to(self.rows.device)
+        if temperatures is not None:
+            temperatures, settings = temperatures.to(self.rows.device), replace(settings, temperature=1.0)
         every = LOOK_EVERY.get(self.rows.device.type, 1)
         logits = self.decoder.start(prompts, len(self.names) // len(prompts), self.columns)
         for position in range(self.columns):
+            if temperatures is not None:
+                logits = logits.float() / temperatures[self.rows, None]
             tokens = draw_tokens(logits, settings, None if uniforms is None else uniforms[self.rows, position])
             self.drawn[self.rows, position] = tokens
             self.lengths[self.rows] += ~self.finished

@@ -12,8 +12,9 @@ from hydra import compose, initialize_config_dir
 from common.config import NewModelConfig, PromptConfig
 from common.data import Row
 from common.model import _train_tokenizer, new_model
-from common.prompts import PromptFormat
+from common.prompts import PromptFormat, collate
 from common.runtime import CONFIGS, ROOT, write_json_lines
+from common.training import answer_losses
 from evaluation.main import evaluate
 
 # A second thread makes models this small slower, many times where the cores are busy. The stages' processes inherit it.
@@ -82,6 +83,20 @@ def chat_tokenizer():
 @pytest.fixture
 def prompts(tokenizer):
     return PromptFormat(tokenizer, PromptConfig(style="plain"))
+
+
+@pytest.fixture
+def memorised(model, prompts):
+    """The model, trained until no sample at temperature 1 differs from what it answers greedily."""
+    examples = collate([prompts.example(row, 64) for row in ROWS])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(300):
+        loss = answer_losses(model, examples)[0].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.003
+    return model
 
 
 @pytest.fixture

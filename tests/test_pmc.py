@@ -2,13 +2,17 @@
 
 import logging
 import math
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 
+from common.prompts import collate
+from common.training import answer_logits
 from tests.conftest import ROWS
 from tests.test_training import arguments
+from unlearning.answers import Answers
 from unlearning.pmc import PMC, Pick, PMCSettings, scores, select
 from unlearning.rewards import rouge_l
 from unlearning.trainer import UnlearningData
@@ -55,11 +59,110 @@ def test_selection_and_memory(stored, candidates, expected):
     assert select(stored and pick(stored), [pick(pair) for pair in candidates]) == pick(expected)
 
 
+def test_a_penalty_decides_between_scores_that_are_close():
+    gibberish, fluent = Pick(0.0, [1], penalty=0.5), Pick(0.25, [2], penalty=0.125)
+    assert (gibberish.cost, fluent.cost) == (0.5, 0.375)
+    assert select(None, [gibberish, fluent]) == fluent
+    assert select(fluent, [gibberish]) == fluent, "the stored pick is compared by its cost, too"
+    assert select(fluent, []) == fluent, "all candidates may have been stopped"
+
+
+def plain_surprise(model, prompt: list[int], answer: list[int]) -> float:
+    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
+    return -logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).mean().item()
+
+
+def test_penalties_are_mean_surprise_under_the_model_before_unlearning(model, prompts, tmp_path):
+    settings = PMCSettings(num_samples=3, max_length=48, temperature=1.0, fluency_weight=0.5)
+    trainer = make_trainer(model, prompts, tmp_path, settings=settings)
+    answers = {0: [[7, 8, 2], [9, 2]], 1: [[5, 6, 7, 8, 9, 10, 2]]}
+    expected = [[plain_surprise(model, prompts.prompt(ROWS[i].question), ids) for ids in answers[i]] for i in (0, 1)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    trainer.memory = {1: Pick(0.5, [3, 2], penalty=0.25)}
+    candidates = [[Pick(0.25, ids) for ids in answers[0]], [Pick(0.75, answers[1][0]), Pick(0.76, [4, 2])]]
+    found = trainer.penalised(ROWS[:2], candidates)
+    assert [[pick.answer for pick in picks] for picks in found] == [answers[0], answers[1]], "0.76 > 0.5 + 0.25 is lost"
+    for picks, own in zip(found, expected, strict=True):
+        assert [pick.penalty for pick in picks] == pytest.approx([0.5 * surprise for surprise in own], rel=1e-4)
+        assert all(pick.score in (0.25, 0.75) for pick in picks)
+
+
+def test_only_candidates_that_may_still_win_are_asked_about(model, prompts, tmp_path, monkeypatch):
+    """1000 random questions: fewer passes than candidates, and the pick of a selection that knows all penalties."""
+    trainer = make_trainer(
+        model, prompts, tmp_path, settings=PMCSettings(num_samples=2, max_length=48, fluency_weight=0.1)
+    )
+    rng, asked, total = random.Random(0), [], 0
+
+    def surprise(examples):
+        asked.extend(examples)
+        return [float(example.answer[0]) for example in examples]  # an answer's id is how surprising it is
+
+    monkeypatch.setattr(trainer, "surprise", surprise)
+    for _ in range(1000):
+        candidates = [Pick(rng.choice([0.0, 0.2, 0.4, 0.6, 0.8]), [rng.random() * 6]) for _ in range(rng.randint(1, 6))]
+        stored = Pick(rng.random(), [0], penalty=rng.random() / 2) if rng.random() < 0.5 else None
+        trainer.memory = {0: stored} if stored else {}
+        complete = [replace(pick, penalty=0.1 * pick.answer[0]) for pick in candidates]
+        (penalised,) = trainer.penalised(ROWS[:1], [candidates])
+        assert select(stored, penalised) == select(stored, complete)
+        total += len(candidates)
+    assert len(asked) < 0.7 * total
+
+
+def test_a_fluency_weight_makes_the_picks_likelier_before_unlearning(memorised, prompts, tmp_path):
+    start = {name: value.clone() for name, value in memorised.state_dict().items()}
+    surprise = {}
+    for weight in (0.001, 1.0):
+        memorised.load_state_dict(start)
+        settings = PMCSettings(num_samples=16, max_length=60, temperature=2.0, fluency_weight=weight)
+        trainer = make_trainer(memorised, prompts, tmp_path, settings=settings)
+        trainer.forget_examples(ROWS)
+        surprise[weight] = sum(pick.penalty / weight for pick in trainer.memory.values()) / len(ROWS)
+    assert 0 < surprise[1.0] < 0.8 * surprise[0.001]
+
+
 def test_initial_responses_are_the_greedy_answers(model, prompts, tmp_path):
     trainer = make_trainer(model, prompts, tmp_path)
     ids = prompts.prompt(ROWS[3].question)
     expected = model.generate(torch.tensor([ids]), do_sample=False, max_length=48, pad_token_id=1)[0, len(ids) :]
     assert trainer.initial_responses[3] == prompts.text(expected)
+
+
+def test_retain_kl_holds_the_retain_answers_where_they_were(model, prompts, tmp_path):
+    """One token of two: 1/2 and 1/2 before, 1/4 and 3/4 now; CE = ln 4, KL(before || now) = (ln 2 + ln 2/3) / 2."""
+
+    def answers(probabilities, reference=None):
+        logits, target = torch.tensor([probabilities]).log(), torch.tensor([0])
+        losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+        return Answers(losses, target, 1, target, lambda: logits, 1, 1, reference)
+
+    retain = answers([0.25, 0.75], lambda: answers([0.5, 0.5]))
+    settings = PMCSettings(num_samples=3, max_length=48, temperature=1.0)
+    for weight in (0.0, 2.0):
+        trainer = make_trainer(model, prompts, tmp_path, settings=replace(settings, retain_kl=weight))
+        expected = math.log(4) + weight * (math.log(2) + math.log(2 / 3)) / 2
+        assert trainer.retain_loss(retain).item() == pytest.approx(expected)
+        assert (trainer.reference is None) == (weight == 0), "the weights before unlearning are kept only if needed"
+
+
+def test_a_run_with_all_options_stays_closer_on_retain_rows(memorised, prompts, tmp_path):
+    """Through the whole trainer, with micro-batches: less divergence on the retain rows than without."""
+    start = {name: value.clone() for name, value in memorised.state_dict().items()}
+    batch = collate([prompts.example(row, 64) for row in ROWS])
+    before = answer_logits(memorised, batch)[0].detach().log_softmax(-1)
+    moved = {}
+    for weight in (0.0, 20.0):
+        memorised.load_state_dict(start)
+        options = {"stalled_temperature_factor": 2.0, "fluency_weight": 0.05, "retain_kl": weight}
+        settings = PMCSettings(num_samples=4, max_length=60, temperature=4.0, lambda_unlearning=0.05, **options)
+        more = {"learning_rate": 1e-3, "max_steps": 4}
+        make_trainer(memorised, prompts, tmp_path, ROWS[:4], 2, 2, settings, **more).train()
+        now = answer_logits(memorised, batch)[0].detach().log_softmax(-1)
+        moved[weight] = (before.exp() * (before - now)).sum(-1).mean().item()
+    assert moved[20.0] < 0.7 * moved[0.0]
 
 
 def test_the_forget_answers_are_never_looked_at(model, prompts, tmp_path):
@@ -132,17 +235,52 @@ def test_an_over_memorised_model_is_called_so_after_two_epochs(model, prompts, t
     assert "method.temperature (now 1)" in caplog.text
 
 
+def test_a_stalled_question_is_drawn_hotter_until_its_samples_differ(memorised, prompts, tmp_path):
+    """An over-memorised model: without the factor every sample is the initial response, with it PMC goes through."""
+    start = {name: value.clone() for name, value in memorised.state_dict().items()}
+    picked = {}
+    for factor in (1.0, 2.0):
+        memorised.load_state_dict(start)
+        settings = PMCSettings(num_samples=4, max_length=60, temperature=1.0, stalled_temperature_factor=factor)
+        more = {"learning_rate": 5e-4, "max_steps": 8}  # an epoch each
+        trainer = make_trainer(memorised, prompts, tmp_path, settings=settings, **more)
+        assert [trainer.initial_responses[row.index] for row in ROWS] == [row.answer for row in ROWS]
+        trainer.train()
+        picked[factor] = [record["selected_score"] for record in trainer.history]
+    assert picked[1.0] == [1.0] * 8
+    assert picked[2.0][0] == 1.0
+    assert picked[2.0][-1] < 0.5
+    assert trainer.heat == {}
+
+
+def test_the_temperature_rises_while_all_is_the_initial_response_and_falls_back(model, prompts, tmp_path, monkeypatch):
+    settings = PMCSettings(num_samples=2, max_length=48, temperature=1.2, stalled_temperature_factor=3.0)
+    trainer = make_trainer(model, prompts, tmp_path, settings=settings)
+    drawn, texts = [], []
+
+    def draw(_model, asked, *_, temperatures, **__):
+        drawn.append(temperatures)
+        return [[prompts.answer(text) for text in texts[-1]] for _ in asked]
+
+    monkeypatch.setattr("unlearning.pmc.generate", draw)
+    initial = trainer.initial_responses[0] = "one two three four"
+    for answers in ([initial] * 2, [initial] * 2, [initial] * 2, [initial] * 2, [initial, "one two"], [initial] * 2):
+        texts.append(answers)
+        trainer.forget_examples(ROWS[:1])
+    assert drawn == [[pytest.approx(1.2 * heat)] for heat in (1, 3, 9, 10, 10, 1)], "MOST_HEAT is the end"
+    assert trainer.memory[0].score == 0.5
+
+
 def test_state_survives_a_checkpoint(model, prompts, tmp_path):
     import json
 
     trainer = make_trainer(model, prompts, tmp_path)
     trainer.train()
+    trainer.heat = {3: 1.5}
+    trainer.memory[3] = Pick(0.5, [7, 2], penalty=0.25)
     state = json.loads(json.dumps(trainer.state_to_save()))
     other = make_trainer(model, prompts, tmp_path)
     other.initial_responses = {}
     other.load_state(state)
-    assert (other.memory, other.initial_responses, other.history) == (
-        trainer.memory,
-        trainer.initial_responses,
-        trainer.history,
-    )
+    for name in ("memory", "initial_responses", "heat", "history"):
+        assert getattr(other, name) == getattr(trainer, name)

@@ -67,29 +67,41 @@ def test_the_pick_is_that_of_complete_samples(min_len):
     assert stopped > 500
 
 
-@pytest.fixture
-def runs(model, prompts, tmp_path):
-    """Three epochs with pruning and three without, from the same weights."""
+def three_epochs(model, prompts, folder):
+    """A function that runs them with its options, always from the same weights."""
     start = {name: value.clone() for name, value in model.state_dict().items()}
 
     def run(**options):
         model.load_state_dict(start)
-        settings = PMCSettings(num_samples=6, max_length=60, temperature=0.7, **options)
-        trainer = make_trainer(model, prompts, tmp_path, settings=settings, learning_rate=3e-4, num_train_epochs=3)
+        settings = PMCSettings(**{"num_samples": 6, "max_length": 60, "temperature": 0.7, **options})
+        trainer = make_trainer(model, prompts, folder, settings=settings, learning_rate=3e-4, max_steps=3)
         trainer.train()
         return trainer.memory, [p.clone() for p in model.parameters()], trainer.history
 
     return run
 
 
-def test_pruning_changes_neither_the_picks_nor_the_trained_weights(runs, monkeypatch):
+@pytest.fixture
+def runs(model, prompts, tmp_path):
+    return three_epochs(model, prompts, tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 2.0}, {"fluency_weight": 0.02, "temperature": 2.0}], ids=str)
+def test_pruning_changes_neither_the_picks_nor_the_trained_weights(memorised, prompts, tmp_path, monkeypatch, options):
+    """With penalties, too, where the stored pick alone can be said to win."""
     monkeypatch.setattr(Pruner, "every", 4)
-    (memory, weights, history), (plain_memory, plain_weights, plain_history) = runs(prune=True), runs(prune=False)
-    assert sum(record["pruned"] for record in history) > 0.2
+    runs = three_epochs(memorised, prompts, tmp_path)
+    (memory, weights, history), (plain_memory, plain_weights, plain_history) = (
+        runs(**options, prune=prune) for prune in (True, False)
+    )
+    assert sum(record.get("pruned", 0) for record in history) > 0.2
     assert memory == plain_memory
     assert all(torch.equal(a, b) for a, b in zip(weights, plain_weights, strict=True))
     for record, plain in zip(history, plain_history, strict=True):
         assert record["selected_score"] == plain["selected_score"]
+        assert ("pruned" in record) == ("sample_score" in plain), "neither once every question is finished"
+        if "pruned" not in record:
+            continue
         assert record["sample_score_at_least"] <= plain["sample_score"], "a lower bound, and called so"
         assert record["sample_tokens"] <= plain["sample_tokens"]
         assert "sample_score" not in record

@@ -384,6 +384,21 @@ def test_every_prompt_goes_through_the_model_once(reference, monkeypatch):
     assert {length for _, length in shapes[1:]} == {1}
 
 
+# --- a temperature for each prompt ---
+
+
+def test_every_prompt_is_drawn_at_its_own_temperature(reference):
+    """As if it had been drawn in a call with that temperature, whatever is drawn beside it."""
+    temperatures = [0.5, 1.3, 2.0, 1.3, 0.8]
+    settings = SamplingSettings(30, 3, top_k=6, top_p=0.95, temperature=1.3, batch_size=7)
+    answers = generate(reference.model, reference.prompts, settings, [7], reference.keys, temperatures=temperatures)
+    for i, temperature in enumerate(temperatures):
+        alone = {"top_p": 0.95, "temperature": temperature}
+        assert answers[i] == sampled(reference.model, [reference.prompts[i]], [reference.keys[i]], **alone)[0]
+    assert answers[1] == reference.answers[1], "at the set temperature nothing changes"
+    assert answers[0] != reference.answers[0]
+
+
 # --- random numbers -----------------------------------------------------------------------------------------------------
 
 

@@ -6,8 +6,10 @@
 2. For each forget question of an optimizer step, draw `num_samples` answers from the current model.
 3. Score each: s = ROUGE-L recall of the sample against the initial response (1 - reward).
 4. Keep per question the answer with the lowest s so far; one whose s is 0 is not sampled again. Samples that cannot be
-   picked any more are stopped while they are drawn (`unlearning.pruning`).
-5. Train: cross-entropy on the kept answers + lambda_unlearning * cross-entropy on retain answers.
+   picked any more are stopped while they are drawn (`unlearning.pruning`). An option adds to s how unlikely the answer
+   was before unlearning, for fluent picks.
+5. Train: cross-entropy on the kept answers + lambda_unlearning * cross-entropy on retain answers. An option adds to the
+   latter how far the model has moved on them.
 
 The forget answers of the data set are never looked at.
 """
@@ -16,18 +18,22 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from hydra.utils import get_method, instantiate
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.data import Row
 from common.decoding import Replica
 from common.model import end_token_ids
-from common.prompts import Example
+from common.prompts import Example, collate
 from common.sampling import SamplingSettings, generate
+from common.training import answer_losses
+from unlearning.answers import Answers
+from unlearning.kl_min import divergence
 from unlearning.pruning import Pruner, complete_words
 from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer, at_least
 
@@ -42,6 +48,8 @@ class PMCSettings(MethodSettings):
     """Answers drawn for each forget question and step."""
     temperature: float = 1.25
     """The logits are divided by it; 0 is greedy."""
+    stalled_temperature_factor: float = 1.0
+    """A question whose samples all equal its initial response is next drawn at so many times its last temperature; 1: off."""
     top_p: float = 0.95
     """Draw from the smallest set of likeliest tokens with at least this probability."""
     top_k: int = 50
@@ -50,6 +58,10 @@ class PMCSettings(MethodSettings):
     """Prompt and sampled answer together, in tokens."""
     min_len: int = 0
     """Answers of fewer words score worse, by exp(-words); 0: off."""
+    fluency_weight: float = 0.0
+    """Added to a score so many times: the answer's mean -log p per token under the model before unlearning; 0: off."""
+    retain_kl: float = 0.0
+    """Added to the retain loss so many times: KL(before || now), a retain token, from the model before unlearning; 0: off."""
     prune: bool = True
     """Stop samples that can no longer be picked; for rewards that never rise as a sample grows."""
     sampling_batch_size: int | None = None
@@ -59,8 +71,8 @@ class PMCSettings(MethodSettings):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        found += at_least(self, 1, "num_samples", "max_length", "sampling_batch_size")
-        found += at_least(self, 0, "temperature", "top_k", "min_len")
+        found += at_least(self, 1, "num_samples", "max_length", "sampling_batch_size", "stalled_temperature_factor")
+        found += at_least(self, 0, "temperature", "top_k", "min_len", "fluency_weight", "retain_kl")
         if self.temperature == 0 and self.num_samples > 1:
             found.append(
                 f"temperature=0: all {self.num_samples} samples would be the same greedy answer; "
@@ -76,12 +88,26 @@ class PMCSettings(MethodSettings):
         return found
 
 
+MOST_HEAT = 10.0  # times the set temperature, at most, for a stalled question: near-uniform draws of the top_k tokens
+
+
 @dataclass(frozen=True)
 class Pick:
-    """The answer that a question is trained on: its score s (0: nothing of the initial response left) and its ids."""
+    """An answer that a question may be trained on.
+
+    Attributes:
+        score: s; 0: nothing of the initial response left.
+        answer: its ids.
+        penalty: fluency_weight times how unlikely the model before unlearning finds it, 0 or more.
+    """
 
     score: float
     answer: list[int]
+    penalty: float = 0.0
+
+    @property
+    def cost(self) -> float:
+        return self.score + self.penalty
 
 
 def scores(rewards: Sequence[float], samples: Sequence[str], min_len: int) -> list[float]:
@@ -98,9 +124,12 @@ def scores(rewards: Sequence[float], samples: Sequence[str], min_len: int) -> li
 
 
 def select(stored: Pick | None, candidates: Sequence[Pick]) -> Pick:
-    """The candidate with the lowest score, the first of equals, unless the stored pick's score is lower still."""
-    best = min(candidates, key=lambda pick: pick.score)
-    return best if stored is None or best.score <= stored.score else stored
+    """The candidate with the lowest cost, the first of equals, unless the stored pick's cost is lower still.
+
+    Without a fluency_weight costs are scores.
+    """
+    best = min(candidates, key=lambda pick: pick.cost, default=stored)
+    return best if stored is None or best.cost <= stored.cost else stored
 
 
 class PMC(UnlearningTrainer):
@@ -111,6 +140,7 @@ class PMC(UnlearningTrainer):
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: PMCSettings):
         # Made before super() wraps the model. A model kept in bfloat16 already is its own replica.
         self.replica = Replica(model, torch.bfloat16) if args.bf16 and model.dtype != torch.bfloat16 else None
+        self.needs_reference = settings.fluency_weight > 0 or settings.retain_kl > 0
         super().__init__(model, args, data, settings)
         self.reward = instantiate(settings.reward, _partial_=True)
         self.prunes = settings.prune and getattr(self.reward.func, "never_rises", False)
@@ -118,6 +148,7 @@ class PMC(UnlearningTrainer):
         self.prompt_ids = {row.index: data.prompts.prompt(row.question) for row in data.forget}
         self.initial_responses: dict[int, str] = {}  # by row index, as is the memory
         self.memory: dict[int, Pick] = {}
+        self.heat: dict[int, float] = {}  # of stalled questions: what the set temperature is multiplied by
         self.seconds["sampling"] = 0.0
         self.stalled_epochs = 0
 
@@ -139,16 +170,21 @@ class PMC(UnlearningTrainer):
         started = time.perf_counter()
         open_rows = [row for row in rows if row.index not in self.memory or self.memory[row.index].score > 0]
         pruner = self.pruner(open_rows) if self.prunes else None
+        candidates = []
         for question, (row, answers) in enumerate(zip(open_rows, self.sample(open_rows, pruner), strict=True)):
             values = self.score(row, answers)
             if pruner:
                 values = [pruner.bounds.get((question, sample), value) for sample, value in enumerate(values)]
-            candidates = [Pick(value, answer) for value, answer in zip(values, answers, strict=True)]
-            self.memory[row.index] = select(self.memory.get(row.index), candidates)
-            self.count(candidates)
+            candidates.append([Pick(value, answer) for value, answer in zip(values, answers, strict=True)])
+            self.count(candidates[-1])
+        for row, picks in zip(open_rows, self.penalised(open_rows, candidates), strict=True):
+            self.memory[row.index] = select(self.memory.get(row.index), picks)
+            self.adapt_temperature(row)
+        self.share_memory(open_rows)
         self.add_to_epoch(
             questions=len(rows),
             selected_score=sum(self.memory[row.index].score for row in rows),
+            selected_penalty=sum(self.memory[row.index].penalty for row in rows),
             finished=sum(self.memory[row.index].score == 0 for row in rows),
             pruned=len(pruner.bounds) if pruner else 0,
         )
@@ -166,7 +202,53 @@ class PMC(UnlearningTrainer):
         prompts = [self.prompt_ids[row.index] for row in rows]
         keys = [(self.args.seed, self.state.global_step, row.index) for row in rows]
         options = {"description": "sampling", "watcher": pruner}
+        if s.stalled_temperature_factor > 1:
+            options["temperatures"] = [s.temperature * self.heat.get(row.index, 1.0) for row in rows]
         return generate(self.sampled_model(), prompts, settings, self.end_token_ids, keys, **options)
+
+    def penalised(self, rows: list[Row], candidates: list[list[Pick]]) -> list[list[Pick]]:
+        """The candidates that may be picked, with their penalties.
+
+        A penalty is never negative, so a candidate whose score alone is above the cost of the stored pick, or of the
+        candidate with the lowest score, has lost and need not be asked about.
+        """
+        if not self.settings.fluency_weight:
+            return candidates
+        most = [self.memory[row.index].cost if row.index in self.memory else math.inf for row in rows]
+        lowest = [min(picks, key=lambda pick: pick.score) for picks in candidates]
+        first = self.with_penalties(rows, [[pick] for pick in lowest], most)
+        most = [min([cost, *(pick.cost for pick in picks)]) for cost, picks in zip(most, first, strict=True)]
+        others = [[p for p in picks if p is not own] for picks, own in zip(candidates, lowest, strict=True)]
+        return [a + b for a, b in zip(first, self.with_penalties(rows, others, most), strict=True)]
+
+    def with_penalties(self, rows: list[Row], candidates: list[list[Pick]], most: list[float]) -> list[list[Pick]]:
+        """Those of each row's candidates whose score is at most so much, with their penalties."""
+        left = [[pick for pick in picks if pick.score <= cost] for picks, cost in zip(candidates, most, strict=True)]
+        prompts = [self.prompt_ids[row.index] for row in rows]
+        asked = [Example(prompt, pick.answer) for prompt, picks in zip(prompts, left, strict=True) for pick in picks]
+        found = iter(self.surprise(asked))
+        return [[replace(p, penalty=self.settings.fluency_weight * next(found)) for p in picks] for picks in left]
+
+    def surprise(self, examples: list[Example]) -> list[float]:
+        """Mean -log p of each answer's tokens, in nats, under the model before unlearning."""
+        at_once = 2 * self.args.per_device_train_batch_size  # the rows of a training pass
+        order = sorted(range(len(examples)), key=lambda place: len(examples[place]))
+        means = [0.0] * len(examples)
+        with self.reference.active() as model:
+            for start in range(0, len(order), at_once):
+                places = order[start : start + at_once]
+                batch = self._prepare_inputs(collate([examples[place] for place in places]))
+                losses, rows = answer_losses(model, batch)
+                sums = losses.new_zeros(len(places)).index_add(0, rows, losses)
+                for place, mean in zip(places, sums / torch.bincount(rows, minlength=len(places)), strict=True):
+                    means[place] = mean.item()
+        return means
+
+    def adapt_temperature(self, row: Row) -> None:
+        """Draw a question hotter the next time while nothing but its initial response was ever sampled."""
+        heat = self.heat.pop(row.index, 1.0)
+        if self.memory[row.index].score == 1:
+            self.heat[row.index] = min(heat * self.settings.stalled_temperature_factor, MOST_HEAT)
 
     def sampled_model(self) -> PreTrainedModel:
         """The current model, in the type that it is sampled in."""
@@ -183,12 +265,38 @@ class PMC(UnlearningTrainer):
         return scores(self.reward(self.initial_responses[row.index], [text]), [text], min_len=0)[0]
 
     def pruner(self, rows: list[Row]) -> Pruner:
-        stored = [self.memory[row.index].score if row.index in self.memory else math.inf for row in rows]
+        stored = [self.memory[row.index].cost if row.index in self.memory else math.inf for row in rows]
+
+        def score(question: int, answer: list[int]) -> float:
+            # With penalties, which are known when all samples are drawn, only the stored pick can be said to win.
+            return math.inf if self.settings.fluency_weight else self.score(rows[question], [answer])[0]
+
         return Pruner(
             stored,
-            score=lambda question, answer: self.score(rows[question], [answer])[0],
+            score=score,
             bound=lambda question, beginning: self.lower_bound(rows[question], beginning),
         )
+
+    def share_memory(self, rows: list[Row]) -> None:
+        """Let all processes know the picks of this step's rows: a shuffled question goes to another one every epoch."""
+        if self.args.world_size == 1:
+            return
+        own = [(row.index, self.memory[row.index], self.heat.get(row.index)) for row in rows]
+        for index, pick, heat in gather_object(own):
+            self.memory[index] = pick
+            if heat:
+                self.heat[index] = heat
+            else:
+                self.heat.pop(index, None)
+
+    # --- step 5 ---
+
+    def retain_loss(self, retain: Answers) -> torch.Tensor:
+        """Cross-entropy, and as an option retain_kl times the divergence from the model before unlearning, a token."""
+        loss = super().retain_loss(retain)
+        if self.settings.retain_kl:
+            loss = loss + self.settings.retain_kl * retain.mean_over_tokens(divergence(retain))
+        return loss
 
     # --- the epoch's line ---
 
@@ -207,6 +315,8 @@ class PMC(UnlearningTrainer):
         losses = super().epoch_record(steps)
         record = {"collapse_loss": losses.pop("forget_loss"), **losses}
         record["selected_score"] = total("selected_score") / questions
+        if self.settings.fluency_weight:
+            record["selected_surprise"] = total("selected_penalty") / questions / self.settings.fluency_weight
         record["finished"] = total("finished") / questions
         if samples:
             # A sample that was stopped counts with the score that it would at least have had.
@@ -224,9 +334,11 @@ class PMC(UnlearningTrainer):
         if self.stalled_epochs == 2:
             log.warning(
                 "for %.0f%% of the questions every sample equals the initial response, so there is nothing to select: "
-                "the model knows these answers too well by heart. Raise method.temperature (now %g), method.top_p or "
-                "method.num_samples (now %d), or finetune for fewer epochs (training.num_epochs there).",
+                "the model knows these answers too well by heart. Set method.stalled_temperature_factor to 1.5 (now %g), raise "
+                "method.temperature (now %g), method.top_p or method.num_samples (now %d), or finetune for fewer epochs "
+                "(training.num_epochs there).",
                 100 * share,
+                self.settings.stalled_temperature_factor,
                 self.settings.temperature,
                 self.settings.num_samples,
             )
@@ -234,27 +346,16 @@ class PMC(UnlearningTrainer):
     # --- checkpoints ---
 
     def state_to_save(self) -> dict[str, Any]:
-        memory = [[index, pick.score, pick.answer] for index, pick in self.gathered(self.memory).items()]
         return super().state_to_save() | {
             "initial_responses": list(self.initial_responses.items()),
-            "memory": memory,
+            "memory": [[index, pick.score, pick.answer, pick.penalty] for index, pick in self.memory.items()],
+            "heat": list(self.heat.items()),
             "stalled_epochs": self.stalled_epochs,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.initial_responses = dict(state["initial_responses"])
-        self.memory = {index: Pick(score, answer) for index, score, answer in state["memory"]}
+        self.memory = {index: Pick(*pick) for index, *pick in state["memory"]}
+        self.heat = dict(state["heat"])
         self.stalled_epochs = state["stalled_epochs"]
-
-    def gathered(self, memory: dict[int, Pick]) -> dict[int, Pick]:
-        """The memories of all processes, the lowest score of each question."""
-        if self.args.world_size == 1:
-            return memory
-        from accelerate.utils import gather_object
-
-        union: dict[int, Pick] = {}
-        for index, pick in gather_object(list(memory.items())):
-            if index not in union or pick.score <= union[index].score:
-                union[index] = pick
-        return union

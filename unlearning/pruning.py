@@ -17,8 +17,8 @@ class Pruner:
     """A watcher of `common.sampling.generate` for one optimizer step.
 
     Args:
-        stored: for each question the score of its stored pick; infinity for none.
-        score: (question, a complete sample's ids) -> its score.
+        stored: for each question the score (or what it costs with its penalty) of its stored pick; infinity for none.
+        score: (question, a complete sample's ids) -> its score; infinity where that cannot be said yet.
         bound: (question, the ids of a sample's beginning) -> a lower bound of its score.
     Attributes:
         bounds: of each sample that was stopped, by question and sample.
