@@ -5,17 +5,19 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from common.runtime import ROOT
 
 
-def run(processes, folder, models_dir):
+def run(processes, folder, models_dir, *overrides):
     launcher = (
         ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"] if processes > 1 else []
     )
-    command = [sys.executable, *launcher, str(ROOT / "unlearning" / "main.py"), "-cn=PMC-unlearn-tiny"]
+    command = [sys.executable, *launcher, str(ROOT / "unlearning" / "main.py")]
     command += [f"models_dir={models_dir}", f"output_dir={folder}", "training.num_epochs=3", "training.use_cpu=true"]
     command += [f"training.per_device_train_batch_size={10 // processes}", "training.learning_rate=1e-9"]
-    command += ["evaluation.every_epochs=0", "evaluation.start=false", "save_model=false"]
+    command += ["evaluation.every_epochs=0", "evaluation.start=false", "save_model=false", *overrides]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT
     )
@@ -26,7 +28,13 @@ def run(processes, folder, models_dir):
 
 def test_two_processes_draw_remember_and_weigh_as_one_does(models_dir, tmp_path):
     """Three epochs: a shuffled question goes from one process to the other, and its pick with it."""
-    for one, two in zip(*(run(n, tmp_path / str(n), models_dir) for n in (1, 2)), strict=True):
+    for one, two in zip(*(run(n, tmp_path / str(n), models_dir, "-cn=PMC-unlearn-tiny") for n in (1, 2)), strict=True):
         assert one.keys() == two.keys()
         for name, value in one.items():
             assert abs(two[name] - value) <= 1e-5 * max(1.0, abs(value)), name
+
+
+def test_two_processes_compare_with_the_model_before_unlearning_as_one_does(models_dir, tmp_path):
+    words = ("-cn=unlearn-tiny", "method=dpo", "training.learning_rate=1e-4")
+    for one, two in zip(*(run(n, tmp_path / str(n), models_dir, *words) for n in (1, 2)), strict=True):
+        assert one == {name: pytest.approx(value, rel=1e-3, abs=1e-3) for name, value in two.items()}
