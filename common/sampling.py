@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from common.decoding import Decoder, closed_up, decoder_of, packed_linears, rows_that_fit
+from common.runtime import suitable_threads
 
 KEEP_SHARE = 0.9  # rows are dropped from the batch when at most this share of them is unfinished
 LOOK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two looks at what is finished; a look makes a GPU wait
@@ -93,7 +94,7 @@ def generate(
     total = len(prompts) * settings.num_samples
     # disable=None: a bar on a terminal only
     bar = tqdm(total=total, desc=description, unit="answer", leave=False, disable=None if description else True)
-    with bar, evaluation_mode(model), packed_linears(model):
+    with bar, suitable_threads(model), evaluation_mode(model), packed_linears(model):
         decoder = decoder_of(model)
         batch_size = settings.batch_size or rows_that_fit(model, settings.max_length)
         for chunk, samples in _chunks(prompts, settings.num_samples, batch_size):
