@@ -11,12 +11,14 @@ import logging
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 
 import psutil
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from common.runtime import log_once
 
 log = logging.getLogger(__name__)
 
@@ -423,11 +425,6 @@ def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
     rows = min(rows, most)
     log_once(f"up to {rows} answers of {columns} tokens are drawn side by side: {rows * needed / 1e9:.2g} GB of cache")
     return rows
-
-
-@lru_cache
-def log_once(message: str) -> None:
-    log.info(message)
 
 
 def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:

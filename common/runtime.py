@@ -11,16 +11,21 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from dotenv import load_dotenv
 
+if TYPE_CHECKING:
+    import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "hydra-core", "omegaconf", "rapidfuzz")
+TINY = 2_000_000  # parameters below which a model runs on one CPU thread
 
 # What safetensors and torch.save say, which lose the error's number.
 SIGNS_OF_A_FULL_DISK = ("No space left", "inline_container", "PytorchStreamWriter", "file write failed")
@@ -182,6 +187,32 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def suitable_threads(model: "torch.nn.Module") -> Iterator[None]:
+    """One CPU thread inside for a tiny model; as before afterwards.
+
+    Its operations take microseconds, after each of which threads wait for the last of them: with other programs on the cores
+    for as long as these have their turn, which is ten times the work. OMP_NUM_THREADS, where it is set, decides instead.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    parameters = list(model.parameters())
+    tiny = sum(parameter.numel() for parameter in parameters) < TINY and parameters[0].device.type == "cpu"
+    if tiny and before > 1 and "OMP_NUM_THREADS" not in os.environ:
+        log_once("a model this small runs on one CPU thread; OMP_NUM_THREADS sets another number")
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@lru_cache
+def log_once(message: str) -> None:
+    log.info(message)
 
 
 # --- the command line --------------------------------------------------------------------------------------------------

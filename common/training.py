@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from common.config import RunConfig
 from common.prompts import IGNORED, collate
-from common.runtime import Interrupted, UserError, has_fast_bf16, read_json
+from common.runtime import Interrupted, UserError, has_fast_bf16, read_json, suitable_threads
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +162,10 @@ class ExampleTrainer(Trainer):
         self.seconds: dict[str, float] = {"training": 0.0}
         self.epoch_sums: dict[str, torch.Tensor] = {}
         self.add_callback(EpochLines(self))
+
+    def train(self, *args, **kwargs):
+        with suitable_threads(self.model):
+            return super().train(*args, **kwargs)
 
     # --- one optimizer step ---
 

@@ -22,7 +22,7 @@ from common.data import Row
 from common.decoding import Replica
 from common.model import end_token_ids
 from common.prompts import Example, PromptFormat, check_prompt_lengths, collate
-from common.runtime import has_fast_bf16
+from common.runtime import has_fast_bf16, suitable_threads
 from common.sampling import SamplingSettings, evaluation_mode, generate
 from common.training import answer_logits
 
@@ -158,14 +158,17 @@ class Subject:
         batches = batches_by_length([len(example) for example in examples], self.evaluation.batch_size)
         rows = [[examples[i] for i in batch] for batch in batches]
         end = self.prompts.end_token_id
-        read = _by_place(list(range(len(rows))), lambda own: [read_tokens(model, rows[place], end) for place in own])
+        with suitable_threads(model):
+            read = _by_place(
+                list(range(len(rows))), lambda own: [read_tokens(model, rows[place], end) for place in own]
+            )
         found = dict(zip(chain(*batches), chain(*read), strict=True))
         return [found[i] for i in range(len(examples))]
 
     def each(self, what: str, examples: Sequence[Example], measure: Callable[[PreTrainedModel, Example], T]) -> list[T]:
         """What `measure` says of the model and each example, one at a time, timed as `what`."""
         model = self.load()
-        with self._timed(what):
+        with self._timed(what), suitable_threads(model):
             places = list(range(len(examples)))
             return _by_place(places, lambda own: [measure(model, examples[place]) for place in own])
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.errors import ConfigCompositionException, MissingConfigException
 
 from common import runtime
@@ -27,6 +28,7 @@ from common.runtime import (
     read_json,
     read_json_lines,
     resolve_path,
+    suitable_threads,
     write_json,
     write_json_lines,
     write_text,
@@ -94,6 +96,36 @@ def test_the_environment_file_in_the_repository_holds_no_token():
     values = dict(line.split("=", 1) for line in lines)
     assert {name for name, value in values.items() if value} == {"WANDB_PROJECT"}
     assert {"HUGGINGFACE_LOGIN_TOKEN", "WANDB_API_KEY"} <= set(values)
+
+
+# --- threads ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three_threads(monkeypatch):
+    """PyTorch with three threads, which nobody asked for by OMP_NUM_THREADS."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("parameters", "threads"), [(1_999_999, 1), (2_000_000, 3)])
+def test_a_tiny_model_runs_on_one_thread(three_threads, parameters, threads):
+    model = torch.nn.Embedding(parameters, 1)
+    with suitable_threads(model):
+        assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 3
+    with pytest.raises(RuntimeError, match="half-way"), suitable_threads(model):
+        raise RuntimeError("half-way")
+    assert torch.get_num_threads() == 3
+
+
+def test_the_users_number_of_threads_is_kept(three_threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with suitable_threads(torch.nn.Linear(2, 2)):
+        assert torch.get_num_threads() == 3
 
 
 # --- paths and words ----------------------------------------------------------------------------------------------------

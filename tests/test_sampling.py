@@ -22,7 +22,7 @@ from common import sampling
 from common.config import PromptConfig
 from common.decoding import Decoder, Replica, closed_up, packed_linears
 from common.prompts import PromptFormat
-from common.sampling import SamplingSettings, draw_tokens, generate, random_numbers
+from common.sampling import SamplingSettings, draw_tokens, generate, random_numbers, top_tokens
 from tests.conftest import ROWS
 from unlearning.trainer import UnlearningTrainer
 
@@ -194,6 +194,22 @@ def test_probabilities_equal_hugging_faces(temperature, top_k, top_p):
     # Where draws are rejected, the numbers of several draws decide together, and the cube is not filled that evenly.
     assert torch.allclose(found, expected, atol=2.5 / 8000 if top_k or top_p == 1 else 0.006)
     assert (found[expected == 0] == 0).all()
+
+
+@pytest.mark.parametrize("vocabulary", [40, 800, 803, 2000, 2007])
+@pytest.mark.parametrize("k", [1, 7, 50])
+def test_the_largest_logits_are_those_of_topk(vocabulary, k):
+    """Also where the largest lie side by side, at the end of the vocabulary, or are equal."""
+    k = min(k, vocabulary)
+    logits = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    logits[1], logits[2] = logits[1].sort().values, logits[2].sort(descending=True).values
+    logits[3], logits[4] = logits[3].round(), 0.0
+    logits[5, k:] = -torch.inf
+    for typed in (logits, logits.bfloat16()):
+        values, tokens = top_tokens(typed, k)
+        assert torch.equal(values, typed.topk(k).values)
+        assert torch.equal(typed.gather(1, tokens), values)
+        assert all(len(set(row)) == k for row in tokens.tolist())
 
 
 # --- the distribution of whole answers ----------------------------------------------------------------------------------

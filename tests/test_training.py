@@ -41,6 +41,29 @@ def gradients_of_one_step(trainer):
     return found
 
 
+class NotesThreads(TrainOnForgetAnswers):
+    threads: set[int]
+
+    def compute_loss(self, *args, **kwargs):
+        self.threads.add(torch.get_num_threads())
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_a_tiny_model_is_trained_on_one_thread(model, prompts, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        trainer = NotesThreads(
+            model, arguments(tmp_path, 4, 1), UnlearningData(ROWS, ROWS, prompts, max_length=64), Settings()
+        )
+        trainer.threads = set()
+        trainer.train()
+        assert (trainer.threads, torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def unlearning_trainer(model, prompts, folder, batch_size, accumulation, **more):
     data = UnlearningData(ROWS, ROWS[::-1], prompts, max_length=64)
     settings = MethodSettings(lambda_unlearning=1.5)
