@@ -10,7 +10,7 @@
 
 A run that fails is named, leaves a gap in the table, and does not keep the others from running. Overrides on the command line
 that do not begin with `comparison.` or `seed` are given to every method's run, those of `models_dir`, `model.` and `data.` to
-the stages before, too.
+the stages before, too; a top-level key needs two plus signs (++finetuned=FOLDER).
 """
 
 import logging
@@ -106,9 +106,11 @@ class Runs:
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     """A row a method, the best unlearn quality first: means over the seeds, with their standard deviation."""
-    lines = [f"| method | {' | '.join(COLUMNS)} |", "|---|" + "---:|" * len(COLUMNS)]
+    measured = {score for runs in results.values() for run in runs for score in run}
+    columns = {title: column for title, column in COLUMNS.items() if column[0] in measured}
+    lines = [f"| method | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for name in ordered(results):
-        cells = [cell([run.get(score) for run in results[name]], digits) for score, digits in COLUMNS.values()]
+        cells = [cell([run.get(score) for run in results[name]], digits) for score, digits in columns.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

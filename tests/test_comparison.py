@@ -20,6 +20,7 @@ def test_the_table_has_means_with_deviations_the_best_first():
     quality, empty = columns.index("unlearn quality"), columns.index("empty")
     assert (rows[2][quality], rows[3][quality], rows[4][quality]) == ("80.0", "55.0 ± 7.1", "-")
     assert (rows[2][empty], rows[3][empty]) == ("0.50", "-")
+    assert "perplexity of forget answers" not in columns, "measured for none"
 
 
 def test_a_missing_value_of_one_seed_leaves_the_others():

@@ -291,6 +291,27 @@ def test_a_value_at_the_edge_is_accepted(override):
     assert read("unlearn", override)
 
 
+@pytest.mark.parametrize(
+    ("method", "override", "message"),
+    [
+        ("npo", "method.beta=0", "method.beta=0.0: expected more than 0"),
+        ("simnpo", "method.gamma=-1", "method.gamma=-1.0: expected 0 or more"),
+        ("satimp", "method.beta2=-1", "method.beta2=-1.0: expected 0 or more"),
+        ("idk", "method.refusals=none.txt", "method.refusals=none.txt: cannot be read"),
+        ("dpo", "method.refusals=/dev/null", "method.refusals=/dev/null: the file is empty"),
+        ("rmu", "method.trained='('", "method.trained=(: not a regular expression"),
+        ("rmu", "method.layer=-1", "method.layer=-1: expected 0 or more"),
+        ("rmu", "method.steering_coeff=0", "method.steering_coeff=0.0: expected more than 0"),
+        ("altpo", "method.top_p=0", "method.top_p=0.0: expected 0 < top_p <= 1"),
+        ("altpo", "method.num_alternatives=0", "method.num_alternatives=0: expected at least 1"),
+        ("grad_ascent", "++method.beta=1", "method.beta: no such key"),
+        ("undial", "method.beta=high", "method.beta=high: expected float"),
+    ],
+)
+def test_a_wrong_knob_of_another_method_names_itself(method, override, message):
+    assert message in error_of("unlearn-tiny", f"method={method}", override)
+
+
 def test_greedy_sampling_is_accepted_for_one_sample():
     assert read("unlearn", "method.temperature=0", "method.num_samples=1").settings.temperature == 0
 

@@ -14,10 +14,10 @@ def run(processes, folder, models_dir, *overrides):
     launcher = (
         ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"] if processes > 1 else []
     )
-    command = [sys.executable, *launcher, str(ROOT / "unlearning" / "main.py")]
+    command = [sys.executable, *launcher, str(ROOT / "unlearning" / "main.py"), *overrides]
     command += [f"models_dir={models_dir}", f"output_dir={folder}", "training.num_epochs=3", "training.use_cpu=true"]
-    command += [f"training.per_device_train_batch_size={10 // processes}", "training.learning_rate=1e-9"]
-    command += ["evaluation.every_epochs=0", "evaluation.start=false", "save_model=false", *overrides]
+    command += [f"training.per_device_train_batch_size={10 // processes}"]
+    command += ["evaluation.every_epochs=0", "evaluation.start=false", "save_model=false"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT
     )
@@ -28,7 +28,8 @@ def run(processes, folder, models_dir, *overrides):
 
 def test_two_processes_draw_remember_and_weigh_as_one_does(models_dir, tmp_path):
     """Three epochs: a shuffled question goes from one process to the other, and its pick with it."""
-    for one, two in zip(*(run(n, tmp_path / str(n), models_dir, "-cn=PMC-unlearn-tiny") for n in (1, 2)), strict=True):
+    words = ("-cn=PMC-unlearn-tiny", "training.learning_rate=1e-9")
+    for one, two in zip(*(run(n, tmp_path / str(n), models_dir, *words) for n in (1, 2)), strict=True):
         assert one.keys() == two.keys()
         for name, value in one.items():
             assert abs(two[name] - value) <= 1e-5 * max(1.0, abs(value)), name

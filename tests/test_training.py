@@ -41,7 +41,7 @@ def gradients_of_one_step(trainer):
     return found
 
 
-class NotesThreads(TrainOnForgetAnswers):
+class NotesThreads(UnlearningTrainer):
     threads: set[int]
 
     def compute_loss(self, *args, **kwargs):
@@ -55,7 +55,7 @@ def test_a_tiny_model_is_trained_on_one_thread(model, prompts, tmp_path, monkeyp
     torch.set_num_threads(2)
     try:
         trainer = NotesThreads(
-            model, arguments(tmp_path, 4, 1), UnlearningData(ROWS, ROWS, prompts, max_length=64), Settings()
+            model, arguments(tmp_path, 4, 1), UnlearningData(ROWS, ROWS, prompts, max_length=64), MethodSettings()
         )
         trainer.threads = set()
         trainer.train()
