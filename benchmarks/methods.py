@@ -8,9 +8,10 @@
 2. The table (means over the seeds, with their deviation) and a plot of unlearn quality against utility are written to
    models/comparisons/<recipe>/, beside the runs themselves.
 
-A run that fails is named, leaves a gap in the table, and does not keep the others from running. Overrides on the command line
-that do not begin with `comparison.` or `seed` are given to every method's run, those of `models_dir`, `model.` and `data.` to
-the stages before, too; a top-level key needs two plus signs (++finetuned=FOLDER).
+A run that fails is named, leaves a gap in the table, and does not keep the others from running; where a stage before fails,
+that seed is left out. Overrides on the command line that do not begin with `comparison.` or `seed` are given to every method's
+run, those of `models_dir`, `model.` and `data.` to the stages before, too; a top-level key needs two plus signs
+(++finetuned=FOLDER).
 """
 
 import logging
@@ -125,7 +126,7 @@ def ordered(results: dict[str, list[dict[str, float]]]) -> list[str]:
 
 
 def cell(values: list[float | None], digits: int) -> str:
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return "-"
     mean = number(statistics.fmean(known), digits)
@@ -162,7 +163,7 @@ def compare(cfg: DictConfig) -> Path:
     """Run everything and write the table; returns its file.
 
     Raises:
-        UserError: when the recipe is wrong, or a stage that comes before fails; after the table, when a method failed.
+        UserError: when the recipe is wrong; after the table, when a command failed.
     """
     problems: list[str] = []
     settings = read_section("comparison", ComparisonSettings, cfg.get("comparison"), problems)
@@ -176,10 +177,9 @@ def compare(cfg: DictConfig) -> Path:
     folder = Path(cfg.models_dir) / "comparisons" / hydra_config.job.config_name
     results: dict[str, list[dict[str, float]]] = {name: [] for name in settings.methods}
     for seed in settings.seeds:
-        for stage_and_words in settings.before:
-            stage, *words = shlex.split(stage_and_words)
-            if not runs.run(stage, *words, f"seed={seed}", *shaping):
-                raise UserError(f"comparison.before: this failed: {runs.failed[-1]}")
+        before = [shlex.split(words) for words in settings.before]
+        if not all(runs.run(stage, *words, f"seed={seed}", *shaping) for stage, *words in before):
+            continue
         for name, words in settings.methods.items():
             scores = runs.method(words, seed, folder / name / f"seed-{seed}", settings.metrics)
             if scores:

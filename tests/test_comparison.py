@@ -26,7 +26,7 @@ def test_the_table_has_means_with_deviations_the_best_first():
 def test_a_missing_value_of_one_seed_leaves_the_others():
     assert cell([1.0, None, 3.0], 1) == "2.0 ± 1.4"
     assert cell([1.0, None], 1) == "1.0"
-    assert cell([12345678.0], 1) == "1.2e+07"
+    assert cell([12345678.0, float("inf"), float("nan")], 1) == "1.2e+07"
 
 
 def written(folder, seeds, methods):

@@ -305,11 +305,18 @@ def test_a_value_at_the_edge_is_accepted(override):
         ("altpo", "method.top_p=0", "method.top_p=0.0: expected 0 < top_p <= 1"),
         ("altpo", "method.num_alternatives=0", "method.num_alternatives=0: expected at least 1"),
         ("grad_ascent", "++method.beta=1", "method.beta: no such key"),
+        ("altpo", "method.max_recall=0", "method.max_recall=0.0: expected 0 < max_recall <= 1"),
+        ("pmc", "method.gamma=0", "method.gamma=0.0: expected more than 0"),
+        (
+            "npo",
+            "method.gamma=0 method.lambda_unlearning=0",
+            "method.gamma=0, lambda_unlearning=0: nothing would be trained",
+        ),
         ("undial", "method.beta=high", "method.beta=high: expected float"),
     ],
 )
 def test_a_wrong_knob_of_another_method_names_itself(method, override, message):
-    assert message in error_of("unlearn-tiny", f"method={method}", override)
+    assert message in error_of("unlearn-tiny", f"method={method}", *override.split())
 
 
 def test_greedy_sampling_is_accepted_for_one_sample():

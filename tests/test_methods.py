@@ -15,6 +15,7 @@ from hydra.utils import get_class
 from common.config import LoraSettings, NewModelConfig
 from common.model import add_adapter, new_model
 from common.prompts import IGNORED
+from common.rouge import rouge_l_recall
 from common.runtime import CONFIGS, UserError
 from common.training import ExampleTrainer
 from tests.conftest import NEW, ROWS, run_stage
@@ -355,6 +356,25 @@ def test_autocast_s_memory_of_cast_weights_does_not_mix_the_two_models(learned, 
     assert all(value.grad is not None for value in model.parameters())
 
 
+def test_an_error_inside_leaves_the_present_weights_in_place(learned, prompts):
+    model = copy.deepcopy(learned)
+    reference = Reference(model)
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    present = outputs(model, prompts)
+    with pytest.raises(MemoryError), reference.active():
+        raise MemoryError
+    torch.testing.assert_close(outputs(model, prompts), present, rtol=0, atol=0)
+
+
+def test_sharded_weights_are_refused_where_the_model_before_is_needed(learned, prompts, tmp_path):
+    found, settings = method_named("npo")
+    args = arguments(tmp_path, 2, 1)
+    args.deepspeed = "zero3.json"
+    with pytest.raises(UserError, match=r"training\.deepspeed.*NPO compares with the model before unlearning"):
+        found(copy.deepcopy(learned), args, UnlearningData(ROWS, ROWS, prompts, 64), settings)
+
+
 def test_a_method_that_did_not_ask_for_it_cannot_use_it(learned, prompts, tmp_path):
     trainer = make("grad_diff", learned, prompts, tmp_path)
     (batch,), _ = trainer.get_batch_samples(iter([ROWS[:2]]), 1, None)
@@ -386,33 +406,59 @@ def test_the_list_of_refusals_has_no_line_twice():
 
 
 def test_alternatives_are_other_answers_and_survive_a_checkpoint(learned, prompts, tmp_path):
-    trainer = make("altpo", learned, prompts, tmp_path, rows=ROWS, knobs={"max_length": 48})
+    trainer = make("altpo", learned, prompts, tmp_path, rows=ROWS, knobs={"max_length": 48, "max_recall": 0.4})
     for row in ROWS:
         texts = [prompts.text(answer) for answer in trainer.alternatives[row.index]]
-        assert all(text and text != row.answer for text in texts)
+        assert len(texts) <= trainer.settings.num_alternatives
+        assert all(text and text != row.answer and rouge_l_recall(row.answer, text) <= 0.4 for text in texts)
     state = json.loads(json.dumps(trainer.state_to_save()))
     other = AltPO(copy.deepcopy(learned), trainer.args, trainer.data, trainer.settings)
     other.load_state(state)
     assert other.preferred_examples(ROWS) == trainer.preferred_examples(ROWS)
 
 
-def test_a_question_without_alternatives_is_asked_again_and_then_left_alone(learned, prompts, tmp_path, caplog):
+def test_every_step_draws_one_of_the_alternatives(learned, prompts, tmp_path):
     trainer = make("altpo", learned, prompts, tmp_path)
+    trainer.alternatives = {0: [[5, 2], [6, 2], [7, 2]]}
+    drawn = set()
+    for step in range(30):
+        trainer.state.global_step = step
+        drawn.add(tuple(trainer.alternative(ROWS[0]).answer))
+    assert drawn == {(5, 2), (6, 2), (7, 2)}
+
+
+def test_a_question_with_too_few_alternatives_is_asked_again_hotter_and_then_left_alone(
+    learned, prompts, tmp_path, monkeypatch, caplog
+):
+    """Row 0 gets nothing but its answer, row 1 an alternative of two at the first attempt and the other at the third."""
+    from unlearning import altpo
+
     asked = []
 
-    def always_the_answer(rows, attempt):
-        asked.append((len(rows), attempt))
-        return [
-            [prompts.answer(row.answer), [5, 2]] if row.index == 1 else [prompts.answer(row.answer)] for row in rows
-        ]
+    def generate(model, asked_prompts, settings, ends, keys, description):
+        asked.append((len(asked_prompts), settings.temperature))
+        truths = {0: prompts.answer(ROWS[0].answer), 1: prompts.answer(ROWS[1].answer)}
+        others = {1: {0: [[5, 2]], 2: [[6, 2], [7, 2]]}}
+        return [[truths[row], *others.get(row, {}).get(attempt, [])] for _, attempt, row, _ in keys]
 
-    trainer.sample = always_the_answer
-    trainer.before_training()
-    assert asked == [(2, 0), (1, 1), (1, 2), (1, 3), (1, 4)]
-    assert trainer.alternatives == {0: [], 1: [[5, 2]]}
+    monkeypatch.setattr(altpo, "generate", generate)
+    trainer = make("altpo", learned, prompts, tmp_path, knobs={"num_alternatives": 2})
+    assert asked == [(2, 1.0), (2, 1.25), (2, 1.25**2), (1, 1.25**3), (1, 1.25**4)]
+    assert trainer.alternatives == {0: [], 1: [[5, 2], [6, 2]]}
     assert "1 of 2 questions have no answer but the forget answer" in caplog.text
     preferred, forgotten = trainer.forget_groups(ROWS[:1])[0]
     assert preferred == forgotten, "the margin of such a pair is 0 and has no gradient"
+
+
+@pytest.mark.parametrize("name", ["wga", "satimp"])
+def test_the_weight_of_a_token_has_no_gradient(name, learned, prompts, tmp_path):
+    trainer = make(name, learned, prompts, tmp_path)
+    (batch,), _ = trainer.get_batch_samples(iter([ROWS[:2]]), 1, None)
+    forget = trainer.answers(trainer.model, batch)["forget"]
+    (gradient,) = torch.autograd.grad(trainer.forget_loss(forget), forget.losses)
+    p, s = (-forget.losses.detach()).exp(), trainer.settings
+    weight = p**s.beta if name == "wga" else p**s.beta1 * (1 - p) ** s.beta2
+    torch.testing.assert_close(gradient, -weight / len(p))
 
 
 def test_a_row_whose_answer_is_cut_away_counts_nothing(learned, prompts, tmp_path):
@@ -432,6 +478,10 @@ ARCHITECTURES = {
     "llama": SMALL,
     "phi": SMALL,
     "gemma3_text": {**SMALL, "head_dim": 8, "num_key_value_heads": 2},
+    "gemma3": {
+        "text_config": {**SMALL, "head_dim": 8, "num_key_value_heads": 2, "vocab_size": 400},
+        "vision_config": {**SMALL, "image_size": 28, "patch_size": 14},
+    },
     "gemma": {**SMALL, "head_dim": 8, "num_key_value_heads": 2},
     "qwen2": SMALL,
     "gpt_neox": SMALL,
@@ -447,6 +497,7 @@ def test_rmu_finds_layer_and_weights_of_an_architecture(architecture, lora, toke
         model = add_adapter(model, LoraSettings(r=2, alpha=4))
     layers = steered_layers(model, RMUSettings())
     assert [re.search(r"\d+", name).group() for name in layers] == ["0", "1", "2"], "a third of the way up six"
+    assert not any("vision" in name for name in layers)
     trained = trained_parameters(model, layers, RMUSettings())
     assert {re.search(r"\d+", name).group() for name in trained} == {"0", "1", "2"}
     assert all(re.search("down_proj|fc2|c_proj", name) for name in trained)
@@ -470,6 +521,21 @@ def test_rmu_trains_nothing_else(learned, prompts, tmp_path):
     start = dict(learned.named_parameters())
     changed = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, start[name])}
     assert changed == {"model.layers.0.mlp.down_proj.weight"}
+
+
+def test_rmu_steers_to_a_direction_of_the_seed_s_own(learned, prompts, tmp_path):
+    one, same, other = (make("rmu", learned, prompts, tmp_path, seed=seed).target for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.allclose(one, other)
+
+
+def test_rmu_trains_under_gradient_checkpointing(learned, prompts, tmp_path):
+    """The reentrant kind gives no gradient to a layer whose input needs none, as that of the frozen embedding."""
+    more = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    trainer = make("rmu", learned, prompts, tmp_path, learning_rate=1e-2, max_steps=2, **more)
+    trainer.train()
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(trainer.model.get_parameter(name), learned.get_parameter(name))
 
 
 # --- the command line --------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_the_method_of_the_readme_runs(models_dir, tmp_path):
     (tmp_path / "entropy.py").write_text(code)
     (tmp_path / "method").mkdir()
     (tmp_path / "method/entropy.yaml").write_text(config)
-    (command,) = re.findall(r"`PYTHONPATH=\. python \.\./main/unlearning/main\.py (.*)`", section)
+    (command,) = re.findall(r"`PYTHONPATH=\. python REPOSITORY/unlearning/main\.py (.*)`", section)
     quick = [
         f"models_dir={models_dir}",
         "training.num_epochs=3",

@@ -13,15 +13,15 @@ from typing import Any
 from common.data import Row
 from common.model import end_token_ids
 from common.prompts import Example
+from common.rouge import rouge_l_recall
 from common.sampling import SamplingSettings, generate
 from unlearning.dpo import DPO
 from unlearning.trainer import MethodSettings, above_zero, at_least
 
-ALTERNATIVE_STREAM = 4  # of `UnlearningTrainer.drawn`
-ATTEMPTS = (
-    5  # times that a question is asked while it has no alternative, each time at a temperature 1.25 times the last
-)
-HOTTER = 1.25
+ALTERNATIVE_STREAM = 4  # of `UnlearningTrainer.drawn`: which alternative a step takes
+SAMPLING_STREAM = 5  # of the sampler: the alternatives
+ATTEMPTS = 5  # times that a question is asked while it has too few alternatives
+HOTTER = 1.25  # times the temperature of the last attempt
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +31,11 @@ class AltPOSettings(MethodSettings):
     beta: float = 0.1
     """Inverse temperature: how far a pair may move away from the model before unlearning."""
     num_alternatives: int = 5
-    """Answers sampled for each forget question; those that equal the forget answer are left out."""
+    """Answers to each forget question that are preferred to the forget answer."""
+    max_recall: float = 0.7
+    """Samples with a higher ROUGE-L recall of the forget answer are no alternatives; 1: only its copies are not."""
     temperature: float = 1.0
-    """The logits are divided by it; raised for questions whose samples all equal the forget answer."""
+    """The logits are divided by it; raised for questions that have too few alternatives."""
     top_p: float = 0.95
     """Draw from the smallest set of likeliest tokens with at least this probability."""
     top_k: int = 50
@@ -46,6 +48,8 @@ class AltPOSettings(MethodSettings):
         found += at_least(self, 1, "num_alternatives", "max_length") + at_least(self, 0, "top_k")
         if not 0 < self.top_p <= 1:
             found.append(f"top_p={self.top_p}: expected 0 < top_p <= 1")
+        if not 0 < self.max_recall <= 1:
+            found.append(f"max_recall={self.max_recall}: expected 0 < max_recall <= 1")
         return found
 
 
@@ -60,36 +64,42 @@ class AltPO(DPO):
 
     def before_training(self) -> None:
         started = time.perf_counter()
-        without = self.data.forget
+        rows, wanted = self.data.forget, self.settings.num_alternatives
+        self.alternatives = {row.index: [] for row in rows}
         for attempt in range(ATTEMPTS):
-            for row, answers in zip(without, self.sample(without, attempt), strict=True):
-                self.alternatives[row.index] = self.others(row, answers)
-            without = [row for row in without if not self.alternatives[row.index]]
-        if without:
+            few = [row for row in rows if len(self.alternatives[row.index]) < wanted]
+            for row, answers in zip(few, self.sample(few, attempt), strict=True):
+                found = self.alternatives[row.index] + self.others(row, answers)
+                self.alternatives[row.index] = found[:wanted]
+        if without := sum(not found for found in self.alternatives.values()):
             log.warning(
                 "%d of %d questions have no answer but the forget answer even at a temperature of %.2f, and are not "
-                "unlearned; raise method.temperature (now %g) or method.top_p",
-                len(without),
-                len(self.data.forget),
+                "unlearned; raise method.temperature (now %g), method.top_p or method.max_recall (now %g)",
+                without,
+                len(rows),
                 self.settings.temperature * HOTTER ** (ATTEMPTS - 1),
                 self.settings.temperature,
+                self.settings.max_recall,
             )
         self.seconds["sampling"] = time.perf_counter() - started
 
     def sample(self, rows: list[Row], attempt: int) -> list[list[list[int]]]:
-        """`num_alternatives` answers to each row's question, as token ids."""
+        """`num_alternatives` answers to each row's question, as token ids, the hotter the later the attempt."""
         s = self.settings
         temperature = s.temperature * HOTTER**attempt
         settings = SamplingSettings(s.max_length, s.num_alternatives, temperature, s.top_k, s.top_p)
         prompts = [self.data.prompts.prompt(row.question) for row in rows]
-        keys = [(self.args.seed, attempt, row.index, ALTERNATIVE_STREAM) for row in rows]
+        keys = [(self.args.seed, attempt, row.index, SAMPLING_STREAM) for row in rows]
         ends = end_token_ids(self.model, self.data.prompts.end_token_id)
         return generate(self.model, prompts, settings, ends, keys, description="alternatives")
 
     def others(self, row: Row, answers: list[list[int]]) -> list[list[int]]:
         """The answers that say something, and something else than the forget answer."""
         texts = [self.data.prompts.text(answer) for answer in answers]
-        return [answer for answer, text in zip(answers, texts, strict=True) if text and text != row.answer.strip()]
+        return [answer for answer, text in zip(answers, texts, strict=True) if self.is_other(row.answer, text)]
+
+    def is_other(self, truth: str, text: str) -> bool:
+        return bool(text) and text != truth.strip() and rouge_l_recall(truth, text) <= self.settings.max_recall
 
     def preferred_examples(self, rows: list[Row]) -> list[Example]:
         return [self.alternative(row) for row in rows]

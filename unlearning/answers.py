@@ -40,7 +40,7 @@ class Answers:
         """What the model says before every answer token, shape (tokens, vocabulary)."""
         return self._logits()
 
-    @property
+    @cached_property
     def log_probs(self) -> torch.Tensor:
         """log p of every token of the vocabulary, shape (tokens, vocabulary)."""
         return self.logits.log_softmax(dim=-1)

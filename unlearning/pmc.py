@@ -35,7 +35,7 @@ from common.training import answer_losses
 from unlearning.answers import Answers
 from unlearning.kl_min import divergence
 from unlearning.pruning import Pruner, complete_words
-from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer, at_least
+from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer, above_zero, at_least
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class PMCSettings(MethodSettings):
     """Function (reference, samples) -> list of rewards in [0, 1]."""
 
     def problems(self) -> list[str]:
-        found = super().problems()
+        found = super().problems() + above_zero(self, "gamma")
         found += at_least(self, 1, "num_samples", "max_length", "sampling_batch_size", "stalled_temperature_factor")
         found += at_least(self, 0, "temperature", "top_k", "min_len", "fluency_weight", "retain_kl")
         if self.temperature == 0 and self.num_samples > 1:

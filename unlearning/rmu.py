@@ -3,7 +3,8 @@
     forget loss = mean squared distance of the activations on forget tokens to steering_coeff * u/|u|
     retain loss = the same distance to the activations of the model before unlearning, on retain tokens
 
-u is a fixed random vector; only some weights of the layer and of the two below it are trained.
+u is a fixed random vector; only some weights of the layer and of the two below it are trained. The layers above are run, too:
+a forward pass is not stopped half-way.
 
     python unlearning/main.py -cd=configs -cn=unlearn-tiny method=rmu
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.prompts import IGNORED
@@ -78,8 +80,6 @@ class RMU(UnlearningTrainer):
         trained = trained_parameters(model, names, settings)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
-        if args.gradient_checkpointing:
-            model.enable_input_require_grads()  # the frozen layers below would cut the graph
         super().__init__(model, args, data, settings)
         self.layer = self.model.get_submodule(names[-1])
         direction = torch.rand(
@@ -114,6 +114,8 @@ class RMU(UnlearningTrainer):
             model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
         finally:
             handle.remove()
+        if not outputs:
+            raise UserError(f"method.layers={self.settings.layers}: the model does not run a module that is called so")
         return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
 
 
@@ -123,7 +125,9 @@ def steered_layers(model: PreTrainedModel, settings: RMUSettings) -> list[str]:
     Raises:
         UserError: when no module's name matches `layers`, or the model has fewer than `layer` says.
     """
-    modules = [name for name, _ in model.named_modules()]
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    decoder = {id(module) for module in base.get_decoder().modules()}  # a vision tower has layers, too
+    modules = [name for name, module in model.named_modules() if id(module) in decoder]
     layers = [name for name in modules if re.search(settings.layers, f".{name}")]
     if not layers:
         numbered = [name for name in modules if name[-1:].isdigit()]

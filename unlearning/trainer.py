@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from common.data import Row
 from common.prompts import Example, PromptFormat, collate
+from common.runtime import UserError
 from common.training import ExampleTrainer, answer_logits, answer_tokens, in_slices
 from unlearning.answers import Answers
 from unlearning.reference import Reference
@@ -36,6 +37,8 @@ class MethodSettings:
     """Weight of the retain loss; 0: retain rows are not looked at."""
 
     def problems(self) -> list[str]:
+        if self.gamma == 0 and self.lambda_unlearning == 0:
+            return ["gamma=0, lambda_unlearning=0: nothing would be trained; give one of them a weight"]
         return at_least(self, 0, "gamma", "lambda_unlearning")
 
 
@@ -79,6 +82,8 @@ class UnlearningTrainer(ExampleTrainer):
         args: Hugging Face training arguments.
         data: the forget and retain rows.
         settings: the method's knobs, an instance of the class's `Settings`.
+    Raises:
+        UserError: when the method needs the model before unlearning and the weights are sharded.
     """
 
     Settings: type = MethodSettings  # dataclass of the method's knobs, with `problems`
@@ -88,6 +93,11 @@ class UnlearningTrainer(ExampleTrainer):
     ] = ()  # the method's own figures in an epoch's line: sums of an optimizer step, by `add_to_epoch`
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: Any):
+        if self.needs_reference and (args.deepspeed or args.fsdp):
+            raise UserError(
+                f"training.deepspeed, training.fsdp: {type(self).__name__} compares with the model before unlearning, which is "
+                "not kept where weights are sharded over processes; leave them out, or use model.lora on each GPU"
+            )
         super().__init__(model, args, examples=data.forget, tokenizer=data.prompts.tokenizer)
         self.data = data
         self.settings = settings

@@ -8,7 +8,6 @@ python unlearning/main.py -cd=configs -cn=unlearn-tiny method=undial
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import one_hot
 
 from unlearning.answers import Answers
 from unlearning.trainer import MethodSettings, UnlearningTrainer, at_least
@@ -33,6 +32,6 @@ class UNDIAL(UnlearningTrainer):
     def forget_loss(self, forget: Answers) -> torch.Tensor:
         self.add_to_epoch(forget_nll=forget.cross_entropy.detach())
         before = forget.reference.logits
-        true_token = one_hot(forget.targets, before.shape[-1])
-        teacher = (before - self.settings.beta * true_token).softmax(dim=-1)
+        before[torch.arange(len(before)), forget.targets] -= self.settings.beta
+        teacher = before.softmax(dim=-1)
         return forget.mean_over_tokens(-(teacher * forget.log_probs).sum(dim=-1))
