@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from common.config import RunConfig
-from common.runtime import ROOT, UserError, full_disk_as_user_error, is_first_process, read_json, write_json
+from common.runtime import CONFIGS, ROOT, UserError, full_disk_as_user_error, is_first_process, read_json, write_json
 
 RESULT = "result.json"
 FIGURES = (RESULT, "generations.jsonl", "rows.jsonl", "samples.jsonl", "history.jsonl", "report.md", "report.png")
@@ -81,11 +81,24 @@ def run_folder(stage: str, config: RunConfig, overrides: list[str] | None = None
 
 def finetuned_run(config: RunConfig, recipe: str) -> tuple[Path, str]:
     """Where a finetuning recipe writes with this run's seed and overrides of model and data, and the command for it."""
-    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    shared = [override.lstrip("+") for override in overrides if _shapes_finetuning(override)]
+    overrides = [word.lstrip("+") for word in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
+    own = {f"{group}={choice}" for group, choice in _choices(recipe).items()}
+    shared = [override for override in overrides if _shapes_finetuning(override) and override not in own]
     folder = Path(config.models_dir) / "finetuned" / recipe / run_name(config.seed, shared)
     command = ["python finetuning/main.py -cd=configs", f"-cn={recipe}", f"seed={config.seed}"]
     return folder, " ".join([*command, *map(shlex.quote, shared)])
+
+
+def _choices(recipe: str) -> dict[str, str]:
+    """What a recipe of ours chooses from the groups model, data, ..., itself or by what it inherits."""
+    path = CONFIGS / f"{recipe}.yaml"
+    chosen: dict[str, str] = {}
+    for entry in OmegaConf.load(path).get("defaults", []) if path.exists() else []:
+        if OmegaConf.is_dict(entry):
+            chosen |= {str(group).removeprefix("override "): choice for group, choice in entry.items()}
+        elif entry != "_self_":
+            chosen |= _choices(entry)
+    return chosen
 
 
 def _shapes_finetuning(override: str) -> bool:

@@ -137,15 +137,29 @@ def test_every_job_of_a_sweep_has_a_folder_below_output_dir(as_hydra):
 
 
 def test_the_finetuned_run_has_the_same_seed_model_and_data(as_hydra):
-    as_hydra("method.num_samples=2", "model.dtype=float16", "data.splits.train='a b'", "model=phi", "+data.x=1")
+    as_hydra("method.num_samples=2", "model.dtype=float16", "data.splits.train='a b'", "model=llama3", "+data.x=1")
     folder, command = finetuned_run(run_config(), "phi")
     assert folder == Path("/models/finetuned/phi") / run_name(
-        4, ["model.dtype=float16", "data.splits.train='a b'", "model=phi", "data.x=1"]
+        4, ["model.dtype=float16", "data.splits.train='a b'", "model=llama3", "data.x=1"]
     )
     assert command == (
         "python finetuning/main.py -cd=configs -cn=phi seed=4 "
-        "model.dtype=float16 'data.splits.train='\"'\"'a b'\"'\"'' model=phi data.x=1"
+        "model.dtype=float16 'data.splits.train='\"'\"'a b'\"'\"'' model=llama3 data.x=1"
     )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "folder"),
+    [
+        ("phi", ["model=phi", "data=tofu"], "phi/seed-4"),
+        ("phi", ["model=phi", "data=tiny"], "phi/seed-4+data-tiny"),
+        ("tiny-retain", ["model=tiny", "data=tiny"], "tiny-retain/seed-4"),  # as it inherits them
+        ("mine", ["model=phi"], "mine/seed-4+model-phi"),
+    ],
+)
+def test_what_the_finetuning_recipe_chooses_itself_names_no_other_run(as_hydra, recipe, overrides, folder):
+    as_hydra(*overrides)
+    assert finetuned_run(run_config(), recipe)[0] == Path("/models/finetuned") / folder
 
 
 def test_the_splits_of_other_stages_need_no_other_finetuned_model(as_hydra):
