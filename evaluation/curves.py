@@ -6,9 +6,10 @@ The runs were made with evaluation.every_epochs=1 or so. Prints a table of their
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from common.runtime import UserError, launch, read_json_lines
+from common.runtime import UserError, read_json_lines
 
 SCORES = {"unlearn_quality": "unlearn quality", "utility": "utility"}
 
@@ -56,15 +57,38 @@ def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     FigureCanvasAgg(figure).print_png(path)
 
 
+def named_folders(words: list[str]) -> dict[str, Path]:
+    """NAME=FOLDER, each name once.
+
+    Raises:
+        UserError: for a word of another form, and for a name that is given twice.
+    """
+    folders: dict[str, Path] = {}
+    for word in words:
+        name, _, folder = word.rpartition("=")
+        if not name:
+            raise UserError(f"{word}: expected NAME=FOLDER")
+        if name in folders:
+            raise UserError(f"{word}: the name {name} is given twice")
+        folders[name] = Path(folder)
+    return folders
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("png", type=Path, help="file that is drawn")
     parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="what a run is called, and its folder")
     arguments = parser.parse_args()
-    curves = {name: read_curve(Path(folder)) for name, _, folder in (run.rpartition("=") for run in arguments.runs)}
-    plot(curves, arguments.png)
+    try:
+        if arguments.png.suffix != ".png":
+            raise UserError(f"{arguments.png}: expected the picture's name first, ending in .png")
+        curves = {name: read_curve(folder) for name, folder in named_folders(arguments.runs).items()}
+    except UserError as error:
+        sys.exit(f"\nError: {error}")
     print(table(curves))
+    arguments.png.parent.mkdir(parents=True, exist_ok=True)
+    plot(curves, arguments.png)
 
 
 if __name__ == "__main__":
-    launch(main)
+    main()

@@ -1,9 +1,11 @@
 """Curves of several runs side by side."""
 
+from pathlib import Path
+
 import pytest
 
 from common.runtime import UserError, write_json_lines
-from evaluation.curves import plot, read_curve, table
+from evaluation.curves import main, named_folders, plot, read_curve, table
 
 
 def write_history(folder, utilities):
@@ -30,3 +32,19 @@ def test_a_run_without_evaluated_epochs_is_named(tmp_path):
     write_json_lines(tmp_path / "history.jsonl", [{"epoch": 1}])
     with pytest.raises(UserError, match="evaluation.every_epochs=1"):
         read_curve(tmp_path)
+
+
+def test_runs_are_named_once_and_the_picture_first(tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError, match="A: expected NAME=FOLDER"):
+        named_folders(["A"])
+    with pytest.raises(UserError, match="x=B: the name x is given twice"):
+        named_folders(["x=A", "x=B"])
+    assert named_folders(["method.retain_kl=1=A"]) == {"method.retain_kl=1": Path("A")}
+    run = write_history(tmp_path / "a", [90.0])
+    monkeypatch.setattr("sys.argv", ["curves", f"x={run}", f"y={run}"])
+    with pytest.raises(SystemExit, match="expected the picture's name first"):
+        main()
+    monkeypatch.setattr("sys.argv", ["curves", str(tmp_path / "new/c.png"), f"method.retain_kl=1={run}"])
+    main()
+    assert "| method.retain_kl=1 | 90.0 | 1 |" in capsys.readouterr().out
+    assert (tmp_path / "new/c.png").exists()

@@ -271,6 +271,15 @@ def test_the_temperature_rises_while_all_is_the_initial_response_and_falls_back(
     assert trainer.memory[0].score == 0.5
 
 
+def test_a_pick_that_stays_for_its_fluency_does_not_heat_a_question_whose_samples_differ(model, prompts, tmp_path):
+    trainer = make_trainer(model, prompts, tmp_path, settings=PMCSettings(stalled_temperature_factor=3.0))
+    trainer.memory = {0: Pick(1.0, [5, 2])}
+    trainer.adapt_temperature(ROWS[0], [Pick(1.0, [5, 2]), Pick(1.0, [5, 2])])
+    assert trainer.heat == {0: 3.0}
+    trainer.adapt_temperature(ROWS[0], [Pick(1.0, [5, 2]), Pick(0.5, [6, 2])])
+    assert trainer.heat == {}
+
+
 def test_state_survives_a_checkpoint(model, prompts, tmp_path):
     import json
 

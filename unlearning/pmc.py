@@ -59,7 +59,10 @@ class PMCSettings(MethodSettings):
     min_len: int = 0
     """Answers of fewer words score worse, by exp(-words); 0: off."""
     fluency_weight: float = 0.0
-    """Added to a score so many times: the answer's mean -log p per token under the model before unlearning; 0: off."""
+    """Added to a score so many times: the answer's mean -log p per token under the model before unlearning; 0: off.
+
+    A question is closed, as without it, when its pick has the score 0.
+    """
     retain_kl: float = 0.0
     """Added to the retain loss so many times: KL(before || now), a retain token, from the model before unlearning; 0: off."""
     prune: bool = True
@@ -78,6 +81,13 @@ class PMCSettings(MethodSettings):
                 f"temperature=0: all {self.num_samples} samples would be the same greedy answer; "
                 "expected more than 0, or num_samples=1"
             )
+        if self.temperature == 0 and self.stalled_temperature_factor > 1:
+            found.append(
+                f"stalled_temperature_factor={self.stalled_temperature_factor:g}: temperature=0 cannot be raised; "
+                "give it a temperature above 0"
+            )
+        if self.retain_kl and not self.lambda_unlearning:
+            found.append(f"retain_kl={self.retain_kl:g}: no retain row is looked at with lambda_unlearning=0")
         if not 0 < self.top_p <= 1:
             found.append(f"top_p={self.top_p}: expected 0 < top_p <= 1")
         target = self.reward.get("_target_") if isinstance(self.reward, dict) else self.reward
@@ -177,9 +187,9 @@ class PMC(UnlearningTrainer):
                 values = [pruner.bounds.get((question, sample), value) for sample, value in enumerate(values)]
             candidates.append([Pick(value, answer) for value, answer in zip(values, answers, strict=True)])
             self.count(candidates[-1])
-        for row, picks in zip(open_rows, self.penalised(open_rows, candidates), strict=True):
+        for row, drawn, picks in zip(open_rows, candidates, self.penalised(open_rows, candidates), strict=True):
             self.memory[row.index] = select(self.memory.get(row.index), picks)
-            self.adapt_temperature(row)
+            self.adapt_temperature(row, drawn)
         self.share_memory(open_rows)
         self.add_to_epoch(
             questions=len(rows),
@@ -244,10 +254,10 @@ class PMC(UnlearningTrainer):
                     means[place] = mean.item()
         return means
 
-    def adapt_temperature(self, row: Row) -> None:
-        """Draw a question hotter the next time while nothing but its initial response was ever sampled."""
+    def adapt_temperature(self, row: Row, drawn: list[Pick]) -> None:
+        """Draw a question hotter the next time while nothing but its initial response is sampled."""
         heat = self.heat.pop(row.index, 1.0)
-        if self.memory[row.index].score == 1:
+        if self.memory[row.index].score == 1 and all(pick.score == 1 for pick in drawn):
             self.heat[row.index] = min(heat * self.settings.stalled_temperature_factor, MOST_HEAT)
 
     def sampled_model(self) -> PreTrainedModel:
@@ -334,9 +344,9 @@ class PMC(UnlearningTrainer):
         if self.stalled_epochs == 2:
             log.warning(
                 "for %.0f%% of the questions every sample equals the initial response, so there is nothing to select: "
-                "the model knows these answers too well by heart. Set method.stalled_temperature_factor to 1.5 (now %g), raise "
-                "method.temperature (now %g), method.top_p or method.num_samples (now %d), or finetune for fewer epochs "
-                "(training.num_epochs there).",
+                "the model knows these answers too well by heart. Raise method.stalled_temperature_factor (now %g; 1.5 "
+                "is usual), method.temperature (now %g), method.top_p or method.num_samples (now %d), or finetune for fewer "
+                "epochs (training.num_epochs there).",
                 100 * share,
                 self.settings.stalled_temperature_factor,
                 self.settings.temperature,
