@@ -7,7 +7,7 @@ import textwrap
 import pytest
 from hydra import compose, initialize_config_dir
 
-from common.runtime import CONFIGS, ROOT, read_json_lines
+from common.runtime import CONFIGS, ROOT, allow_new_key, read_json_lines
 from tests.conftest import run_stage
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,7 +29,7 @@ def test_command_composes(command, monkeypatch):
     monkeypatch.setenv("PMC_ROOT", str(ROOT))
     words = shlex.split(command, comments=True)
     recipe = next(word.removeprefix("-cn=") for word in words if word.startswith("-cn="))
-    overrides = [word.split(",")[0] for word in words[2:] if not word.startswith("-")]
+    overrides = [allow_new_key(word.split(",")[0]) for word in words[2:] if not word.startswith("-")]
     with initialize_config_dir(str(CONFIGS), version_base=None):
         compose(recipe, overrides=overrides)
 
