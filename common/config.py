@@ -20,6 +20,27 @@ DTYPES = ("float32", "bfloat16", "float16")
 PROMPT_STYLES = ("chat", "plain")
 
 
+def at_least(settings: Any, least: float, *names: str) -> list[str]:
+    """What to say of the settings that are smaller than allowed; None is allowed."""
+    values = {name: getattr(settings, name) for name in names}
+    allowed = f"{least:g} or more" if least == 0 else f"at least {least:g}"
+    return [
+        f"{name}={value}: expected {allowed}" for name, value in values.items() if value is not None and value < least
+    ]
+
+
+def above_zero(settings: Any, *names: str) -> list[str]:
+    """What to say of the settings that are not positive."""
+    values = {name: getattr(settings, name) for name in names}
+    return [f"{name}={value}: expected more than 0" for name, value in values.items() if value <= 0]
+
+
+def share(settings: Any, *names: str) -> list[str]:
+    """What to say of the settings that are not above 0 and at most 1."""
+    values = {name: getattr(settings, name) for name in names}
+    return [f"{name}={value}: expected 0 < {name} <= 1" for name, value in values.items() if not 0 < value <= 1]
+
+
 @dataclass
 class PromptConfig:
     style: str = MISSING
@@ -58,9 +79,7 @@ class LoraSettings:
     """Save the merged model instead of the adapter."""
 
     def problems(self) -> list[str]:
-        found = []
-        if self.r < 1:
-            found.append(f"r={self.r}: expected at least 1")
+        found = at_least(self, 1, "r")
         if not 0 <= self.dropout < 1:
             found.append(f"dropout={self.dropout}: expected 0 <= dropout < 1")
         return found
@@ -80,7 +99,7 @@ class NewModelConfig:
     """Splits whose questions and answers the tokenizer is trained on."""
 
     def problems(self) -> list[str]:
-        return [] if self.vocab_size >= 300 else [f"vocab_size={self.vocab_size}: expected at least 300"]
+        return at_least(self, 300, "vocab_size")
 
 
 @dataclass
@@ -129,8 +148,7 @@ class DataConfig:
 
     def problems(self) -> list[str]:
         found = [f"columns.{name}: missing" for name in ("question", "answer") if name not in self.columns]
-        if self.max_length < 2:
-            found.append(f"max_length={self.max_length}: expected at least 2")
+        found += at_least(self, 2, "max_length")
         known = {"question", "answer", "paraphrased_question", "paraphrased_answer", "perturbed_answer"}
         found += [
             f"columns.{name}: no such field{did_you_mean(name, known, 'data.columns.')} (known: {', '.join(sorted(known))})"
@@ -156,15 +174,10 @@ class EvaluationConfig:
     """Also evaluate the model that training starts from."""
 
     def problems(self) -> list[str]:
-        found = []
-        for name in ("max_length", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                found.append(f"{name}={getattr(self, name)}: expected at least 1")
+        found = at_least(self, 1, "max_length", "batch_size")
         if self.bf16 not in ("auto", True, False):
             found.append(f"bf16={self.bf16}: expected auto, true or false")
-        if self.every_epochs < 0:
-            found.append(f"every_epochs={self.every_epochs}: expected 0 or more")
-        return found
+        return found + at_least(self, 0, "every_epochs")
 
 
 @dataclass

@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 from scipy.stats import beta
 
+from common.config import above_zero, at_least, share
 from common.rouge import rouge_l_recall
 from common.sampling import SamplingSettings
 from evaluation.case import Case
@@ -36,12 +37,9 @@ class SamplingAttack:
     """The bounds are wrong with at most this probability, each by itself."""
 
     def problems(self) -> list[str]:
-        found = [] if self.num_samples >= 1 else [f"num_samples={self.num_samples}: expected at least 1"]
-        if self.temperature <= 0:
-            found.append(f"temperature={self.temperature}: expected more than 0")
-        for name in ("top_p", "leak_threshold"):
-            if not 0 < getattr(self, name) <= 1:
-                found.append(f"{name}={getattr(self, name)}: expected 0 < {name} <= 1")
+        found = (
+            at_least(self, 1, "num_samples") + above_zero(self, "temperature") + share(self, "top_p", "leak_threshold")
+        )
         if not 0 < self.alpha <= 0.5:
             found.append(f"alpha={self.alpha}: expected 0 < alpha <= 0.5")
         return found

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from common.runtime import UserError, read_json_lines
+from evaluation.result import HISTORY
 
 SCORES = {"unlearn_quality": "unlearn quality", "utility": "utility"}
 
@@ -20,9 +21,9 @@ def read_curve(folder: Path) -> list[dict[str, float]]:
     Raises:
         UserError: when there is no history, or no epoch of it was evaluated.
     """
-    path = folder / "history.jsonl"
+    path = folder / HISTORY
     if not path.exists():
-        raise UserError(f"{folder}: no history.jsonl; name the folder of a finished run")
+        raise UserError(f"{folder}: no {HISTORY}; name the folder of a finished run")
     evaluated = [record for record in read_json_lines(path) if "utility" in record]
     if not evaluated:
         raise UserError(f"{path}: no epoch was evaluated; run it with evaluation.every_epochs=1")

@@ -13,6 +13,7 @@ import numpy as np
 from accelerate import PartialState
 from transformers import set_seed
 
+from common.config import above_zero, at_least, share
 from common.data import Row
 from common.runtime import UserError
 from common.training import ExampleTrainer, training_arguments
@@ -34,16 +35,8 @@ class Relearning:
     """Rows of an optimizer step."""
 
     def problems(self) -> list[str]:
-        found = [
-            f"{name}={getattr(self, name)}: expected at least 1"
-            for name in ("num_epochs", "batch_size")
-            if getattr(self, name) < 1
-        ]
-        if not 0 < self.fraction <= 1:
-            found.append(f"fraction={self.fraction}: expected 0 < fraction <= 1")
-        if self.learning_rate <= 0:
-            found.append(f"learning_rate={self.learning_rate}: expected more than 0")
-        return found
+        found = at_least(self, 1, "num_epochs", "batch_size") + share(self, "fraction")
+        return found + above_zero(self, "learning_rate")
 
 
 def measure(case: Case, scores: Scores) -> None:

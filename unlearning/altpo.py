@@ -10,13 +10,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from common.config import above_zero, at_least, share
 from common.data import Row
 from common.model import end_token_ids
 from common.prompts import Example
 from common.rouge import rouge_l_recall
 from common.sampling import SamplingSettings, generate
 from unlearning.dpo import DPO
-from unlearning.trainer import MethodSettings, above_zero, at_least
+from unlearning.trainer import MethodSettings
 
 ALTERNATIVE_STREAM = 4  # of `UnlearningTrainer.drawn`: which alternative a step takes
 SAMPLING_STREAM = 5  # of the sampler: the alternatives
@@ -46,11 +47,7 @@ class AltPOSettings(MethodSettings):
     def problems(self) -> list[str]:
         found = super().problems() + above_zero(self, "beta", "temperature")
         found += at_least(self, 1, "num_alternatives", "max_length") + at_least(self, 0, "top_k")
-        if not 0 < self.top_p <= 1:
-            found.append(f"top_p={self.top_p}: expected 0 < top_p <= 1")
-        if not 0 < self.max_recall <= 1:
-            found.append(f"max_recall={self.max_recall}: expected 0 < max_recall <= 1")
-        return found
+        return found + share(self, "top_p", "max_recall")
 
 
 class AltPO(DPO):

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
+from common.config import above_zero
 from common.data import Row
 from common.prompts import Example
 from unlearning.answers import Answers
 from unlearning.refusals import RefusalSettings, refusal_examples
-from unlearning.trainer import UnlearningTrainer, above_zero
+from unlearning.trainer import UnlearningTrainer
 
 
 @dataclass

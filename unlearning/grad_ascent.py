@@ -3,26 +3,16 @@
 python unlearning/main.py -cd=configs -cn=unlearn-tiny method=grad_ascent
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from unlearning.answers import Answers
-from unlearning.trainer import UnlearningTrainer
-
-
-@dataclass
-class GradAscentSettings:
-    """No knobs: the learning rate and the number of epochs are all there is."""
-
-    def problems(self) -> list[str]:
-        return []
+from unlearning.trainer import NoKnobs, UnlearningTrainer
 
 
 class GradAscent(UnlearningTrainer):
     """Makes the forget answers less likely, without a retain loss."""
 
-    Settings = GradAscentSettings
+    Settings = NoKnobs
 
     def loss_weights(self) -> tuple[float, float]:
         return 1.0, 0.0

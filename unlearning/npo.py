@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid
 
+from common.config import above_zero
 from unlearning.answers import Answers
-from unlearning.trainer import MethodSettings, UnlearningTrainer, above_zero
+from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 
 @dataclass

@@ -26,6 +26,7 @@ from accelerate.utils import gather_object
 from hydra.utils import get_method, instantiate
 from transformers import PreTrainedModel, TrainingArguments
 
+from common.config import above_zero, at_least, share
 from common.data import Row
 from common.decoding import Replica
 from common.model import end_token_ids
@@ -35,7 +36,7 @@ from common.training import answer_losses
 from unlearning.answers import Answers
 from unlearning.kl_min import divergence
 from unlearning.pruning import Pruner, complete_words
-from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer, above_zero, at_least
+from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +89,7 @@ class PMCSettings(MethodSettings):
             )
         if self.retain_kl and not self.lambda_unlearning:
             found.append(f"retain_kl={self.retain_kl:g}: no retain row is looked at with lambda_unlearning=0")
-        if not 0 < self.top_p <= 1:
-            found.append(f"top_p={self.top_p}: expected 0 < top_p <= 1")
+        found += share(self, "top_p")
         target = self.reward.get("_target_") if isinstance(self.reward, dict) else self.reward
         try:
             get_method(target)

@@ -18,9 +18,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
+from common.config import above_zero, at_least
 from common.prompts import IGNORED
 from common.runtime import UserError
-from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer, above_zero, at_least, parts
+from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer, parts
 
 TRAINED_LAYERS = 3  # the steered layer and the two below it
 

@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, TrainingArguments
 
+from common.config import at_least
 from common.data import Row
 from common.prompts import Example, PromptFormat, collate
 from common.runtime import UserError
@@ -42,19 +43,12 @@ class MethodSettings:
         return at_least(self, 0, "gamma", "lambda_unlearning")
 
 
-def at_least(settings: Any, least: float, *names: str) -> list[str]:
-    """What to say of the settings that are smaller than allowed; None is allowed."""
-    values = {name: getattr(settings, name) for name in names}
-    allowed = f"{least:g} or more" if least == 0 else f"at least {least:g}"
-    return [
-        f"{name}={value}: expected {allowed}" for name, value in values.items() if value is not None and value < least
-    ]
+@dataclass
+class NoKnobs:
+    """Of a method that the learning rate and the number of epochs settle."""
 
-
-def above_zero(settings: Any, *names: str) -> list[str]:
-    """What to say of the settings that are not positive."""
-    values = {name: getattr(settings, name) for name in names}
-    return [f"{name}={value}: expected more than 0" for name, value in values.items() if value <= 0]
+    def problems(self) -> list[str]:
+        return []
 
 
 @dataclass(frozen=True)

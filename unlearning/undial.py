@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from common.config import at_least
 from unlearning.answers import Answers
-from unlearning.trainer import MethodSettings, UnlearningTrainer, at_least
+from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 
 @dataclass
