@@ -1,6 +1,6 @@
 """Unlearn quality and utility over the epochs of several runs, side by side.
 
-    python -m evaluation.curves curves.png paper=models/unlearned/A "with retain_kl=models/unlearned/B"
+    python -m evaluation.curves curves.png paper=models/unlearned/A "with warmup=models/unlearned/B"
 
 The runs were made with evaluation.every_epochs=1 or so. Prints a table of their worst utility and of where they end.
 """

@@ -39,12 +39,12 @@ def test_runs_are_named_once_and_the_picture_first(tmp_path, monkeypatch, capsys
         named_folders(["A"])
     with pytest.raises(UserError, match="x=B: the name x is given twice"):
         named_folders(["x=A", "x=B"])
-    assert named_folders(["method.retain_kl=1=A"]) == {"method.retain_kl=1": Path("A")}
+    assert named_folders(["method.gamma=1=A"]) == {"method.gamma=1": Path("A")}
     run = write_history(tmp_path / "a", [90.0])
     monkeypatch.setattr("sys.argv", ["curves", f"x={run}", f"y={run}"])
     with pytest.raises(SystemExit, match="expected the picture's name first"):
         main()
-    monkeypatch.setattr("sys.argv", ["curves", str(tmp_path / "new/c.png"), f"method.retain_kl=1={run}"])
+    monkeypatch.setattr("sys.argv", ["curves", str(tmp_path / "new/c.png"), f"method.gamma=1={run}"])
     main()
-    assert "| method.retain_kl=1 | 90.0 | 1 |" in capsys.readouterr().out
+    assert "| method.gamma=1 | 90.0 | 1 |" in capsys.readouterr().out
     assert (tmp_path / "new/c.png").exists()

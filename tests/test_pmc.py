@@ -12,7 +12,6 @@ from common.prompts import collate
 from common.training import answer_logits
 from tests.conftest import ROWS
 from tests.test_training import arguments
-from unlearning.answers import Answers
 from unlearning.pmc import PMC, Pick, PMCSettings, scores, select
 from unlearning.rewards import rouge_l
 from unlearning.trainer import UnlearningData
@@ -131,21 +130,17 @@ def test_initial_responses_are_the_greedy_answers(model, prompts, tmp_path):
     assert trainer.initial_responses[3] == prompts.text(expected)
 
 
-def test_retain_kl_holds_the_retain_answers_where_they_were(model, prompts, tmp_path):
-    """One token of two: 1/2 and 1/2 before, 1/4 and 3/4 now; CE = ln 4, KL(before || now) = (ln 2 + ln 2/3) / 2."""
-
-    def answers(probabilities, reference=None):
-        logits, target = torch.tensor([probabilities]).log(), torch.tensor([0])
-        losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-        return Answers(losses, target, 1, target, lambda: logits, 1, 1, reference)
-
-    retain = answers([0.25, 0.75], lambda: answers([0.5, 0.5]))
-    settings = PMCSettings(num_samples=3, max_length=48, temperature=1.0)
-    for weight in (0.0, 2.0):
-        trainer = make_trainer(model, prompts, tmp_path, settings=replace(settings, retain_kl=weight))
-        expected = math.log(4) + weight * (math.log(2) + math.log(2 / 3)) / 2
-        assert trainer.retain_loss(retain).item() == pytest.approx(expected)
-        assert (trainer.reference is None) == (weight == 0), "the weights before unlearning are kept only if needed"
+def test_collapse_warmup_lets_gamma_grow_over_its_epochs(model, prompts, tmp_path):
+    """Eight rows, two a step, so four steps an epoch: the first of two epochs' warm-up has an eighth of gamma."""
+    settings = PMCSettings(num_samples=3, max_length=48, gamma=2.0, lambda_unlearning=3.0, collapse_warmup_epochs=2)
+    trainer = make_trainer(model, prompts, tmp_path, ROWS[:8], batch_size=1, accumulation=2, settings=settings)
+    weights = []
+    for step in range(10):
+        trainer.state.global_step = step
+        weights.append(trainer.loss_weights())
+    assert weights == [(min(2.0, 2.0 * (step + 1) / 8), 3.0) for step in range(10)]
+    trainer = make_trainer(model, prompts, tmp_path, settings=replace(settings, collapse_warmup_epochs=0))
+    assert trainer.loss_weights() == (2.0, 3.0), "off by default"
 
 
 def test_a_run_with_all_options_stays_closer_on_retain_rows(memorised, prompts, tmp_path):
@@ -154,15 +149,15 @@ def test_a_run_with_all_options_stays_closer_on_retain_rows(memorised, prompts, 
     batch = collate([prompts.example(row, 64) for row in ROWS])
     before = answer_logits(memorised, batch)[0].detach().log_softmax(-1)
     moved = {}
-    for weight in (0.0, 20.0):
+    for warmup in (0, 1000):
         memorised.load_state_dict(start)
-        options = {"stalled_temperature_factor": 2.0, "fluency_weight": 0.05, "retain_kl": weight}
+        options = {"stalled_temperature_factor": 2.0, "fluency_weight": 0.05, "collapse_warmup_epochs": warmup}
         settings = PMCSettings(num_samples=4, max_length=60, temperature=4.0, lambda_unlearning=0.05, **options)
         more = {"learning_rate": 1e-3, "max_steps": 4}
         make_trainer(memorised, prompts, tmp_path, ROWS[:4], 2, 2, settings, **more).train()
         now = answer_logits(memorised, batch)[0].detach().log_softmax(-1)
-        moved[weight] = (before.exp() * (before - now)).sum(-1).mean().item()
-    assert moved[20.0] < 0.7 * moved[0.0]
+        moved[warmup] = (before.exp() * (before - now)).sum(-1).mean().item()
+    assert moved[1000] < 0.7 * moved[0]
 
 
 def test_the_forget_answers_are_never_looked_at(model, prompts, tmp_path):

@@ -8,8 +8,8 @@
 4. Keep per question the answer with the lowest s so far; one whose s is 0 is not sampled again. Samples that cannot be
    picked any more are stopped while they are drawn (`unlearning.pruning`). An option adds to s how unlikely the answer
    was before unlearning, for fluent picks.
-5. Train: cross-entropy on the kept answers + lambda_unlearning * cross-entropy on retain answers. An option adds to the
-   latter how far the model has moved on them.
+5. Train: cross-entropy on the kept answers + lambda_unlearning * cross-entropy on retain answers. An option lets the
+   weight of the former grow over the first epochs.
 
 The forget answers of the data set are never looked at.
 """
@@ -33,8 +33,6 @@ from common.model import end_token_ids
 from common.prompts import Example, collate
 from common.sampling import SamplingSettings, generate
 from common.training import answer_losses
-from unlearning.answers import Answers
-from unlearning.kl_min import divergence
 from unlearning.pruning import Pruner, complete_words
 from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer
 
@@ -64,8 +62,8 @@ class PMCSettings(MethodSettings):
 
     A question is closed, as without it, when its pick has the score 0.
     """
-    retain_kl: float = 0.0
-    """Added to the retain loss so many times: KL(before || now), a retain token, from the model before unlearning; 0: off."""
+    collapse_warmup_epochs: float = 0.0
+    """gamma grows linearly from 0 over so many epochs; 0: off."""
     prune: bool = True
     """Stop samples that can no longer be picked; for rewards that never rise as a sample grows."""
     sampling_batch_size: int | None = None
@@ -76,7 +74,7 @@ class PMCSettings(MethodSettings):
     def problems(self) -> list[str]:
         found = super().problems() + above_zero(self, "gamma")
         found += at_least(self, 1, "num_samples", "max_length", "sampling_batch_size", "stalled_temperature_factor")
-        found += at_least(self, 0, "temperature", "top_k", "min_len", "fluency_weight", "retain_kl")
+        found += at_least(self, 0, "temperature", "top_k", "min_len", "fluency_weight", "collapse_warmup_epochs")
         if self.temperature == 0 and self.num_samples > 1:
             found.append(
                 f"temperature=0: all {self.num_samples} samples would be the same greedy answer; "
@@ -87,8 +85,6 @@ class PMCSettings(MethodSettings):
                 f"stalled_temperature_factor={self.stalled_temperature_factor:g}: temperature=0 cannot be raised; "
                 "give it a temperature above 0"
             )
-        if self.retain_kl and not self.lambda_unlearning:
-            found.append(f"retain_kl={self.retain_kl:g}: no retain row is looked at with lambda_unlearning=0")
         found += share(self, "top_p")
         target = self.reward.get("_target_") if isinstance(self.reward, dict) else self.reward
         try:
@@ -150,7 +146,7 @@ class PMC(UnlearningTrainer):
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: PMCSettings):
         # Made before super() wraps the model. A model kept in bfloat16 already is its own replica.
         self.replica = Replica(model, torch.bfloat16) if args.bf16 and model.dtype != torch.bfloat16 else None
-        self.needs_reference = settings.fluency_weight > 0 or settings.retain_kl > 0
+        self.needs_reference = settings.fluency_weight > 0
         super().__init__(model, args, data, settings)
         self.reward = instantiate(settings.reward, _partial_=True)
         self.prunes = settings.prune and getattr(self.reward.func, "never_rises", False)
@@ -301,12 +297,14 @@ class PMC(UnlearningTrainer):
 
     # --- step 5 ---
 
-    def retain_loss(self, retain: Answers) -> torch.Tensor:
-        """Cross-entropy, and as an option retain_kl times the divergence from the model before unlearning, a token."""
-        loss = super().retain_loss(retain)
-        if self.settings.retain_kl:
-            loss = loss + self.settings.retain_kl * retain.mean_over_tokens(divergence(retain))
-        return loss
+    def loss_weights(self) -> tuple[float, float]:
+        """gamma and lambda_unlearning of this optimizer step; gamma is smaller within `collapse_warmup_epochs`."""
+        gamma, lambda_unlearning = super().loss_weights()
+        if self.settings.collapse_warmup_epochs:
+            rows_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            steps = self.settings.collapse_warmup_epochs * math.ceil(len(self.data.forget) / rows_a_step)
+            gamma *= min(1.0, (self.state.global_step + 1) / steps)
+        return gamma, lambda_unlearning
 
     # --- the epoch's line ---
 
