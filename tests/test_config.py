@@ -312,7 +312,7 @@ def test_a_value_at_the_edge_is_accepted(override):
             "method.gamma=0 method.lambda_unlearning=0",
             "method.gamma=0, lambda_unlearning=0: nothing would be trained",
         ),
-        ("pmc", "method.collapse_warmup_epochs=-1", "method.collapse_warmup_epochs=-1: expected at least 0"),
+        ("pmc", "method.collapse_warmup_epochs=-1", "method.collapse_warmup_epochs=-1.0: expected 0 or more"),
         (
             "pmc",
             "method.temperature=0 method.num_samples=1 method.stalled_temperature_factor=2",
