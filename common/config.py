@@ -5,6 +5,7 @@ anything is loaded.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -21,18 +22,20 @@ PROMPT_STYLES = ("chat", "plain")
 
 
 def at_least(settings: Any, least: float, *names: str) -> list[str]:
-    """What to say of the settings that are smaller than allowed; None is allowed."""
+    """What to say of the settings that are smaller than allowed, infinite or not a number; None is allowed."""
     values = {name: getattr(settings, name) for name in names}
     allowed = f"{least:g} or more" if least == 0 else f"at least {least:g}"
     return [
-        f"{name}={value}: expected {allowed}" for name, value in values.items() if value is not None and value < least
+        f"{name}={value}: expected {allowed}"
+        for name, value in values.items()
+        if value is not None and not least <= value < math.inf
     ]
 
 
 def above_zero(settings: Any, *names: str) -> list[str]:
-    """What to say of the settings that are not positive."""
+    """What to say of the settings that are not positive, infinite or not a number."""
     values = {name: getattr(settings, name) for name in names}
-    return [f"{name}={value}: expected more than 0" for name, value in values.items() if value <= 0]
+    return [f"{name}={value}: expected more than 0" for name, value in values.items() if not 0 < value < math.inf]
 
 
 def share(settings: Any, *names: str) -> list[str]:

@@ -313,6 +313,9 @@ def test_a_value_at_the_edge_is_accepted(override):
             "method.gamma=0, lambda_unlearning=0: nothing would be trained",
         ),
         ("pmc", "method.collapse_warmup_epochs=-1", "method.collapse_warmup_epochs=-1.0: expected 0 or more"),
+        ("pmc", "method.collapse_warmup_epochs=inf", "method.collapse_warmup_epochs=inf: expected 0 or more"),
+        ("pmc", "method.fluency_weight=nan", "method.fluency_weight=nan: expected 0 or more"),
+        ("pmc", "method.gamma=inf", "method.gamma=inf: expected more than 0"),
         (
             "pmc",
             "method.temperature=0 method.num_samples=1 method.stalled_temperature_factor=2",

@@ -8,8 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.prompts import collate
-from common.training import answer_logits
 from tests.conftest import ROWS
 from tests.test_training import arguments
 from unlearning.pmc import PMC, Pick, PMCSettings, scores, select
@@ -131,9 +129,9 @@ def test_initial_responses_are_the_greedy_answers(model, prompts, tmp_path):
 
 
 def test_collapse_warmup_lets_gamma_grow_over_its_epochs(model, prompts, tmp_path):
-    """Eight rows, two a step, so four steps an epoch: the first of two epochs' warm-up has an eighth of gamma."""
+    """Seven rows, two a step, so four steps an epoch, the last a short one: the first of eight has an eighth of gamma."""
     settings = PMCSettings(num_samples=3, max_length=48, gamma=2.0, lambda_unlearning=3.0, collapse_warmup_epochs=2)
-    trainer = make_trainer(model, prompts, tmp_path, ROWS[:8], batch_size=1, accumulation=2, settings=settings)
+    trainer = make_trainer(model, prompts, tmp_path, ROWS[:7], batch_size=1, accumulation=2, settings=settings)
     weights = []
     for step in range(10):
         trainer.state.global_step = step
@@ -143,21 +141,42 @@ def test_collapse_warmup_lets_gamma_grow_over_its_epochs(model, prompts, tmp_pat
     assert trainer.loss_weights() == (2.0, 3.0), "off by default"
 
 
-def test_a_run_with_all_options_stays_closer_on_retain_rows(memorised, prompts, tmp_path):
-    """Through the whole trainer, with micro-batches: less divergence on the retain rows than without."""
-    start = {name: value.clone() for name, value in memorised.state_dict().items()}
-    batch = collate([prompts.example(row, 64) for row in ROWS])
-    before = answer_logits(memorised, batch)[0].detach().log_softmax(-1)
-    moved = {}
-    for warmup in (0, 1000):
-        memorised.load_state_dict(start)
-        options = {"stalled_temperature_factor": 2.0, "fluency_weight": 0.05, "collapse_warmup_epochs": warmup}
-        settings = PMCSettings(num_samples=4, max_length=60, temperature=4.0, lambda_unlearning=0.05, **options)
-        more = {"learning_rate": 1e-3, "max_steps": 4}
-        make_trainer(memorised, prompts, tmp_path, ROWS[:4], 2, 2, settings, **more).train()
-        now = answer_logits(memorised, batch)[0].detach().log_softmax(-1)
-        moved[warmup] = (before.exp() * (before - now)).sum(-1).mean().item()
-    assert moved[1000] < 0.7 * moved[0]
+def test_collapse_warmup_counts_the_steps_of_all_processes(model, prompts, tmp_path, monkeypatch):
+    """Seven rows, two a step on each of two processes: two steps an epoch."""
+    settings = PMCSettings(num_samples=3, max_length=48, collapse_warmup_epochs=2)
+    trainer = make_trainer(model, prompts, tmp_path, ROWS[:7], batch_size=1, accumulation=2, settings=settings)
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    assert trainer.loss_weights()[0] == 1 / 4
+
+
+def test_a_run_with_all_options_trains_with_the_weights_of_its_steps(memorised, prompts, tmp_path):
+    """Temperature, penalties and warm-up together, through the trainer, killed and gone on with: gamma * step / 8."""
+    options = {"stalled_temperature_factor": 2.0, "fluency_weight": 0.05, "collapse_warmup_epochs": 2}
+    settings = PMCSettings(num_samples=4, max_length=60, temperature=4.0, **options)
+    weights, losses = [], []
+
+    class Noting(PMC):
+        def get_batch_samples(self, *args):
+            found = super().get_batch_samples(*args)
+            weights.append(self.weights["forget"])
+            return found
+
+        def compute_loss(self, *args, **kwargs):
+            sums = dict(self.epoch_sums)
+            loss = super().compute_loss(*args, **kwargs)
+            new = {part: self.epoch_sums[part] - sums.get(part, 0.0) for part in ("forget_loss", "retain_loss")}
+            losses.append((loss.item(), self.weights["forget"] * new["forget_loss"] + 1.5 * new["retain_loss"]))
+            return loss
+
+    for stop, resume in ((3, None), (10, True)):
+        data = UnlearningData(ROWS[:7], ROWS[::-1], prompts, max_length=64)
+        more = {"learning_rate": 1e-3, "max_steps": stop, "save_strategy": "steps", "save_steps": 3}
+        trainer = Noting(memorised, arguments(tmp_path, 1, 2, **more), data, settings)
+        trainer.before_training()
+        trainer.train(resume_from_checkpoint=resume)
+    assert weights == [min(1.0, step / 8) for step in range(1, 11)]
+    assert all(loss == pytest.approx(float(expected), rel=1e-5) for loss, expected in losses)
+    assert trainer.reference and trainer.memory, "the other options are on"
 
 
 def test_the_forget_answers_are_never_looked_at(model, prompts, tmp_path):
