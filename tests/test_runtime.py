@@ -375,3 +375,21 @@ def test_other_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ZeroDivisionError):
         launch(main)
+
+
+@pytest.mark.parametrize(
+    ("seconds_bf16", "supported", "expected"), [(0.5, True, True), (2.0, True, False), (0.5, False, False)]
+)
+def test_bf16_is_chosen_on_a_cpu_that_is_faster_with_it(monkeypatch, seconds_bf16, supported, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    seconds = {torch.float32: 1.0, torch.bfloat16: seconds_bf16}
+    monkeypatch.setattr(runtime, "seconds_of_a_product", lambda *dtypes: {dtype: seconds[dtype] for dtype in dtypes})
+    assert runtime.has_fast_bf16.__wrapped__() == expected
+
+
+def test_products_of_each_type_are_timed():
+    seconds = runtime.seconds_of_a_product(torch.float32, torch.bfloat16)
+    assert set(seconds) == {torch.float32, torch.bfloat16}
+    assert all(0 < value < 10 for value in seconds.values())
