@@ -26,7 +26,7 @@ from common.runtime import Interrupted, UserError, has_fast_bf16, read_json, sui
 
 log = logging.getLogger(__name__)
 
-EXTRA_PASS = 32  # positions that a forward and backward pass more costs as much as on a CPU, about
+EXTRA_PASS = 128  # positions that a forward and backward pass more costs as much as on a CPU, about
 
 
 def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> TrainingArguments:
