@@ -3,7 +3,7 @@
 1. Every prompt goes through the model once, whatever the number of samples; its cache is then repeated.
 2. Every answer has random numbers of its own, keyed by (seed, optimizer step, row index): neither the order of the
    prompts, nor the rows beside it, nor the number of processes changes what is drawn.
-3. A finished answer leaves the batch: at once on a CPU, on a GPU as soon as a tenth of the rows are finished.
+3. A finished answer leaves the batch as soon as a tenth of the rows are finished.
 4. As many answers are drawn side by side as a share of the memory holds.
 """
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from common.decoding import Decoder, closed_up, decoder_of, packed_linears, rows_that_fit
 from common.runtime import suitable_threads
 
-KEEP_SHARE = {"cpu": 1.0, "cuda": 0.9}  # rows are dropped from the batch when at most this share of them is unfinished
+KEEP_SHARE = 0.9  # rows are dropped from the batch when at most this share of them is unfinished
 LOOK_EVERY = {"cpu": 1, "cuda": 8}  # tokens between two looks at what is finished; a look makes a GPU wait
 GROUP = 8  # tokens of which only the likeliest is looked at first
 DRAWS = 8  # random numbers for a token where a draw may be rejected
@@ -226,8 +226,7 @@ class _Batch:
         unfinished = int(alive.sum())
         self.bar.update(len(self.names) - unfinished - self.ended)
         self.ended = len(self.names) - unfinished
-        share = KEEP_SHARE.get(self.rows.device.type, KEEP_SHARE["cuda"])
-        if unfinished == len(self.rows) or unfinished > share * len(self.rows):
+        if unfinished > KEEP_SHARE * len(self.rows):
             return None
         kept = closed_up(alive)
         self.rows, self.room, self.finished = self.rows[kept], self.room[kept], self.finished[kept]

@@ -354,7 +354,7 @@ def test_the_first_samples_stay_when_more_are_drawn(reference, num_samples):
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_dropping_finished_answers_changes_no_answer(reference, monkeypatch, share):
     """0: finished rows stay to the end; 1: each leaves at once."""
-    monkeypatch.setattr(sampling, "KEEP_SHARE", {"cpu": share, "cuda": share})
+    monkeypatch.setattr(sampling, "KEEP_SHARE", share)
     assert sampled(reference.model, reference.prompts, reference.keys, top_p=0.95) == reference.answers
 
 
