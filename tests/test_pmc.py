@@ -150,7 +150,7 @@ def test_collapse_warmup_counts_the_steps_of_all_processes(model, prompts, tmp_p
 
 
 def test_a_run_with_all_options_trains_with_the_weights_of_its_steps(memorised, prompts, tmp_path):
-    """Temperature, penalties and warm-up together, through the trainer, killed and gone on with: gamma * step / 8."""
+    """Temperature, penalties and warm-up together, through the trainer, stopped and gone on with: gamma * step / 8."""
     options = {"stalled_temperature_factor": 2.0, "fluency_weight": 0.05, "collapse_warmup_epochs": 2}
     settings = PMCSettings(num_samples=4, max_length=60, temperature=4.0, **options)
     weights, losses = [], []
