@@ -8,6 +8,7 @@ work the plain step does.
 import contextlib
 import copy
 import logging
+import os
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 ROOM = 64  # columns that a full buffer grows by; also the step between the column counts of recorded graphs
 ROWS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]  # row counts of recorded graphs
 MEMORY_SHARE = 0.1  # of the device's memory, for the cache of the answers drawn side by side
+PREFILL_PROMPTS = {"cpu": 32, "cuda": 256}  # prompts read side by side; all are as long as the longest of them
 MOST_ROWS = {"cpu": 256, "cuda": 1024}  # more rows at a time are not faster
 
 
@@ -147,6 +149,15 @@ class PreallocatedLayer(DynamicLayer):
             for states in (self.keys, self.values)
         )
 
+    def join(self, parts: list["PreallocatedLayer"], shared: int) -> None:
+        """Hold the rows of all parts, whose first `shared` columns are of the same tokens.
+
+        The last columns of the parts come to lie beside each other; those that a part lacks are zeros after the shared ones.
+        """
+        self.rows, self.length = sum(part.rows for part in parts), max(part.length for part in parts)
+        self.keys = torch.cat([_widened(part.keys, 2, shared, self.length) for part in parts])
+        self.values = torch.cat([_widened(part.values, 2, shared, self.length) for part in parts])
+
     def repeat_into(self, n: int, buffers: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Go on in these buffers, with every row n times."""
         self.rows *= n
@@ -163,6 +174,13 @@ class PreallocatedLayer(DynamicLayer):
         for buffer in self.buffers:
             buffer[target, :, : self.length] = buffer[source, :, : self.length]
         self.keys, self.values = (buffer[: self.rows, :, : self.length] for buffer in self.buffers)
+
+
+def _widened(states: torch.Tensor, dim: int, place: int, size: int) -> torch.Tensor:
+    """The tensor with as many zeros inserted at a place of a dimension as that has `size` then."""
+    before, after = states.narrow(dim, 0, place), states.narrow(dim, place, states.shape[dim] - place)
+    shape = [*states.shape[:dim], size - states.shape[dim], *states.shape[dim + 1 :]]
+    return torch.cat((before, states.new_zeros(shape), after), dim)
 
 
 def closed_up(alive: torch.Tensor) -> torch.Tensor:
@@ -218,20 +236,16 @@ class Decoder:
         Returns:
             logits of the answers' first tokens, shape (prompts * n, vocabulary).
         """
-        device = self.model.device
-        input_ids, mask = pad_left(prompts, device)
-        self.cache = DynamicCache(config=self.model.config)
-        self.cache.layers = [PreallocatedLayer() if type(own) is DynamicLayer else own for own in self.cache.layers]
+        logits, mask, self.cache = self.read(prompts)
         self.preallocated = [layer for layer in self.cache.layers if isinstance(layer, PreallocatedLayer)]
-        self.length = input_ids.shape[1]
-        logits = self.forward(input_ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
+        self.length = mask.shape[1]
         rows, columns = len(prompts) * n, self.length + room
         for layer in self.cache.layers:
             if not isinstance(layer, PreallocatedLayer) and n > 1:
                 layer.batch_repeat_interleave(n)
         for layer, buffers in zip(self.preallocated, self._buffers(rows, columns), strict=True):
             layer.repeat_into(n, buffers)
-        self.mask = torch.zeros(rows, columns, dtype=torch.bool, device=device)
+        self.mask = torch.zeros(rows, columns, dtype=torch.bool, device=mask.device)
         self.mask[:, : self.length] = mask.repeat_interleave(n, 0)
         # A mask of four dimensions is taken as it is, which spares its making; sliding windows need one of their own.
         self.whole_mask = self.model.config._attn_implementation == "sdpa" and len(self.preallocated) == len(
@@ -239,6 +253,50 @@ class Decoder:
         )
         self.positions = mask.sum(1).repeat_interleave(n)  # of the next token
         return logits.repeat_interleave(n, 0)
+
+    def read(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+        """Put the prompts through the model: many of them in parts, and how all of them begin, once.
+
+        Returns:
+            logits of the next tokens, shape (prompts, vocabulary); mask of the columns, shape (prompts, columns), each prompt's
+            last token in the last column; and the cache, which has the same columns.
+        """
+        size = PREFILL_PROMPTS.get(self.model.device.type, len(prompts))
+        if len(prompts) <= size or not self._reads_in_parts():
+            return self._read(prompts, None)
+        beginning = os.path.commonprefix([prompt[:-1] for prompt in prompts])
+        known = self._read([beginning], None)[2] if beginning else None
+        parts = [self._read(prompts[start : start + size], known) for start in range(0, len(prompts), size)]
+        logits, masks, caches = zip(*parts, strict=True)
+        columns = max(mask.shape[1] for mask in masks)
+        cache = caches[0]
+        for layer, *others in zip(*(some.layers for some in caches), strict=True):
+            layer.join([layer, *others], len(beginning))
+        return torch.cat(logits), torch.cat([_widened(mask, 1, len(beginning), columns) for mask in masks]), cache
+
+    def _reads_in_parts(self) -> bool:
+        """Whether columns may lie apart: every layer sees all of them, and rotations tell where a token is."""
+        rotates = getattr(self.model.config.get_text_config(decoder=True), "rope_parameters", None)
+        return bool(rotates) and all(isinstance(layer, PreallocatedLayer) for layer in self._new_cache().layers)
+
+    def _new_cache(self) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        return cache
+
+    def _read(
+        self, prompts: list[list[int]], known: DynamicCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+        """The same for prompts side by side; `known`: the cache of how all of them begin, a single row, None for nothing."""
+        cache, length = self._new_cache(), 0
+        if known:
+            length = known.get_seq_length()
+            for layer, own in zip(known.layers, cache.layers, strict=True):
+                own.update(*(states.expand(len(prompts), -1, -1, -1) for states in (layer.keys, layer.values)))
+        input_ids, mask = pad_left([prompt[length:] for prompt in prompts], self.model.device)
+        mask = torch.nn.functional.pad(mask, (length, 0), value=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, length:]
+        return self.forward(input_ids, mask, positions, cache), mask, cache
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Append a token to every answer, shape (rows,); returns the logits of the next, shape (rows, vocabulary)."""
@@ -257,16 +315,19 @@ class Decoder:
 
     def plain_step(self, tokens: torch.Tensor) -> torch.Tensor:
         mask = self.mask[:, : self.length]
-        return self.forward(tokens[:, None], mask[:, None, None] if self.whole_mask else mask, self.positions[:, None])
+        mask = mask[:, None, None] if self.whole_mask else mask
+        return self.forward(tokens[:, None], mask, self.positions[:, None], self.cache)
 
-    def forward(self, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
         # Under mixed precision accelerate wraps `forward` in autocast, which would cast every weight again at every token.
         forward = self.model.__dict__.get("_original_forward", self.model)
         output = forward(
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
+            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
@@ -356,6 +417,7 @@ class StepGraphs:
             "input_ids": self.tokens[:rows],
             "mask": self.mask[:rows, None, None, :columns],
             "positions": self.positions[:rows],
+            "cache": decoder.cache,
         }
         for layer in decoder.preallocated:
             layer.fixed = (self.column, columns)

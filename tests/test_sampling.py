@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from common import sampling
+from common import decoding, sampling
 from common.config import PromptConfig
 from common.decoding import Decoder, Replica, closed_up, packed_linears
 from common.prompts import PromptFormat
@@ -379,9 +379,9 @@ def noted_shapes(monkeypatch) -> list[tuple[int, int]]:
     """Rows and tokens of every forward pass from here on."""
     shapes, forward = [], Decoder.forward
 
-    def noting(self, input_ids, mask, positions):
+    def noting(self, input_ids, *others):
         shapes.append(tuple(input_ids.shape))
-        return forward(self, input_ids, mask, positions)
+        return forward(self, input_ids, *others)
 
     monkeypatch.setattr(Decoder, "forward", noting)
     return shapes
@@ -399,6 +399,57 @@ def test_every_prompt_goes_through_the_model_once(reference, monkeypatch):
     sampled(reference.model, reference.prompts, reference.keys, num_samples=6)
     assert shapes[0] == (5, 14)
     assert {length for _, length in shapes[1:]} == {1}
+
+
+BEGINNING = [11, 3, 40, 8]
+
+
+@pytest.mark.parametrize("beginning", [BEGINNING, []])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_reading_prompts_in_parts_changes_no_answer(monkeypatch, architecture, beginning):
+    """Nor does reading once how all of them begin."""
+    model = random_model(architecture)
+    prompts = [beginning + prompt for prompt in random_prompts((1, 14, 7, 5, 11))]
+    keys = [(0, index) for index in range(len(prompts))]
+    together = sampled(model, prompts, keys)
+    monkeypatch.setitem(decoding.PREFILL_PROMPTS, "cpu", 2)
+    assert sampled(model, prompts, keys) == together
+    greedy = generate(model, prompts, SamplingSettings(30), [5, 6])
+    assert [answers[0] for answers in greedy] == [hugging_face_greedy(model, prompt, 30, [5, 6]) for prompt in prompts]
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_reading_prompts_in_parts_gives_the_same_logits(monkeypatch, num_samples):
+    model, prompts = random_model(), [BEGINNING + prompt for prompt in random_prompts((1, 5, 5, 14, 7))]
+    tokens = torch.arange(5 * num_samples) + 1
+
+    def logits():
+        decoder = Decoder(model)
+        with torch.no_grad():
+            return torch.stack([decoder.start(prompts, num_samples, 4), decoder.step(tokens), decoder.step(tokens)])
+
+    together = logits()
+    monkeypatch.setitem(decoding.PREFILL_PROMPTS, "cpu", 2)
+    torch.testing.assert_close(logits(), together, rtol=1e-4, atol=1e-4)
+
+
+def test_many_prompts_are_read_in_parts_and_their_beginning_once(reference, monkeypatch):
+    monkeypatch.setitem(decoding.PREFILL_PROMPTS, "cpu", 2)
+    shapes = noted_shapes(monkeypatch)
+    generate(
+        reference.model, [BEGINNING + prompt for prompt in random_prompts((1, 14, 7, 5, 11))], SamplingSettings(30), [7]
+    )
+    assert shapes[:4] == [(1, 4), (2, 5), (2, 11), (1, 14)]
+    assert {length for _, length in shapes[4:]} == {1}
+
+
+def test_prompts_that_are_alike_but_for_their_length_keep_a_token_to_read(reference, monkeypatch):
+    monkeypatch.setitem(decoding.PREFILL_PROMPTS, "cpu", 1)
+    prompts = [BEGINNING, BEGINNING, BEGINNING + [9]]
+    answers = generate(reference.model, prompts, SamplingSettings(30), [7])
+    assert [answer[0] for answer in answers] == [
+        hugging_face_greedy(reference.model, prompt, 30, [7]) for prompt in prompts
+    ]
 
 
 # --- a temperature for each prompt ---
