@@ -15,6 +15,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +32,7 @@ from common.model import new_model
 from common.runs import job_errors
 from common.runtime import CONFIGS, device_name, launch, package_versions, write_json
 from common.training import training_arguments
+from unlearning.main import start_checkpoint
 
 WAYS = ("plain", "ours")
 
@@ -71,6 +73,7 @@ def summary(ways: dict[str, Way], config: RunConfig, settings: BenchmarkSettings
         figures["peak_memory_bytes"] = max(step["peak_memory_bytes"] for step in way.steps)
         if way.evaluation:
             figures["seconds_evaluation"] = way.evaluation["seconds"]
+            figures["seconds_evaluation_answers"] = way.evaluation["seconds"] - way.evaluation["scoring"]
             result["mean_recall"][name] = way.evaluation["mean_recall"]
         if settings.questions:
             windows = settings.questions * config.training["num_epochs"] / window_size(config)
@@ -170,6 +173,8 @@ def benchmark(cfg: DictConfig) -> Path:
     """
     config, settings = read(cfg)
     plain_cfg = OmegaConf.to_container(cfg, resolve=True)
+    if not config.model.new:
+        plain_cfg["model"] = asdict(start_checkpoint(config, str(cfg.finetuned)))
     with TemporaryDirectory() as folder:
         ways = measure(plain_cfg, settings, folder)
         bf16 = training_arguments(config, Path(folder), 0).bf16

@@ -14,6 +14,7 @@ from benchmarks.engines import ANSWER_LENGTH, engines
 from benchmarks.synthetic import ANSWER_TOKENS, PROMPT_TOKENS, draw_lengths, rows, word_tokenizer
 from benchmarks.worker import make_trainer, read, window_size
 from common.prompts import Example
+from common.rouge import rouge_l_recall
 from common.runtime import CONFIGS, ROOT
 
 SMALL = [
@@ -88,6 +89,22 @@ def test_the_plain_way_computes_the_mean_loss_of_its_labels(tmp_path):
     logits = trainer.model(torch.tensor([[5, 6, 7, 8, 9]])).logits[0].log_softmax(-1)
     expected = -(logits[1, 7] + logits[2, 8] + logits[3, 9]) / 3
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_plain_way_scores_an_answer_as_ours_does(tmp_path):
+    trainer = make_trainer("plain", config(), str(tmp_path), 1)
+    assert trainer.evaluation_recall("The cat sat on mats", "cats sat there") == rouge_l_recall(
+        "The cat sat on mats", "cats sat there"
+    )
+
+
+def test_a_run_starts_from_what_its_finetuning_recipe_writes(tmp_path):
+    """Overrides of the data set name the folder, as in the unlearning stage."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "pmc.py"), "-cn=benchmark-smollm2-run", "data.path=mine"]
+    done = subprocess.run([*command, f"models_dir={tmp_path}"], capture_output=True, text=True, timeout=280, cwd=ROOT)
+    assert done.returncode == 1
+    assert f"model.path={tmp_path}/finetuned/smollm2-cpu/seed-0+data.path-mine: no such folder" in done.stderr
+    assert "make it with: python finetuning/main.py -cd=configs -cn=smollm2-cpu seed=0 data.path=mine" in done.stderr
 
 
 def test_invented_rows_have_tofus_lengths():

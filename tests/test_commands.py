@@ -304,7 +304,7 @@ def test_a_changed_configuration_redoes_the_run_and_keeps_the_old_figures(models
 def test_a_real_run_is_timed_both_ways(models_dir, tmp_path):
     """Both start from the finetuned model and train it; the plain way is the same algorithm."""
     command = [sys.executable, str(ROOT / "benchmarks" / "pmc.py"), "-cn=benchmark-tiny-run", "benchmark.steps=2"]
-    command += [f"models_dir={tmp_path}", f"model.path={models_dir}/finetuned/tiny/seed-0"]
+    command += [f"models_dir={tmp_path}", f"finetuned={models_dir}/finetuned/tiny/seed-0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "benchmarks" / "benchmark-tiny-run.json").read_text())
@@ -313,3 +313,5 @@ def test_a_real_run_is_timed_both_ways(models_dir, tmp_path):
         "two steps from the same model, answers scored alike"
     )
     assert "limit" not in result, "what a real step needs is not counted"
+    for figures in result["ways"].values():
+        assert 0 < figures["seconds_evaluation_answers"] < figures["seconds_evaluation"]
