@@ -255,7 +255,7 @@ class Decoder:
         return logits.repeat_interleave(n, 0)
 
     def read(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-        """Put the prompts through the model: many of them in parts, and how all of them begin, once.
+        """Put the prompts through the model: many of them in parts of like length, and what they all begin with once.
 
         Returns:
             logits of the next tokens, shape (prompts, vocabulary); mask of the columns, shape (prompts, columns), each prompt's
@@ -287,7 +287,7 @@ class Decoder:
     def _read(
         self, prompts: list[list[int]], known: DynamicCache | None
     ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-        """The same for prompts side by side; `known`: the cache of how all of them begin, a single row, None for nothing."""
+        """The same for prompts side by side; `known`: the cache of what they all begin with, a single row, None for nothing."""
         cache, length = self._new_cache(), 0
         if known:
             length = known.get_seq_length()

@@ -1,6 +1,7 @@
 """The one engine that generates text: PMC's samples, the initial responses and the evaluation's answers.
 
-1. Every prompt goes through the model once, whatever the number of samples; its cache is then repeated.
+1. Every prompt goes through the model once, whatever the number of samples; its cache is then repeated. A beginning that
+   many prompts share is read once for all of them.
 2. Every answer has random numbers of its own, keyed by (seed, optimizer step, row index): neither the order of the
    prompts, nor the rows beside it, nor the number of processes changes what is drawn.
 3. A finished answer leaves the batch as soon as a tenth of the rows are finished.
