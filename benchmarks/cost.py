@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from transformers import TrainerCallback
 
 from benchmarks.ours import TimedPMC
-from benchmarks.worker import make_trainer, read, window_size
+from benchmarks.worker import make_trainer, read, window_size, with_checkpoint
 from common.config import RunConfig
 from common.runs import job_errors
 from common.runtime import CONFIGS, device_name, launch, package_versions, write_json
@@ -99,7 +99,7 @@ def cost(cfg: DictConfig) -> Path:
     Raises:
         UserError: for whatever is wrong with the configuration.
     """
-    config, _ = read(cfg)
+    config, _ = read(with_checkpoint(cfg))
     curves = {
         "num_samples": [epoch(config, QUESTIONS[0], n) for n in NUM_SAMPLES],
         "questions": [epoch(config, questions, config.settings.num_samples) for questions in QUESTIONS],

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from transformers import GenerationConfig
 
 from benchmarks.plain import plain_answers
-from benchmarks.worker import make_trainer, read, window_size
+from benchmarks.worker import make_trainer, read, window_size, with_checkpoint
 from common.config import RunConfig
 from common.runs import job_errors
 from common.runtime import CONFIGS, launch
@@ -51,7 +51,7 @@ def compare(cfg: DictConfig) -> dict[str, float]:
     Raises:
         UserError: for whatever is wrong with the configuration.
     """
-    config, _ = read(cfg)
+    config, _ = read(with_checkpoint(cfg))
     with TemporaryDirectory() as folder:
         trainer = make_trainer("ours", config, folder, window_size(config))
     prompts = [trainer.prompt_ids[row.index] for row in trainer.data.forget]

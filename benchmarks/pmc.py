@@ -3,7 +3,7 @@
     python benchmarks/pmc.py -cn=benchmark-tiny
     python benchmarks/pmc.py -cn=benchmark-smollm2 training.bf16=false benchmark.steps=2
 
-1. Two processes load the same random weights, one for each way; each has its own peak of memory.
+1. Two processes load the same weights (random ones, or a run's), one for each way; each has its own peak of memory.
 2. They take turns: a step the plain way, a step our way, on the same questions and the same lengths of samples.
 3. Means over the steps, their ratio and the arithmetic limit of the machine are printed and written as JSON, with the
    device and the versions, to models/benchmarks/<recipe>.json.
@@ -15,7 +15,6 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,13 +25,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.synthetic import word_tokenizer
-from benchmarks.worker import BenchmarkSettings, Way, read, window_size
+from benchmarks.worker import BenchmarkSettings, Way, read, window_size, with_checkpoint
 from common.config import RunConfig
 from common.model import new_model
 from common.runs import job_errors
 from common.runtime import CONFIGS, device_name, launch, package_versions, write_json
 from common.training import training_arguments
-from unlearning.main import start_checkpoint
 
 WAYS = ("plain", "ours")
 
@@ -171,10 +169,9 @@ def benchmark(cfg: DictConfig) -> Path:
     Raises:
         UserError: for whatever is wrong with the configuration, or when a way's process dies.
     """
+    cfg = with_checkpoint(cfg)
     config, settings = read(cfg)
-    plain_cfg = OmegaConf.to_container(cfg, resolve=True)
-    if not config.model.new:
-        plain_cfg["model"] = asdict(start_checkpoint(config, str(cfg.finetuned)))
+    plain_cfg = OmegaConf.to_container(cfg)
     with TemporaryDirectory() as folder:
         ways = measure(plain_cfg, settings, folder)
         bf16 = training_arguments(config, Path(folder), 0).bf16

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -24,6 +24,7 @@ from common.runtime import UserError, peak_memory_bytes, prepare_process
 from common.sampling import SamplingSettings, generate
 from common.training import training_arguments
 from evaluation.headline import load_questions
+from unlearning.main import start_checkpoint
 from unlearning.pmc import PMCSettings
 from unlearning.trainer import UnlearningData
 
@@ -61,6 +62,19 @@ def read(cfg: DictConfig) -> tuple[RunConfig, BenchmarkSettings]:
     """
     config = read_config(cfg, PMCSettings, also=("finetuned",), sections={"benchmark": BenchmarkSettings})
     return config, config.sections["benchmark"]
+
+
+def with_checkpoint(cfg: DictConfig) -> DictConfig:
+    """The recipe, resolved, with the checkpoint that the unlearning stage would start from; random weights need none.
+
+    Raises:
+        UserError: naming every key that does not fit.
+    """
+    config, _ = read(cfg)
+    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    if not config.model.new:
+        resolved.model = asdict(start_checkpoint(config, str(cfg.finetuned)))
+    return resolved
 
 
 def window_size(config: RunConfig) -> int:
@@ -160,8 +174,8 @@ class Worker:
         recall = rouge_l_recall if self.way == "ours" else self.trainer.evaluation_recall
         references = [reference for split in splits for _, reference in split]
         recalls = [recall(reference, text) for reference, text in zip(references, texts, strict=True)]
-        seconds = {"seconds": time.perf_counter() - started, "scoring": time.perf_counter() - answered}
-        return seconds | {"mean_recall": statistics.fmean(recalls)}
+        ended = time.perf_counter()
+        return {"seconds": ended - started, "scoring": ended - answered, "mean_recall": statistics.fmean(recalls)}
 
     def our_answers(self, splits: list[list[tuple[str, str]]], lengths: list[list[int] | None]) -> list[str]:
         """All splits' questions together, as the evaluation stage asks them."""

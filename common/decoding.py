@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 ROOM = 64  # columns that a full buffer grows by; also the step between the column counts of recorded graphs
 ROWS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]  # row counts of recorded graphs
 MEMORY_SHARE = 0.1  # of the device's memory, for the cache of the answers drawn side by side
-PREFILL_PROMPTS = {"cpu": 32, "cuda": 256}  # prompts read side by side; all are as long as the longest of them
+PREFILL_PROMPTS = {"cpu": 32, "cuda": 256}  # prompts read side by side, padded to the longest of them
+ROTATED_BY_THE_LONGEST = ("dynamic", "longrope")  # rotations that depend on the longest row of a pass, too
 MOST_ROWS = {"cpu": 256, "cuda": 1024}  # more rows at a time are not faster
 
 
@@ -118,7 +119,7 @@ class PreallocatedLayer(DynamicLayer):
             return key_states, value_states
         start, end = self.length, self.length + key_states.shape[2]
         if end > self.buffers[0].shape[2]:
-            self._grow(end + ROOM)
+            self.grow(end + ROOM)
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[: self.rows, :, start:end] = states
         self.length = end
@@ -132,7 +133,7 @@ class PreallocatedLayer(DynamicLayer):
             buffer[:rows].index_copy_(2, column, states)
         return tuple(buffer[:rows, :, :columns] for buffer in self.buffers)
 
-    def _grow(self, columns: int) -> None:
+    def grow(self, columns: int) -> None:
         grown = []
         for buffer in self.buffers:
             larger = buffer.new_empty(self.rows, buffer.shape[1], columns, buffer.shape[3])
@@ -153,10 +154,15 @@ class PreallocatedLayer(DynamicLayer):
         """Hold the rows of all parts, whose first `shared` columns are of the same tokens.
 
         The last columns of the parts come to lie beside each other; those that a part lacks are zeros after the shared ones.
+        The parts are given up, layer by layer, so that no second cache is held.
         """
         self.rows, self.length = sum(part.rows for part in parts), max(part.length for part in parts)
         self.keys = torch.cat([_widened(part.keys, 2, shared, self.length) for part in parts])
         self.values = torch.cat([_widened(part.values, 2, shared, self.length) for part in parts])
+        for part in parts:
+            part.buffers = None
+            if part is not self:
+                part.keys = part.values = None
 
     def repeat_into(self, n: int, buffers: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Go on in these buffers, with every row n times."""
@@ -177,7 +183,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def _widened(states: torch.Tensor, dim: int, place: int, size: int) -> torch.Tensor:
-    """The tensor with as many zeros inserted at a place of a dimension as that has `size` then."""
+    """The tensor with zeros inserted at `place` of dimension `dim`, so that it has `size` there."""
     before, after = states.narrow(dim, 0, place), states.narrow(dim, place, states.shape[dim] - place)
     shape = [*states.shape[:dim], size - states.shape[dim], *states.shape[dim + 1 :]]
     return torch.cat((before, states.new_zeros(shape), after), dim)
@@ -236,6 +242,7 @@ class Decoder:
         Returns:
             logits of the answers' first tokens, shape (prompts * n, vocabulary).
         """
+        self.cache = self.preallocated = None  # freed before the next prompts are read
         logits, mask, self.cache = self.read(prompts)
         self.preallocated = [layer for layer in self.cache.layers if isinstance(layer, PreallocatedLayer)]
         self.length = mask.shape[1]
@@ -255,18 +262,20 @@ class Decoder:
         return logits.repeat_interleave(n, 0)
 
     def read(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-        """Put the prompts through the model: many of them in parts of like length, and what they all begin with once.
+        """Put the prompts through the model: many of them in parts, and what they all begin with once.
 
+        Args:
+            prompts: token ids; sorted by length, the parts have little padding.
         Returns:
             logits of the next tokens, shape (prompts, vocabulary); mask of the columns, shape (prompts, columns), each prompt's
             last token in the last column; and the cache, which has the same columns.
         """
         size = PREFILL_PROMPTS.get(self.model.device.type, len(prompts))
         if len(prompts) <= size or not self._reads_in_parts():
-            return self._read(prompts, None)
+            return self._read_together(prompts, None)
         beginning = os.path.commonprefix([prompt[:-1] for prompt in prompts])
-        known = self._read([beginning], None)[2] if beginning else None
-        parts = [self._read(prompts[start : start + size], known) for start in range(0, len(prompts), size)]
+        known = self._read_together([beginning], None)[2] if beginning else None
+        parts = [self._read_together(prompts[start : start + size], known) for start in range(0, len(prompts), size)]
         logits, masks, caches = zip(*parts, strict=True)
         columns = max(mask.shape[1] for mask in masks)
         cache = caches[0]
@@ -275,19 +284,24 @@ class Decoder:
         return torch.cat(logits), torch.cat([_widened(mask, 1, len(beginning), columns) for mask in masks]), cache
 
     def _reads_in_parts(self) -> bool:
-        """Whether columns may lie apart: every layer sees all of them, and rotations tell where a token is."""
-        rotates = getattr(self.model.config.get_text_config(decoder=True), "rope_parameters", None)
-        return bool(rotates) and all(isinstance(layer, PreallocatedLayer) for layer in self._new_cache().layers)
+        """Whether columns may lie apart: every layer sees all of them, and rotations alone tell where a token is."""
+        rotation = getattr(self.model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+        told = rotation.get("rope_type") not in (None, *ROTATED_BY_THE_LONGEST)
+        return told and all(isinstance(layer, PreallocatedLayer) for layer in self._new_cache().layers)
 
     def _new_cache(self) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
         cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         return cache
 
-    def _read(
+    def _read_together(
         self, prompts: list[list[int]], known: DynamicCache | None
     ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-        """The same for prompts side by side; `known`: the cache of what they all begin with, a single row, None for nothing."""
+        """What `read` returns, for prompts side by side.
+
+        Args:
+            known: cache of a beginning that all have, which is not read again, a single row; None: read them whole.
+        """
         cache, length = self._new_cache(), 0
         if known:
             length = known.get_seq_length()
@@ -295,6 +309,9 @@ class Decoder:
                 own.update(*(states.expand(len(prompts), -1, -1, -1) for states in (layer.keys, layer.values)))
         input_ids, mask = pad_left([prompt[length:] for prompt in prompts], self.model.device)
         mask = torch.nn.functional.pad(mask, (length, 0), value=1)
+        if known:
+            for own in cache.layers:
+                own.grow(mask.shape[1])
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, length:]
         return self.forward(input_ids, mask, positions, cache), mask, cache
 

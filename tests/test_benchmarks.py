@@ -98,9 +98,10 @@ def test_the_plain_way_scores_an_answer_as_ours_does(tmp_path):
     )
 
 
-def test_a_run_starts_from_what_its_finetuning_recipe_writes(tmp_path):
+@pytest.mark.parametrize("script", ["pmc.py", "cost.py", "engines.py"])
+def test_a_run_starts_from_what_its_finetuning_recipe_writes(tmp_path, script):
     """Overrides of the data set name the folder, as in the unlearning stage."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "pmc.py"), "-cn=benchmark-smollm2-run", "data.path=mine"]
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "-cn=benchmark-smollm2-run", "data.path=mine"]
     done = subprocess.run([*command, f"models_dir={tmp_path}"], capture_output=True, text=True, timeout=280, cwd=ROOT)
     assert done.returncode == 1
     assert f"model.path={tmp_path}/finetuned/smollm2-cpu/seed-0+data.path-mine: no such folder" in done.stderr

@@ -21,7 +21,7 @@ from transformers import (
 
 from common import decoding, sampling
 from common.config import PromptConfig
-from common.decoding import Decoder, Replica, closed_up, packed_linears
+from common.decoding import Decoder, PreallocatedLayer, Replica, closed_up, packed_linears
 from common.prompts import PromptFormat
 from common.sampling import SamplingSettings, draw_tokens, generate, random_numbers, top_tokens
 from tests.conftest import ROWS
@@ -441,6 +441,33 @@ def test_many_prompts_are_read_in_parts_and_their_beginning_once(reference, monk
     )
     assert shapes[:4] == [(1, 4), (2, 5), (2, 11), (1, 14)]
     assert {length for _, length in shapes[4:]} == {1}
+
+
+def test_one_cache_is_held_at_a_time(reference, monkeypatch):
+    """The last chunk's is gone before the next prompts are read, and parts are gone where they are joined."""
+    monkeypatch.setitem(decoding.PREFILL_PROMPTS, "cpu", 2)
+    held, read, join = [], Decoder.read, PreallocatedLayer.join
+
+    def noting_read(self, prompts):
+        held.append(getattr(self, "cache", None))
+        return read(self, prompts)
+
+    def noting_join(self, parts, shared):
+        join(self, parts, shared)
+        held.extend(part.keys for part in parts if part is not self)
+
+    monkeypatch.setattr(Decoder, "read", noting_read)
+    monkeypatch.setattr(PreallocatedLayer, "join", noting_join)
+    generate(reference.model, reference.prompts, SamplingSettings(30, batch_size=3), [7])
+    assert len(held) > 2
+    assert held == [None] * len(held)
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("default", True), ("dynamic", False), ("longrope", False), (None, False)])
+def test_rotations_that_depend_on_the_longest_row_keep_prompts_together(kind, parts):
+    model = random_model()
+    model.config.rope_parameters = {"rope_type": kind} if kind else None
+    assert Decoder(model)._reads_in_parts() == parts
 
 
 def test_prompts_that_are_alike_but_for_their_length_keep_a_token_to_read(reference, monkeypatch):
