@@ -169,7 +169,7 @@ class Worker:
             splits = [[(question.question, question.reference) for question in some] for _, some in by_split]
             lengths = [None] * len(splits)
         started = time.perf_counter()
-        texts = self.our_answers(splits, lengths) if self.way == "ours" else self.plain_answers(splits, lengths)
+        texts = self.our_texts(splits, lengths) if self.way == "ours" else self.plain_texts(splits, lengths)
         answered = time.perf_counter()
         recall = rouge_l_recall if self.way == "ours" else self.trainer.evaluation_recall
         references = [reference for split in splits for _, reference in split]
@@ -177,7 +177,7 @@ class Worker:
         ended = time.perf_counter()
         return {"seconds": ended - started, "scoring": ended - answered, "mean_recall": statistics.fmean(recalls)}
 
-    def our_answers(self, splits: list[list[tuple[str, str]]], lengths: list[list[int] | None]) -> list[str]:
+    def our_texts(self, splits: list[list[tuple[str, str]]], lengths: list[list[int] | None]) -> list[str]:
         """All splits' questions together, as the evaluation stage asks them."""
         ids = [self.prompts.prompt(question) for split in splits for question, _ in split]
         limits = [[length] for some in lengths for length in some] if lengths[0] else None
@@ -185,7 +185,7 @@ class Worker:
         answers = generate(self.trainer.sampled_model(), ids, settings, self.trainer.end_token_ids, limits=limits)
         return [self.prompts.text(answer[0]) for answer in answers]
 
-    def plain_answers(self, splits: list[list[tuple[str, str]]], lengths: list[list[int] | None]) -> list[str]:
+    def plain_texts(self, splits: list[list[tuple[str, str]]], lengths: list[list[int] | None]) -> list[str]:
         """Split by split, batches in the data's order, each to its longest answer."""
         trainer, texts = self.trainer, []
         trainer.model.eval()

@@ -182,6 +182,11 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (buffer[: self.rows, :, : self.length] for buffer in self.buffers)
 
 
+def all_preallocated(cache: DynamicCache) -> bool:
+    """Whether every layer sees all columns: none has a sliding window or a recurrent state."""
+    return all(isinstance(layer, PreallocatedLayer) for layer in cache.layers)
+
+
 def _widened(states: torch.Tensor, dim: int, place: int, size: int) -> torch.Tensor:
     """The tensor with zeros inserted at `place` of dimension `dim`, so that it has `size` there."""
     before, after = states.narrow(dim, 0, place), states.narrow(dim, place, states.shape[dim] - place)
@@ -255,9 +260,7 @@ class Decoder:
         self.mask = torch.zeros(rows, columns, dtype=torch.bool, device=mask.device)
         self.mask[:, : self.length] = mask.repeat_interleave(n, 0)
         # A mask of four dimensions is taken as it is, which spares its making; sliding windows need one of their own.
-        self.whole_mask = self.model.config._attn_implementation == "sdpa" and len(self.preallocated) == len(
-            self.cache.layers
-        )
+        self.whole_mask = self.model.config._attn_implementation == "sdpa" and all_preallocated(self.cache)
         self.positions = mask.sum(1).repeat_interleave(n)  # of the next token
         return logits.repeat_interleave(n, 0)
 
@@ -287,7 +290,7 @@ class Decoder:
         """Whether columns may lie apart: every layer sees all of them, and rotations alone tell where a token is."""
         rotation = getattr(self.model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
         told = rotation.get("rope_type") not in (None, *ROTATED_BY_THE_LONGEST)
-        return told and all(isinstance(layer, PreallocatedLayer) for layer in self._new_cache().layers)
+        return told and all_preallocated(self._new_cache())
 
     def _new_cache(self) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
@@ -302,15 +305,12 @@ class Decoder:
         Args:
             known: cache of a beginning that all have, which is not read again, a single row; None: read them whole.
         """
-        cache, length = self._new_cache(), 0
-        if known:
-            length = known.get_seq_length()
-            for layer, own in zip(known.layers, cache.layers, strict=True):
-                own.update(*(states.expand(len(prompts), -1, -1, -1) for states in (layer.keys, layer.values)))
+        cache, length = self._new_cache(), known.get_seq_length() if known else 0
         input_ids, mask = pad_left([prompt[length:] for prompt in prompts], self.model.device)
         mask = torch.nn.functional.pad(mask, (length, 0), value=1)
         if known:
-            for own in cache.layers:
+            for layer, own in zip(known.layers, cache.layers, strict=True):
+                own.update(*(states.expand(len(prompts), -1, -1, -1) for states in (layer.keys, layer.values)))
                 own.grow(mask.shape[1])
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, length:]
         return self.forward(input_ids, mask, positions, cache), mask, cache
@@ -363,7 +363,7 @@ class Decoder:
 
     def _recorded_step(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """The step by a recorded graph; None where it must be done plainly."""
-        if len(self.preallocated) < len(self.cache.layers):
+        if not all_preallocated(self.cache):
             self.may_record = False  # a sliding window or a recurrent state moves in ways that no graph repeats
             return None
         if self.graphs is None or not self.graphs.reads(self.model):
