@@ -6,6 +6,12 @@
 no lengths of its own. The engines take turns; the table has the median of their rounds.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the repository's root, not in this folder
+
 import logging
 import statistics
 import time
@@ -16,12 +22,13 @@ import hydra
 from omegaconf import DictConfig
 from transformers import GenerationConfig
 
-from benchmarks.plain import plain_answers
+from benchmarks.baseline import plain_answers
 from benchmarks.worker import make_trainer, read, window_size, with_checkpoint
+from common.cli import job_errors, launch
 from common.config import RunConfig
-from common.runs import job_errors
-from common.runtime import CONFIGS, launch
-from common.sampling import SamplingSettings, evaluation_mode, generate
+from common.files import CONFIGS
+from generation.sampler import evaluation_mode, generate
+from generation.token_sampling import SamplingSettings
 
 ANSWER_LENGTH = 37  # the mean of TOFU's
 ROUNDS = 3

@@ -17,7 +17,7 @@ CONSONANTS, VOWELS, MARKS = "bdfgklmnprstvz", "aeiou", ".,;:!?-()"
 LENGTH_STREAM, ROW_STREAM = 4, 5
 
 # TOFU forget10 under the tokenizer of SmolLM2: tokens -> how many of the 400 rows have as many.
-# Prompts are "Question: ...\nAnswer:"; answers count their end token.
+# Prompts are "Question: ...\nAnswer:"; answers count their EOS token.
 PROMPT_TOKENS = {
     15: 4, 16: 9, 17: 26, 18: 29, 19: 37, 20: 29, 21: 52, 22: 30, 23: 44, 24: 24, 25: 23, 26: 17, 27: 18, 28: 6, 29: 6,
     30: 6, 31: 6, 32: 7, 33: 7, 34: 2, 35: 4, 36: 3, 37: 4, 38: 2, 39: 1, 45: 2, 50: 1, 56: 1,

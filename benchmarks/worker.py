@@ -12,18 +12,22 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import TrainerCallback, set_seed
 
-from benchmarks.ours import TimedPMC
-from benchmarks.plain import PlainPMC, plain_answers
+from benchmarks.baseline import PlainPMC, plain_answers
 from benchmarks.synthetic import ANSWER_TOKENS, draw_lengths, rows, word_tokenizer
+from benchmarks.timed_trainer import TimedPMC
+from common.cli import prepare_process
 from common.config import RunConfig, read_config
 from common.data import load_splits
-from common.model import load_model, load_tokenizer, new_model
+from common.errors import UserError
+from common.hardware import peak_memory_bytes
+from common.model import load_model, load_tokenizer
+from common.new_model import new_model
 from common.prompts import PromptFormat
 from common.rouge import rouge_l_recall
-from common.runtime import UserError, peak_memory_bytes, prepare_process
-from common.sampling import SamplingSettings, generate
-from common.training import training_arguments
-from evaluation.headline import load_questions
+from common.trainer import training_arguments
+from evaluation.metrics.headline import load_questions
+from generation.sampler import generate
+from generation.token_sampling import SamplingSettings
 from unlearning.main import start_checkpoint
 from unlearning.pmc import PMCSettings
 from unlearning.trainer import UnlearningData
@@ -182,7 +186,7 @@ class Worker:
         ids = [self.prompts.prompt(question) for split in splits for question, _ in split]
         limits = [[length] for some in lengths for length in some] if lengths[0] else None
         settings = SamplingSettings(self.config.evaluation.max_length)
-        answers = generate(self.trainer.sampled_model(), ids, settings, self.trainer.end_token_ids, limits=limits)
+        answers = generate(self.trainer.sampled_model(), ids, settings, self.trainer.eos_token_ids, limits=limits)
         return [self.prompts.text(answer[0]) for answer in answers]
 
     def plain_texts(self, splits: list[list[tuple[str, str]]], lengths: list[list[int] | None]) -> list[str]:
@@ -194,7 +198,7 @@ class Worker:
                 batch = slice(place, place + PLAIN_EVALUATION_BATCH)
                 ids = [self.prompts.prompt(question) for question, _ in pairs[batch]]
                 own, longest = some and some[batch], self.config.evaluation.max_length
-                answers = plain_answers(trainer.model, ids, own, trainer.end_token_ids, longest, do_sample=False)
+                answers = plain_answers(trainer.model, ids, own, trainer.eos_token_ids, longest, do_sample=False)
                 texts += self.prompts.tokenizer.batch_decode(answers, skip_special_tokens=True)
         trainer.model.train()
         return texts

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.runtime import UserError, did_you_mean
+from common.errors import UserError, did_you_mean
 
 DTYPES = ("float32", "bfloat16", "float16")
 PROMPT_STYLES = ("chat", "plain")
@@ -55,7 +55,7 @@ class PromptConfig:
     question: str = "Question: {question}\nAnswer:"
     """Plain style: the prompt."""
     answer: str = " {answer}"
-    """Plain style: what follows the prompt, before the end token."""
+    """Plain style: what follows the prompt, before the EOS token."""
 
     def problems(self) -> list[str]:
         found = []
@@ -113,7 +113,7 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     gguf_file: str | None = None
-    """Name of a GGUF file inside `path`, dequantised on loading."""
+    """Name of a GGUF file inside `path`, dequantized on loading."""
     dtype: str = "float32"
     """Type that the parameters are kept in."""
     attn_implementation: str | None = None
@@ -166,7 +166,7 @@ class EvaluationConfig:
     max_length: int = 200
     """Longest prompt and greedy answer together, in tokens."""
     batch_size: int | None = None
-    """Answers generated side by side, at most; null: as many as a tenth of the memory holds."""
+    """TokenLosses generated side by side, at most; null: as many as a tenth of the memory holds."""
     full_eval: bool = False
     """Score all retain rows instead of 400 drawn with a fixed seed."""
     bf16: Any = False

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from common.config import DataConfig, problem_list
-from common.runtime import ROOT, UserError, did_you_mean, looks_local, resolve_path
+from common.errors import UserError, did_you_mean
+from common.files import ROOT, looks_local, resolve_path
 
 SCORED_RETAIN_ROWS = 400
 _PART = re.compile(r"^(?P<name>[\w.\-]+)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$")

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,11 +19,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from common.config import LoraSettings, ModelConfig, NewModelConfig
-from common.runtime import UserError, did_you_mean, looks_local, read_json, resolve_path
+from common.config import LoraSettings, ModelConfig
+from common.errors import UserError
+from common.files import looks_local, read_json, resolve_path
+from common.new_model import new_model, train_tokenizer
 
 ADAPTER = "adapter_config.json"
-END, PAD, UNKNOWN = "<|end|>", "<|pad|>", "<|unknown|>"
 
 
 def load_tokenizer(config: ModelConfig, texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
@@ -34,7 +34,7 @@ def load_tokenizer(config: ModelConfig, texts: Iterable[str] = ()) -> PreTrained
         UserError: for a path that is no checkpoint, or a tokenizer with more ids than the embedding has rows.
     """
     if config.new:
-        return _train_tokenizer(config.new, texts)
+        return train_tokenizer(config.new, texts)
     path = _checkpoint_path(config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_source(config))
@@ -110,58 +110,11 @@ def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
         ) from error
 
 
-def end_token_ids(model: PreTrainedModel, end_token_id: int) -> list[int]:
+def eos_token_ids(model: PreTrainedModel, eos_token_id: int) -> list[int]:
     """Every token that ends an answer: the prompt format's own and those that the generation config names."""
     named = getattr(model.generation_config, "eos_token_id", None)
     named = named if isinstance(named, list) else [] if named is None else [named]
-    return sorted({end_token_id, *named})
-
-
-# --- from nothing ------------------------------------------------------------------------------------------------------
-
-
-def _train_tokenizer(new: NewModelConfig, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer of `new.vocab_size` tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=new.vocab_size,
-        special_tokens=[END, PAD, UNKNOWN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, unk_token=UNKNOWN)
-
-
-def new_model(new: NewModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:
-    """A model with random weights of the architecture that `new` describes."""
-    if new.architecture not in CONFIG_MAPPING:
-        raise UserError(
-            f"model.new (architecture={new.architecture}): unknown{did_you_mean(new.architecture, CONFIG_MAPPING)}"
-        )
-    known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[new.architecture])}
-    for key in set(new.settings) - known:
-        raise UserError(f"model.new (architecture={new.architecture}): no setting '{key}'{did_you_mean(key, known)}")
-    try:
-        settings = AutoConfig.for_model(
-            new.architecture,
-            vocab_size=len(tokenizer),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            **new.settings,
-        )
-        return AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype))
-    except Exception as error:  # every configuration class raises its own kinds
-        raise UserError(f"model.new (architecture={new.architecture}): {' '.join(str(error).split())[:300]}") from error
-
-
-# --- from a checkpoint -------------------------------------------------------------------------------------------------
+    return sorted({eos_token_id, *named})
 
 
 def _checkpoint_path(config: ModelConfig) -> str:

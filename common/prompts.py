@@ -1,23 +1,20 @@
-"""From questions and answers to token ids. Ids are concatenated; text that was joined is never tokenised again."""
+"""From questions and answers to token ids. Ids are concatenated; text that was joined is never tokenized again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from common.config import PromptConfig
 from common.data import Row
-from common.runtime import UserError
-
-IGNORED = -100  # label of a position that has no loss
+from common.errors import UserError
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with the answer that the model is trained to give; the end token is part of the answer's ids."""
+    """A prompt with the answer that the model is trained to give; the EOS token is part of the answer's ids."""
 
     prompt: list[int]
     answer: list[int]
@@ -33,7 +30,7 @@ class PromptFormat:
         tokenizer: of the model.
         config: the `model.prompt` section.
     Raises:
-        UserError: when a chat is asked for and the tokenizer has no chat template, or no end token can be found.
+        UserError: when a chat is asked for and the tokenizer has no chat template, or no EOS token can be found.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig):
@@ -41,7 +38,7 @@ class PromptFormat:
         self.config = config
         if config.style == "chat" and not tokenizer.chat_template:
             raise UserError("model.prompt.style=chat: the tokenizer has no chat template; use model.prompt.style=plain")
-        self.end_token_id = self._find_end_token()
+        self.eos_token_id = self._find_end_token()
 
     def prompt(self, question: str) -> list[int]:
         """Token ids that the answer follows."""
@@ -50,12 +47,12 @@ class PromptFormat:
         return self._chat(self._messages(question), add_generation_prompt=True, tokenize=True, return_dict=False)
 
     def answer(self, answer: str) -> list[int]:
-        """Token ids of an answer, the end token included."""
+        """Token ids of an answer, the EOS token included."""
         text = self.config.answer.replace("{answer}", answer) if self.config.style == "plain" else answer
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_token_id]
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_token_id]
 
     def example(self, row: Row, max_length: int) -> Example:
-        """The row as an example of at most `max_length` tokens; a longer answer is cut, its end token with it.
+        """The row as an example of at most `max_length` tokens; a longer answer is cut, its EOS token with it.
 
         A prompt that fills them leaves an answer of no token.
         """
@@ -85,7 +82,7 @@ class PromptFormat:
             ) from error
 
     def _find_end_token(self) -> int:
-        """The token that ends an answer: what the chat template puts after one, else the tokenizer's end token."""
+        """The token that ends an answer: what the chat template puts after one, else the tokenizer's EOS token."""
         if self.config.style == "chat":
             marker = "ANSWER"
             chat = [*self._messages("?"), {"role": "assistant", "content": marker}]
@@ -94,7 +91,7 @@ class PromptFormat:
             if ids and ids[0] in self.tokenizer.all_special_ids + list(self.tokenizer.added_tokens_decoder):
                 return ids[0]
         if self.tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end token (eos_token), so no answer could ever end")
+            raise UserError("the tokenizer has no EOS token (eos_token), so no answer could ever end")
         return self.tokenizer.eos_token_id
 
 
@@ -107,24 +104,3 @@ def check_prompt_lengths(prompts: Sequence[list[int]], max_length: int, key: str
     longest = max(map(len, prompts), default=0)
     if longest >= max_length:
         raise UserError(f"{key}={max_length}: the longest prompt has {longest} tokens; set it to more than that")
-
-
-def collate(examples: Sequence[Example], pad_id: int = 0) -> dict[str, torch.Tensor]:
-    """Pad examples on the right to the longest of them.
-
-    >>> collate([Example([5, 6], [7, 2]), Example([5], [2])])
-    {'input_ids': tensor([[5, 6, 7, 2], [5, 2, 0, 0]]), 'attention_mask': tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
-     'labels': tensor([[-100, -100, 7, 2], [-100, 2, -100, -100]])}
-
-    Masks come from lengths, so any id can pad. Shapes: (rows, longest).
-    """
-    longest = max(map(len, examples))
-    input_ids = torch.full((len(examples), longest), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED)
-    for row, example in enumerate(examples):
-        ids = torch.tensor(example.prompt + example.answer)
-        input_ids[row, : len(ids)] = ids
-        attention_mask[row, : len(ids)] = 1
-        labels[row, len(example.prompt) : len(ids)] = ids[len(example.prompt) :]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -9,7 +9,6 @@ Everything is written to in_progress/ first and moved up at the end, result.json
 complete, and a run that is killed or meets a full disk leaves the old result as it was.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -17,7 +16,6 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +25,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from common.config import RunConfig
-from common.runtime import CONFIGS, ROOT, UserError, full_disk_as_user_error, is_first_process, read_json, write_json
+from common.errors import UserError
+from common.files import CONFIGS, ROOT, is_first_process, read_json, write_json
+from common.results import RESULT, result_of
 
-RESULT = "result.json"
+log = logging.getLogger(__name__)
 FIGURES = (RESULT, "generations.jsonl", "rows.jsonl", "samples.jsonl", "history.jsonl", "report.md", "report.png")
 # Keys that say how to run, not what: they do not name a folder and do not make a result stale.
 NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoints")
-
-log = logging.getLogger(__name__)
 
 
 def run_name(seed: int, overrides: list[str]) -> str:
@@ -109,26 +107,6 @@ def _shapes_finetuning(override: str) -> bool:
     return key.split(".")[0] in ("model", "data")
 
 
-@contextlib.contextmanager
-def job_errors(folder: str | Path) -> Iterator[None]:
-    """Around one job: name a full disk as such, and in a sweep log a job's error at once, for the others go on."""
-    try:
-        with full_disk_as_user_error(folder):
-            yield
-    except UserError as error:
-        if _in_sweep():
-            log.error("this job failed, the others go on: %s", error)
-        raise
-    except Exception:
-        if _in_sweep():
-            log.exception("this job failed, the others go on")
-        raise
-
-
-def _in_sweep() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
 def identity(cfg: DictConfig, start: str | None = None) -> dict[str, Any]:
     """What a result depends on, as plain data: the configuration without the keys that only say how to run.
 
@@ -160,18 +138,6 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
         keys = sorted(set(old) | set(new))
         return [line for key in keys for line in differing_keys(old.get(key), new.get(key), f"{prefix}{key}.")]
     return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
-
-
-def result_of(folder: Path | str) -> dict | None:
-    """The result in a folder, or None where there is none of ours."""
-    path = Path(folder) / RESULT
-    if not path.is_file():
-        return None
-    try:
-        result = read_json(path)
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); move it away") from error
-    return result if isinstance(result, dict) and "config" in result else None
 
 
 class RunFolder:

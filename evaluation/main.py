@@ -8,38 +8,29 @@ rows.jsonl and report.md; several models side by side get a report of their own.
 the run that made the checkpoint unless the command names others.
 """
 
-import dataclasses
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the repository's root, not in this folder
+
+import dataclasses
+
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 
-from common.config import ModelConfig, RunConfig, read_config
-from common.runs import RunFolder, identity, job_errors, portable, result_of, run_folder
-from common.runtime import CONFIGS, UserError, is_first_process, launch, looks_local, resolve_path, write_text
-from evaluation import harness
-from evaluation.case import Case, Loader, Model, open_model
-from evaluation.headline import HIGHER_IS_BETTER
-from evaluation.report import full_table, table
-from evaluation.result import started_from, write_result
+from common.cli import job_errors, launch
+from common.errors import UserError
+from common.files import CONFIGS, is_first_process, looks_local, resolve_path, write_text
+from common.results import result_of, started_from, write_result
+from common.runs import RunFolder, identity, portable, run_folder
+from evaluation.context import EvaluationContext, Model
+from evaluation.inputs import OpenModels, as_single, fill_from_run, named_models, read_evaluation
+from evaluation.metrics import lm_eval_harness
+from evaluation.metrics.headline import HIGHER_IS_BETTER
+from evaluation.metrics.registry import check_data, chosen, measure
 from evaluation.scores import Missing
-from evaluation.suite import SETTINGS, check_data, chosen, measure
-
-
-@dataclass
-class OtherModel:
-    """A model that the evaluated one is compared to."""
-
-    path: str | None = None
-    """Folder of a run or any checkpoint, or hub id; null: none is named."""
-
-    def problems(self) -> list[str]:
-        return []
-
-
-SECTIONS = {**SETTINGS, "retain_model": OtherModel, "base_model": OtherModel}
+from evaluation.tables import full_table, table
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Path]:
@@ -71,45 +62,6 @@ def show_report(folder: Path, folders: dict[str, Path]) -> None:
     print(f"Report: {folder / 'report.md'}")
 
 
-def read_evaluation(cfg: DictConfig) -> RunConfig:
-    """The checked configuration of the stage."""
-    return read_config(cfg, also=("models", "metrics"), sections=SECTIONS)
-
-
-def named_models(cfg: DictConfig) -> dict[str, str]:
-    """Name -> path of the models to be measured: `models`, a list or a dictionary, or `model.path`.
-
-    Raises:
-        UserError: when none is named, or both.
-    """
-    one = None if OmegaConf.is_missing(cfg.model, "path") else cfg.model.path
-    if cfg.models is None:
-        if one is None:
-            raise UserError("model.path: missing; name a folder or a hub id, as in model.path=models/unlearned/...")
-        return {str(one): str(one)}
-    if one is not None:
-        raise UserError(f"model.path={one}: models names the models already; give one of the two")
-    plain = OmegaConf.to_container(cfg.models, resolve=True) if OmegaConf.is_config(cfg.models) else cfg.models
-    named = {str(path): path for path in plain} if isinstance(plain, list) else plain
-    if not named or not isinstance(named, dict) or not all(isinstance(path, str) for path in named.values()):
-        raise UserError(f"models={plain}: expected a list of folders or hub ids, or a dictionary of names and these")
-    return named
-
-
-class OpenModels:
-    """The models of a command, each opened once: what was asked of one is not asked again when another is compared to it."""
-
-    def __init__(self):
-        self.loader = Loader()
-        self.opened: dict[str, Model] = {}
-
-    def get(self, config: RunConfig, model: ModelConfig) -> Model:
-        key = repr((model, config.evaluation, config.data))
-        if key not in self.opened:
-            self.opened[key] = open_model(config, model, self.loader)
-        return self.opened[key]
-
-
 class Job:
     """The evaluation of one model of the command.
 
@@ -132,7 +84,7 @@ class Job:
         self.config = read_evaluation(cfg)
         self.families = chosen(cfg.metrics)
         if "lm_eval" in self.families:
-            harness.check(self.config.sections["lm_eval"])
+            lm_eval_harness.check(self.config.sections["lm_eval"])
         check_data(self.config, self.families)
         self.folder = run_folder("evaluated", self.config, as_single(self.config, path) if several else None)
         self.opened = opened
@@ -157,8 +109,8 @@ class Job:
         run = RunFolder(self.folder, self.identity, self.path)
         if not self.config.overwrite and run.is_done():
             return run.folder
-        case = Case(self.config, self.opened.loader, self.model, self.retain_model, self.base_model)
-        evaluation = measure(case, self.families)
+        context = EvaluationContext(self.config, self.opened.loader, self.model, self.retain_model, self.base_model)
+        evaluation = measure(context, self.families)
         write_result(run.open(fresh=True), evaluation.scores, self.identity, evaluation.seconds)
         return run.publish()
 
@@ -181,41 +133,6 @@ class Job:
             return self.other(path)
         except UserError as error:  # it was not named but found in the result of the run that trained it further
             raise Missing(f"the model before unlearning is not there any more (base_model.path): {error}") from error
-
-
-def as_single(config: RunConfig, path: str) -> list[str]:
-    """The overrides of a command that would evaluate this one of several models by itself."""
-    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    kept = [
-        override for override in overrides if override.partition("=")[0].lstrip("+~") not in ("models", "model.path")
-    ]
-    return [*kept, f"model.path={portable(path, config.models_dir)}"]
-
-
-def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
-    """Give the keys that are null in `model`, `data` and `evaluation` the values of the run that made the checkpoint, in place.
-
-    Single splits and columns of that run's data that the command names stand beside the others.
-
-    Raises:
-        UserError: when a value is needed and no run of ours made the checkpoint.
-    """
-    needed = {"model": ["prompt"], "data": ["path", "splits", "columns"]}
-    if made_by and cfg.data.path is None:
-        for key in ("splits", "columns"):
-            cfg.data[key] = {**made_by["data"][key], **(cfg.data[key] or {})}
-    if cfg.evaluation.bf16 is None:
-        cfg.evaluation.bf16 = made_by["evaluation"].get("bf16", "auto") if made_by else "auto"
-    for section, keys in needed.items():
-        empty = [key for key in keys if cfg[section].get(key) is None]
-        if empty and made_by is None:
-            raise UserError(
-                f"{section}.{', '.join(empty)}: not given, and {cfg.model.path} has no result.json of a run to take it from; "
-                "name a model and a data set, for instance model=phi data=tofu"
-            )
-        with open_dict(cfg):
-            for key in empty:
-                cfg[section][key] = made_by[section][key]
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="evaluate")

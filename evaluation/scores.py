@@ -76,3 +76,16 @@ class Scores:
             for name, better in higher_is_better.items():
                 if name not in self.values:
                     self.add(name, None, better, note=str(missing))
+
+
+@dataclass
+class Evaluation:
+    """The scores of one model.
+
+    Attributes:
+        scores: with what belongs to them.
+        seconds: where the time went; `evaluation` is all of it.
+    """
+
+    scores: Scores
+    seconds: dict[str, float]

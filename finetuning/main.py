@@ -6,21 +6,28 @@ Writes models/finetuned/<recipe>/<seed and overrides>/: the checkpoint, result.j
 and in vanilla/ the results of the model that it started from.
 """
 
-from dataclasses import replace
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the repository's root, not in this folder
+
+from dataclasses import replace
 
 import hydra
 from omegaconf import DictConfig
 from transformers import set_seed
 
+from common.cli import job_errors, launch
 from common.config import RunConfig, read_config
 from common.data import load_split
+from common.files import CONFIGS, resolve_path
 from common.model import load_model, load_tokenizer
 from common.prompts import PromptFormat, check_prompt_lengths
-from common.runs import RunFolder, identity, job_errors, result_of, run_folder
-from common.runtime import CONFIGS, launch, resolve_path
-from common.training import ExampleTrainer, training_arguments
-from evaluation.result import Evaluator
+from common.results import result_of
+from common.runs import RunFolder, identity, run_folder
+from common.trainer import ExampleTrainer, training_arguments
+from evaluation.during_training import Evaluator
 
 
 def finetune(cfg: DictConfig) -> Path:

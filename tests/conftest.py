@@ -9,12 +9,13 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from common.collate import collate
 from common.config import NewModelConfig, PromptConfig
 from common.data import Row
-from common.model import _train_tokenizer, new_model
-from common.prompts import PromptFormat, collate
-from common.runtime import CONFIGS, ROOT, write_json_lines
-from common.training import answer_losses
+from common.files import CONFIGS, ROOT, write_json_lines
+from common.losses import answer_losses
+from common.new_model import new_model, train_tokenizer
+from common.prompts import PromptFormat
 from evaluation.main import evaluate
 
 # A second thread makes models this small slower, many times where the cores are busy. The stages' processes inherit it.
@@ -61,7 +62,7 @@ def write_rows(folder: Path, split: str, rows: list[Row]) -> str:
 @pytest.fixture(scope="session")
 def tokenizer():
     texts = [f"{row.question} {row.answer}" for row in ROWS]
-    return _train_tokenizer(NEW, texts)
+    return train_tokenizer(NEW, texts)
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def model(tokenizer):
 @pytest.fixture
 def chat_tokenizer():
     texts = [f"{row.question} {row.answer}" for row in ROWS]
-    tokenizer = _train_tokenizer(NEW, texts)
+    tokenizer = train_tokenizer(NEW, texts)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -86,7 +87,7 @@ def prompts(tokenizer):
 
 
 @pytest.fixture
-def memorised(model, prompts):
+def memorized(model, prompts):
     """The model, trained until no sample at temperature 1 differs from what it answers greedily."""
     examples = collate([prompts.example(row, 64) for row in ROWS])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -7,7 +7,7 @@ import torch
 
 from common.config import EvaluationConfig, PromptConfig
 from common.prompts import PromptFormat
-from evaluation.passes import Subject, Tokens
+from evaluation.model_outputs import ModelOutputs, TokenLogProbs
 
 VOCABULARY = 8
 END = 0
@@ -31,7 +31,7 @@ class BigramModel(torch.nn.Module):
 
 
 class LetterTokenizer:
-    """Letters a-g are the tokens 1-7; 0 is the end token."""
+    """Letters a-g are the tokens 1-7; 0 is the EOS token."""
 
     chat_template = None
     eos_token_id = END
@@ -43,11 +43,11 @@ class LetterTokenizer:
         return "".join(chr(96 + int(i)) for i in ids if int(i))
 
 
-def bigram_subject(table, max_length=20, dtype=torch.float32, **evaluation):
-    """A subject of a bigram model, asked without any prompt text, and the model."""
+def bigram_outputs(table, max_length=20, dtype=torch.float32, **evaluation):
+    """A outputs of a bigram model, asked without any prompt text, and the model."""
     model = BigramModel(table, dtype)
     prompts = PromptFormat(LetterTokenizer(), PromptConfig(style="plain", question="{question}", answer="{answer}"))
-    return Subject(lambda: model, prompts, EvaluationConfig(**evaluation), max_length), model
+    return ModelOutputs(lambda: model, prompts, EvaluationConfig(**evaluation), max_length), model
 
 
 def random_table(seed=0):
@@ -56,7 +56,7 @@ def random_table(seed=0):
 
 
 def tokens(log_probs, likeliest=None, expected=None, deviation=None, ends=True):
-    """Tokens with given log-probabilities."""
+    """TokenLogProbs with given log-probabilities."""
     n = len(log_probs)
     fill = [np.asarray(values, dtype=np.float32) for values in (log_probs, expected or [0] * n, deviation or [1] * n)]
-    return Tokens(fill[0], np.asarray(likeliest or [False] * n, dtype=bool), fill[1], fill[2], ends)
+    return TokenLogProbs(fill[0], np.asarray(likeliest or [False] * n, dtype=bool), fill[1], fill[2], ends)

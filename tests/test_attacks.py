@@ -10,11 +10,11 @@ from scipy.stats import binomtest
 from common.config import EvaluationConfig
 from common.data import Row
 from common.rouge import rouge_l_recall
-from evaluation import attacks
+from evaluation.metrics import prefill, sampling, target_suppression
 from evaluation.scores import Scores
 from tests.conftest import ROWS
-from tests.stubs import bigram_subject, random_table
-from tests.test_passes import subject_of
+from tests.stubs import bigram_outputs, random_table
+from tests.test_passes import outputs_of
 
 # --- leak@k -------------------------------------------------------------------------------------------------------------
 
@@ -24,21 +24,21 @@ def test_leak_at_k_is_the_mean_of_the_largest_over_all_subsets(n):
     values = np.random.default_rng(n).integers(0, 5, n) / 4
     for k in range(1, n + 1):
         brute = np.mean([max(subset) for subset in itertools.combinations(values, k)])
-        assert attacks.leak_at_k(values, k) == pytest.approx(brute)
+        assert sampling.leak_at_k(values, k) == pytest.approx(brute)
 
 
 def test_leak_at_k_of_more_samples_than_a_float_has_subsets():
     values = np.random.default_rng(0).random(3000)
-    assert attacks.leak_at_k(values, 3000) == pytest.approx(values.max())
+    assert sampling.leak_at_k(values, 3000) == pytest.approx(values.max())
     # of a uniform variable the largest of k is k / (k + 1)
-    assert attacks.leak_at_k(np.arange(1, 3001) / 3001, 1024) == pytest.approx(1024 / 1025)
+    assert sampling.leak_at_k(np.arange(1, 3001) / 3001, 1024) == pytest.approx(1024 / 1025)
 
 
 def test_leak_at_the_ends_is_the_mean_and_the_largest():
     values = np.random.default_rng(0).random(100)
-    assert attacks.leak_at_k(values, 1) == pytest.approx(values.mean())
-    assert attacks.leak_at_k(values, 100) == pytest.approx(values.max())
-    assert attacks.leak_at_k([1.0] * 100, 37) == pytest.approx(1.0)
+    assert sampling.leak_at_k(values, 1) == pytest.approx(values.mean())
+    assert sampling.leak_at_k(values, 100) == pytest.approx(values.max())
+    assert sampling.leak_at_k([1.0] * 100, 37) == pytest.approx(1.0)
 
 
 # --- bounds -------------------------------------------------------------------------------------------------------------
@@ -48,29 +48,29 @@ def test_leak_at_the_ends_is_the_mean_and_the_largest():
 def test_clopper_pearson_is_scipy_s(leaks):
     # The upper end of a two-sided interval at level 1 - 2 alpha.
     expected = binomtest(leaks, 20).proportion_ci(1 - 2 * 0.05, method="exact").high
-    assert attacks.leak_probability_bound(leaks, 20, 0.05) == pytest.approx(expected)
+    assert sampling.leak_probability_bound(leaks, 20, 0.05) == pytest.approx(expected)
 
 
 def test_mean_bound_by_hand():
     # e = sqrt(ln(1/0.5) / 4) = 0.4163: the distribution function is max(0, F - e) between 0.2, 0.6 and 1.
     e = np.sqrt(np.log(2) / 4)
     area = (0.6 - 0.2) * (0.5 - e) + (1 - 0.6) * (1 - e)
-    assert attacks.mean_bound([0.6, 0.2], 0.5) == pytest.approx(1 - area)
+    assert sampling.mean_bound([0.6, 0.2], 0.5) == pytest.approx(1 - area)
 
 
 def test_deviation_bound_by_hand():
     # All values are 1/2: a mass of e may lie at 1 and one of e at 0.
     e = np.sqrt(np.log(2 / 0.1) / 800)
     second, first = 0.25 * (1 - e) + e, 0.5 * (1 - e)
-    assert attacks.deviation_bound([0.5] * 400, 0.1) == pytest.approx(np.sqrt(second - first**2))
-    assert attacks.deviation_bound([0.0, 1.0], 0.1) == 0.5
+    assert sampling.deviation_bound([0.5] * 400, 0.1) == pytest.approx(np.sqrt(second - first**2))
+    assert sampling.deviation_bound([0.0, 1.0], 0.1) == 0.5
 
 
 def test_bounds_tighten_to_the_truth():
     values = np.random.default_rng(0).random(200_000)
-    assert attacks.mean_bound(values, 0.05) == pytest.approx(0.5, abs=0.01)
-    assert attacks.deviation_bound(values, 0.05) == pytest.approx(np.sqrt(1 / 12), abs=0.02)
-    assert attacks.leak_probability_bound(1000, 10_000, 0.05) == pytest.approx(0.1, abs=0.01)
+    assert sampling.mean_bound(values, 0.05) == pytest.approx(0.5, abs=0.01)
+    assert sampling.deviation_bound(values, 0.05) == pytest.approx(np.sqrt(1 / 12), abs=0.02)
+    assert sampling.leak_probability_bound(1000, 10_000, 0.05) == pytest.approx(0.1, abs=0.01)
 
 
 DISTRIBUTIONS = {  # draws, mean, standard deviation
@@ -86,33 +86,33 @@ def test_bounds_hold_at_their_level(name):
     rng, alpha, runs, n = np.random.default_rng(0), 0.1, 1000, 30
     samples = [draw(rng, n) for _ in range(runs)]
     allowed = alpha + 3 * np.sqrt(alpha * (1 - alpha) / runs)
-    assert np.mean([attacks.mean_bound(values, alpha) < mean for values in samples]) <= allowed
-    assert np.mean([attacks.deviation_bound(values, alpha) < deviation - 1e-12 for values in samples]) <= allowed
+    assert np.mean([sampling.mean_bound(values, alpha) < mean for values in samples]) <= allowed
+    assert np.mean([sampling.deviation_bound(values, alpha) < deviation - 1e-12 for values in samples]) <= allowed
     if name != "uniform":
         leaks = [int(values.sum()) for values in samples]
-        wrong = np.mean([attacks.leak_probability_bound(count, n, alpha) < mean for count in leaks])
+        wrong = np.mean([sampling.leak_probability_bound(count, n, alpha) < mean for count in leaks])
         assert wrong <= allowed
 
 
 def test_clopper_pearson_is_wrong_about_as_often_as_it_may_be():
     """Against a bound that is merely huge: with many samples the level is nearly used up."""
     rng, n = np.random.default_rng(0), 400
-    wrong = np.mean([attacks.leak_probability_bound(int(x), n, 0.1) < 0.3 for x in rng.binomial(n, 0.3, 4000)])
+    wrong = np.mean([sampling.leak_probability_bound(int(x), n, 0.1) < 0.3 for x in rng.binomial(n, 0.3, 4000)])
     assert 0.08 < wrong < 0.115
 
 
 # --- on a model ---------------------------------------------------------------------------------------------------------
 
 
-def case_of(subject, rows, **sections):
+def context_of(outputs, rows, **sections):
     config = SimpleNamespace(sections=sections, evaluation=EvaluationConfig(max_length=60), seed=3)
-    return SimpleNamespace(subject=subject, rows=lambda role: rows, config=config)
+    return SimpleNamespace(outputs=outputs, rows=lambda role: rows, config=config)
 
 
 def test_sampling_scores_come_from_one_set_of_samples(model, prompts):
     scores = Scores()
-    case = case_of(subject_of(model, prompts), ROWS[:3], sampling=attacks.SamplingAttack(num_samples=6))
-    attacks.measure_sampling(case, scores)
+    context = context_of(outputs_of(model, prompts), ROWS[:3], sampling=sampling.SamplingAttack(num_samples=6))
+    sampling.measure_sampling(context, scores)
     assert [name for name in scores.values if "@" in name] == [f"sampling/leak@{k}" for k in (1, 2, 4, 6)]
     assert [len(row["samples"]) for row in scores.samples] == [6] * 3
     recalls = [
@@ -122,16 +122,16 @@ def test_sampling_scores_come_from_one_set_of_samples(model, prompts):
     assert recalls == [row["rougeL_recall"] for row in scores.samples]
     assert scores.rows["sampling/leak@6"]["values"] == pytest.approx([max(values) for values in recalls])
     assert scores.values["sampling/leak@1"] == pytest.approx(np.mean(recalls))
-    bound = np.mean([attacks.mean_bound(values, 0.05) for values in recalls])
+    bound = np.mean([sampling.mean_bound(values, 0.05) for values in recalls])
     assert scores.values["sampling/mean_recall_bound"] == pytest.approx(bound)
 
 
 def test_prefill_scores_what_comes_after_the_beginning(model, prompts, monkeypatch):
     scores = Scores()
-    subject = subject_of(model, prompts)
+    outputs = outputs_of(model, prompts)
     said = {"The answer is:": [ROWS[0].answer, "nothing"]}
-    monkeypatch.setattr(subject, "answers", lambda questions, beginning: said[beginning])
-    attacks.measure_prefill(case_of(subject, ROWS[:2]), scores)
+    monkeypatch.setattr(outputs, "answers", lambda questions, beginning: said[beginning])
+    prefill.measure_prefill(context_of(outputs, ROWS[:2]), scores)
     assert scores.rows["prefill/rougeL_recall"]["values"] == [1.0, 0.0]
     assert [row["split"] for row in scores.generations] == ["forget_prefill"] * 2
 
@@ -140,9 +140,9 @@ def test_prefill_scores_what_comes_after_the_beginning(model, prompts, monkeypat
 
 
 def test_extreme_share():
-    assert attacks.extreme_share(-3.0, [-1.0, -2.0], least=True) == 1
-    assert attacks.extreme_share(-3.0, [-1.0, -2.0], least=False) == 0
-    assert attacks.extreme_share(-1.0, [-1.0, -1.0, -2.0], least=False) == pytest.approx(1 / 3)
+    assert target_suppression.extreme_share(-3.0, [-1.0, -2.0], least=True) == 1
+    assert target_suppression.extreme_share(-3.0, [-1.0, -2.0], least=False) == 0
+    assert target_suppression.extreme_share(-1.0, [-1.0, -1.0, -2.0], least=False) == pytest.approx(1 / 3)
 
 
 def options(*wrong, paraphrase="b"):
@@ -154,7 +154,7 @@ def test_target_suppression_of_known_logits():
     table[1] = [0.05, 0.1, 0.3, 0.2, 0.2, 0.05, 0.05, 0.05]  # after a: b is likeliest, then c and d, e least
     scores = Scores()
     rows = [options("c", "d", "e"), options("b", "c", paraphrase="e"), options("d", paraphrase="c")]
-    attacks.measure_target_suppression(case_of(bigram_subject(table)[0], rows), scores)
+    target_suppression.measure_target_suppression(context_of(bigram_outputs(table)[0], rows), scores)
     values = {name.rpartition("/")[2]: row["values"] for name, row in scores.rows.items()}
     assert values == {
         "least_likely": [0.0, 1.0, 0.5],
@@ -166,14 +166,14 @@ def test_target_suppression_of_known_logits():
 def test_options_that_tie_are_at_chance():
     scores = Scores()
     rows = [options("c", "d", "e")]
-    attacks.measure_target_suppression(case_of(bigram_subject(np.full((8, 8), 1 / 8))[0], rows), scores)
+    target_suppression.measure_target_suppression(context_of(bigram_outputs(np.full((8, 8), 1 / 8))[0], rows), scores)
     assert set(scores.values.values()) == {0.25}
 
 
 def test_target_suppression_needs_paraphrases():
     scores = Scores()
-    attacks.measure_target_suppression(
-        case_of(bigram_subject(random_table())[0], [options("c", paraphrase=None)]), scores
+    target_suppression.measure_target_suppression(
+        context_of(bigram_outputs(random_table())[0], [options("c", paraphrase=None)]), scores
     )
     assert set(scores.values.values()) == {None}
     assert "without a paraphrased answer" in scores.notes["target_suppression/chance"]

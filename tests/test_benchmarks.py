@@ -9,13 +9,13 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from benchmarks import pmc as benchmark
+from benchmarks import step
 from benchmarks.engines import ANSWER_LENGTH, engines
 from benchmarks.synthetic import ANSWER_TOKENS, PROMPT_TOKENS, draw_lengths, rows, word_tokenizer
 from benchmarks.worker import make_trainer, read, window_size
+from common.files import CONFIGS, ROOT
 from common.prompts import Example
 from common.rouge import rouge_l_recall
-from common.runtime import CONFIGS, ROOT
 
 SMALL = [
     "model.new.vocab_size=400",
@@ -52,7 +52,7 @@ def config(*overrides: str):
 @pytest.mark.parametrize("side_by_side", [True, False])
 def test_both_ways_are_timed_and_their_ratios_written(tmp_path, side_by_side):
     steps = [f"benchmark.side_by_side={side_by_side}", "benchmark.steps=2", "benchmark.evaluation_questions=6"]
-    output = run("pmc.py", "benchmark-phi", tmp_path, *steps)
+    output = run("step.py", "benchmark-phi", tmp_path, *steps)
     result = json.loads((tmp_path / "benchmarks" / "benchmark-phi.json").read_text())
     plain, ours = result["ways"]["plain"], result["ways"]["ours"]
     for name, ratio in result["ratios"].items():
@@ -98,7 +98,7 @@ def test_the_plain_way_scores_an_answer_as_ours_does(tmp_path):
     )
 
 
-@pytest.mark.parametrize("script", ["pmc.py", "cost.py", "engines.py"])
+@pytest.mark.parametrize("script", ["step.py", "scaling.py", "engines.py"])
 def test_a_run_starts_from_what_its_finetuning_recipe_writes(tmp_path, script):
     """Overrides of the data set name the folder, as in the unlearning stage."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), "-cn=benchmark-smollm2-run", "data.path=mine"]
@@ -121,20 +121,20 @@ def test_invented_rows_have_tofus_lengths():
 
 def test_the_flop_of_a_token_are_those_of_the_linear_layers():
     """Per layer 4 projections of 32 x 32 and 3 of 32 x 64; a head of 400 x 32; two for a multiplication and an addition."""
-    body, head = benchmark.flop_per_token(config())
+    body, head = step.flop_per_token(config())
     assert body == 2 * 2 * (4 * 32 * 32 + 3 * 32 * 64)
     assert head == 2 * 400 * 32
 
 
 def test_the_flop_of_a_step_follow_its_tokens():
     settings = config()
-    body, head = benchmark.flop_per_token(settings)
-    step = {"prompt_tokens": 10, "sampled_tokens": 7, "trained_tokens": 30, "label_tokens": 11}
-    assert benchmark.step_flop(step, settings) == (10 + 7) * body + 7 * head + 3 * (30 * body + 11 * head)
+    body, head = step.flop_per_token(settings)
+    work = {"prompt_tokens": 10, "sampled_tokens": 7, "trained_tokens": 30, "label_tokens": 11}
+    assert step.step_flop(work, settings) == (10 + 7) * body + 7 * head + 3 * (30 * body + 11 * head)
 
 
 def test_cost_curves(tmp_path):
-    run("cost.py", "benchmark-tiny", tmp_path, "training.per_device_train_batch_size=16")
+    run("scaling.py", "benchmark-tiny", tmp_path, "training.per_device_train_batch_size=16")
     result = json.loads((tmp_path / "benchmarks" / "cost-benchmark-tiny.json").read_text())
     assert [record["num_samples"] for record in result["num_samples"]] == [1, 2, 5, 10, 20]
     assert [record["questions"] for record in result["questions"]] == [20, 40, 80]

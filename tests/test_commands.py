@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from common.runtime import ROOT
+from common.files import ROOT
 from tests.conftest import run_stage
 
 QUICK = ["-cn=PMC-unlearn-tiny", "training.num_epochs=2", "method.num_samples=2", "evaluation.every_epochs=0"]
@@ -303,7 +303,7 @@ def test_a_changed_configuration_redoes_the_run_and_keeps_the_old_figures(models
 
 def test_a_real_run_is_timed_both_ways(models_dir, tmp_path):
     """Both start from the finetuned model and train it; the plain way is the same algorithm."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "pmc.py"), "-cn=benchmark-tiny-run", "benchmark.steps=2"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "step.py"), "-cn=benchmark-tiny-run", "benchmark.steps=2"]
     command += [f"models_dir={tmp_path}", f"finetuned={models_dir}/finetuned/tiny/seed-0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr

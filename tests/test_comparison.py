@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 
-from benchmarks.methods import cell, table
-from common.runtime import ROOT, read_json_lines
+from common.files import ROOT, read_json_lines
+from scripts.compare_methods import cell, table
 
 
 def scores(quality, utility=90.0, **more):
@@ -39,7 +39,7 @@ def written(folder, seeds, methods):
 
 
 def run(recipe, *overrides):
-    script = str(ROOT / "benchmarks" / "methods.py")
+    script = str(ROOT / "scripts" / "compare_methods.py")
     command = [sys.executable, script, f"-cd={recipe}", "-cn=small", *overrides]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, cwd=recipe)

@@ -10,9 +10,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from common.config import DataConfig, EvaluationConfig, ModelConfig, PromptConfig, RunConfig, read_config
-from common.runtime import CONFIGS, ROOT, UserError
-from evaluation.main import SECTIONS, fill_from_run, read_evaluation
-from evaluation.suite import FAMILIES
+from common.errors import UserError
+from common.files import CONFIGS, ROOT
+from evaluation.inputs import SECTIONS, fill_from_run, read_evaluation
+from evaluation.metrics.registry import FAMILIES
 from unlearning.main import method_class
 from unlearning.trainer import UnlearningTrainer
 
@@ -453,8 +454,8 @@ def test_a_split_that_the_command_names_stands_beside_the_run_s():
         ("relearning.fraction=0", "relearning.fraction=0.0: expected 0 < fraction <= 1"),
         ("relearning.num_epochs=0", "relearning.num_epochs=0: expected at least 1"),
         ("relearning.learning_rate=0", "relearning.learning_rate=0.0: expected more than 0"),
-        ("quantisation.bits=[3]", "quantisation.bits=[3]: expected 8, 4 or both"),
-        ("quantisation.method=gptq", "quantisation.method=gptq: expected one of round, bitsandbytes"),
+        ("quantization.bits=[3]", "quantization.bits=[3]: expected 8, 4 or both"),
+        ("quantization.method=gptq", "quantization.method=gptq: expected one of round, bitsandbytes"),
         ("+sampling.num_sample=1", "sampling.num_sample: no such key; did you mean 'sampling.num_samples'?"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Relearning and quantisation change copies alone: neither the checkpoint nor the model that other metrics ask."""
+"""Relearning and quantization change copies alone: neither the checkpoint nor the model that other metrics ask."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 from common.config import DataConfig, EvaluationConfig, ModelConfig, PromptConfig, RunConfig
-from common.runtime import UserError
-from evaluation import quantisation, relearning
-from evaluation.case import Case, Loader, open_model
-from evaluation.quantisation import Quantisation, round_linear_layers, round_to_nearest
-from evaluation.relearning import Relearning, taught_rows
+from common.errors import UserError
+from evaluation.context import EvaluationContext, Loader, open_model
+from evaluation.metrics import quantization, relearning
+from evaluation.metrics.quantization import Quantization, round_linear_layers, round_to_nearest
+from evaluation.metrics.relearning import Relearning, select_relearn_rows
 from evaluation.scores import Missing, Scores
 from tests.conftest import ROWS, write_rows
 
 
 @pytest.fixture
-def case(model, tokenizer, tmp_path):
-    """A case of a saved model, with a retain-only model of other weights."""
+def context(model, tokenizer, tmp_path):
+    """A context of a saved model, with a retain-only model of other weights."""
     for name in ("model", "retain"):
         with torch.no_grad():
             for parameter in model.parameters():
@@ -29,7 +29,7 @@ def case(model, tokenizer, tmp_path):
     splits = {"forget": write_rows(tmp_path, "gone", ROWS[:4]), "retain": write_rows(tmp_path, "kept", ROWS[4:])}
     sections = {
         "relearning": Relearning(num_epochs=40, learning_rate=1e-2, batch_size=2),
-        "quantisation": Quantisation(),
+        "quantization": Quantization(),
     }
     config = RunConfig(
         seed=0,
@@ -46,7 +46,7 @@ def case(model, tokenizer, tmp_path):
     )
     loader = Loader()
     retain = open_model(config, ModelConfig(str(tmp_path / "retain"), PromptConfig("plain")), loader)
-    return Case(config, loader, open_model(config, config.model, loader), lambda: retain, no_model)
+    return EvaluationContext(config, loader, open_model(config, config.model, loader), lambda: retain, no_model)
 
 
 def no_model():
@@ -57,72 +57,76 @@ def files(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def answer_probabilities(case):
-    return [t.log_probs for t in case.subject.tokens_of_answers([(row.question, row.answer) for row in ROWS])]
+def answer_probabilities(context):
+    return [t.log_probs for t in context.outputs.tokens_of_answers([(row.question, row.answer) for row in ROWS])]
 
 
-@pytest.mark.parametrize("family", [relearning, quantisation])
-def test_checkpoint_and_model_stay_as_they_are(case, family):
-    before, shared = files(case.model.config.path), case.subject.load()
+@pytest.mark.parametrize("family", [relearning, quantization])
+def test_checkpoint_and_model_stay_as_they_are(context, family):
+    before, shared = files(context.model.config.path), context.outputs.load()
     weights = [parameter.clone() for parameter in shared.parameters()]
-    family.measure(case, Scores())
-    assert files(case.model.config.path) == before
+    family.measure(context, Scores())
+    assert files(context.model.config.path) == before
     assert all(torch.equal(*pair) for pair in zip(weights, shared.parameters(), strict=True))
-    after = answer_probabilities(case)
-    fresh = open_model(case.config, case.model.config, Loader())
-    untouched = [t.log_probs for t in fresh.subject.tokens_of_answers([(row.question, row.answer) for row in ROWS])]
+    after = answer_probabilities(context)
+    fresh = open_model(context.config, context.model.config, Loader())
+    untouched = [t.log_probs for t in fresh.outputs.tokens_of_answers([(row.question, row.answer) for row in ROWS])]
     assert all((one == other).all() for one, other in zip(after, untouched, strict=True))
 
 
-def test_relearning_teaches_the_copy(case):
+def test_relearning_teaches_the_copy(context):
     scores = Scores()
-    relearning.measure(case, scores)
-    before = sum(log_probs.mean() for log_probs in answer_probabilities(case)[:4])
+    relearning.measure(context, scores)
+    before = sum(log_probs.mean() for log_probs in answer_probabilities(context)[:4])
     assert scores.values["relearning/probability"] > 1.5 * torch.tensor(before / 4).exp()
     assert scores.counts["relearning/probability"] == 4
-    recalls = relearning.recalls(case.subject, ROWS[:4])
+    recalls = relearning.recalls(context.outputs, ROWS[:4])
     gained = scores.values["relearning/rougeL_recall"] - sum(recalls) / 4
     assert scores.values["relearning/rougeL_recall_gained"] == pytest.approx(gained)
-    retain = case.find_retain_model().found["relearning"]["recall"]
+    retain = context.find_retain_model().found["relearning"]["recall"]
     beyond = scores.values["relearning/rougeL_recall"] - sum(retain) / 4
     assert scores.values["relearning/rougeL_recall_beyond_retain_model"] == pytest.approx(beyond)
     assert scores.values["relearning/rougeL_recall"] > sum(recalls) / 4 and sum(retain) > 0
 
 
-def test_relearning_teaches_a_bfloat16_model_as_well(case):
-    before = [parameter.clone() for parameter in case.subject.load().parameters()]
-    case.config.sections["relearning"] = Relearning(batch_size=2)
-    case.model.config = replace(case.model.config, dtype="bfloat16")
-    after = relearning.relearn(case, case.model, case.rows("forget")).load().parameters()
+def test_relearning_teaches_a_bfloat16_model_as_well(context):
+    before = [parameter.clone() for parameter in context.outputs.load().parameters()]
+    context.config.sections["relearning"] = Relearning(batch_size=2)
+    context.model.config = replace(context.model.config, dtype="bfloat16")
+    after = relearning.relearn(context, context.model, context.rows("forget")).load().parameters()
     assert all((one != other).float().mean() > 0.5 for one, other in zip(before, after, strict=True))
 
 
-def test_relearning_against_itself_brings_nothing_back_and_is_done_once(case, monkeypatch):
+def test_relearning_against_itself_brings_nothing_back_and_is_done_once(context, monkeypatch):
     calls = []
     real = relearning.relearn
     monkeypatch.setattr(relearning, "relearn", lambda *args: calls.append(1) or real(*args))
-    case.find_retain_model = lambda: case.model
+    context.find_retain_model = lambda: context.model
     scores = Scores()
-    relearning.measure(case, scores)
+    relearning.measure(context, scores)
     assert scores.values["relearning/rougeL_recall_beyond_retain_model"] == 0 and len(calls) == 1
 
 
-def test_a_fraction_is_taught_and_the_others_are_scored_by_themselves(case):
-    case.config.sections["relearning"].fraction = 0.5
-    case.find_retain_model = no_model
+def test_a_fraction_is_taught_and_the_others_are_scored_by_themselves(context):
+    context.config.sections["relearning"].fraction = 0.5
+    context.find_retain_model = no_model
     scores = Scores()
-    relearning.measure(case, scores)
-    rows = case.rows("forget")
-    taught = taught_rows(rows, 0.5, 0)
+    relearning.measure(context, scores)
+    rows = context.rows("forget")
+    relearn_rows = select_relearn_rows(rows, 0.5, 0)
     others = scores.rows["relearning/rougeL_recall_not_taught"]["values"]
-    assert [value is None for value in others] == [row in taught for row in rows] and len(taught) == 2
+    assert [value is None for value in others] == [row in relearn_rows for row in rows] and len(relearn_rows) == 2
     assert scores.notes["relearning/rougeL_recall_beyond_retain_model"] == "none is given"
-    taught = taught_rows(ROWS, 0.25, 0)
-    assert len(taught) == 2 and taught == taught_rows(ROWS, 0.25, 0) and taught_rows(ROWS, 1.0, 0) == ROWS
-    assert len(taught_rows(ROWS, 0.01, 0)) == 1
+    relearn_rows = select_relearn_rows(ROWS, 0.25, 0)
+    assert (
+        len(relearn_rows) == 2
+        and relearn_rows == select_relearn_rows(ROWS, 0.25, 0)
+        and select_relearn_rows(ROWS, 1.0, 0) == ROWS
+    )
+    assert len(select_relearn_rows(ROWS, 0.01, 0)) == 1
 
 
-# --- quantisation -------------------------------------------------------------------------------------------------------
+# --- quantization -------------------------------------------------------------------------------------------------------
 
 
 def test_rounding_by_hand():
@@ -173,25 +177,27 @@ def test_a_model_without_linear_layers_is_refused():
         round_linear_layers(Nothing(), 8)
 
 
-def test_quantised_scores_are_those_of_the_rounded_copy(case):
+def test_quantized_scores_are_those_of_the_rounded_copy(context):
     scores = Scores()
-    quantisation.measure(case, scores)
+    quantization.measure(context, scores)
     assert {name.split("/")[1] for name in scores.values} == {"8bit", "4bit"}
-    questions = quantisation.load_questions(case.config.data, case.config.evaluation)
-    copy = case.subject.with_weights(round_linear_layers(case.loader.fresh(case.model.config, case.model.tokenizer), 4))
-    values, _ = quantisation.score_subject(copy, questions)
-    assert scores.values["quantisation/4bit/unlearn_quality"] == values["unlearn_quality"]
+    questions = quantization.load_questions(context.config.data, context.config.evaluation)
+    copy = context.outputs.with_weights(
+        round_linear_layers(context.loader.fresh(context.model.config, context.model.tokenizer), 4)
+    )
+    values, _ = quantization.score_subject(copy, questions)
+    assert scores.values["quantization/4bit/unlearn_quality"] == values["unlearn_quality"]
 
 
 def test_bitsandbytes_is_asked_for_by_name(monkeypatch):
-    monkeypatch.setattr(quantisation, "find_spec", lambda name: None)
-    assert Quantisation(method="bitsandbytes").problems() == [
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    assert Quantization(method="bitsandbytes").problems() == [
         "method=bitsandbytes: not installed; pip install bitsandbytes, or method=round"
     ]
 
 
-def test_quantisation_by_bitsandbytes(case):
+def test_quantization_by_bitsandbytes(context):
     pytest.importorskip("bitsandbytes")
-    copy = quantisation.quantised(case, "bitsandbytes", 8)
+    copy = quantization.quantized(context, "bitsandbytes", 8)
     assert type(copy.model.layers[0].mlp.up_proj).__name__ == "Linear8bitLt"
-    assert case.subject.with_weights(copy).answers([ROWS[0].question])
+    assert context.outputs.with_weights(copy).answers([ROWS[0].question])

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from common.runtime import UserError, write_json_lines
-from evaluation.curves import main, named_folders, plot, read_curve, table
+from common.errors import UserError
+from common.files import write_json_lines
+from scripts.plot_curves import main, named_folders, plot, read_curve, table
 
 
 def write_history(folder, utilities):

@@ -9,7 +9,8 @@ import pytest
 
 from common.config import DataConfig
 from common.data import HubError, Row, load_split, load_splits, scored_retain_rows
-from common.runtime import ROOT, UserError
+from common.errors import UserError
+from common.files import ROOT
 
 COLUMNS = {"question": "question", "answer": "answer"}
 TINY = ROOT / "data" / "tiny"
@@ -240,7 +241,7 @@ def tiny(name: str) -> list[dict]:
 
 
 def test_embedded_data_is_what_its_script_writes(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("make_tiny", ROOT / "data" / "make_tiny.py")
+    spec = importlib.util.spec_from_file_location("make_tiny", ROOT / "scripts" / "make_embedded_data.py")
     make_tiny = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_tiny)
     monkeypatch.setattr(make_tiny, "OUT", tmp_path / "again")

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from common.runtime import ROOT, UserError
-from evaluation.report import full_table
-from evaluation.suite import FAMILIES, chosen
+from common.errors import UserError
+from common.files import ROOT
+from evaluation.metrics.registry import FAMILIES, chosen
+from evaluation.tables import full_table
 from tests.conftest import evaluate_here
 
 FOLDERS = {"vanilla": "pretrain-tiny", "finetuned": "tiny"}
@@ -25,7 +26,7 @@ def read(path):
 
 def test_headline_is_always_measured_and_first():
     assert chosen("headline") == ["headline"]
-    assert chosen(["privacy", "memorisation"]) == ["headline", "memorisation", "privacy"]
+    assert chosen(["privacy", "memorization"]) == ["headline", "memorization", "privacy"]
     assert chosen("tofu") == ["headline", "tofu"]
 
 
@@ -33,7 +34,7 @@ def test_groups():
     assert chosen("full") == [name for name in FAMILIES if name != "lm_eval"]
     assert chosen(["full", "lm_eval"]) == list(FAMILIES)
     assert set(chosen("attacks")) == {
-        *("headline", "sampling", "prefill", "target_suppression", "quantisation", "relearning")
+        *("headline", "sampling", "prefill", "target_suppression", "quantization", "relearning")
     }
 
 
@@ -80,10 +81,10 @@ def test_a_model_against_itself(evaluated):
 
 def test_a_model_that_knows_and_one_that_does_not(evaluated):
     vanilla, finetuned = (evaluated[1][name]["scores"] for name in FOLDERS)
-    for name in ("memorisation/extraction_strength", "sampling/leak@4", "tofu/probability/forget", "privacy/auc/loss"):
+    for name in ("memorization/extraction_strength", "sampling/leak@4", "tofu/probability/forget", "privacy/auc/loss"):
         assert vanilla[name] < finetuned[name]
     assert finetuned["tofu/forget_quality"] < 0.05
-    assert finetuned["memorisation/exact_memorisation"] > 0.9
+    assert finetuned["memorization/exact_memorization"] > 0.9
     assert finetuned["privacy/auc/min_k"] > 0.9 and finetuned["privacy/privleak"] < -50
 
 
@@ -103,7 +104,7 @@ def test_values_of_single_rows_are_kept(evaluated):
     folder = evaluated[0]["vanilla"]
     rows = {row["name"]: row for row in map(json.loads, (folder / "rows.jsonl").read_text().splitlines())}
     scores = evaluated[1]["vanilla"]["scores"]
-    for name in ("memorisation/exact_memorisation", "tofu/truth_ratio/world_facts", "sampling/leak@2"):
+    for name in ("memorization/exact_memorization", "tofu/truth_ratio/world_facts", "sampling/leak@2"):
         assert sum(rows[name]["values"]) / len(rows[name]["values"]) == pytest.approx(scores[name])
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [len(row["samples"]) for row in samples] == [4] * 30
@@ -193,7 +194,7 @@ def test_a_broken_model_is_named_before_the_others_are_measured(models_dir, chec
 
 
 def test_two_processes_find_what_one_finds(models_dir, checkpoints, tmp_path):
-    settings = ["metrics=full", "sampling.num_samples=2", "quantisation.bits=[4]"]
+    settings = ["metrics=full", "sampling.num_samples=2", "quantization.bits=[4]"]
     settings += [f"model.path={checkpoints['finetuned']}", f"retain_model.path={checkpoints['vanilla']}"]
     # Uneven numbers of rows, so that the processes' shares differ.
     rows = {"retain": 21, "retain_perturbed": 9, "real_authors": 11, "world_facts": 15, "holdout": 13}

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from common.runtime import UserError
-from evaluation.harness import Harness, check
+from common.errors import UserError
+from evaluation.metrics.lm_eval_harness import Harness, check
 from tests.conftest import evaluate_here
 
 pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")

@@ -3,8 +3,9 @@
 import pytest
 
 from common.config import DataConfig, EvaluationConfig
-from common.runtime import UserError, write_json_lines
-from evaluation.headline import Question, counts, load_questions, score_answers
+from common.errors import UserError
+from common.files import write_json_lines
+from evaluation.metrics.headline import Question, counts, load_questions, score_answers
 
 
 def question(split, reference, index=0):

@@ -8,7 +8,7 @@ from importlib.metadata import packages_distributions
 
 import pytest
 
-from common.runtime import ROOT
+from common.files import ROOT
 
 OURS = ("benchmarks", "common", "finetuning", "unlearning", "evaluation")
 MODULES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))

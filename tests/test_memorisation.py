@@ -1,10 +1,10 @@
-"""Extraction strength and exact memorisation against hand-computed values and a brute force."""
+"""Extraction strength and exact memorization against hand-computed values and a brute force."""
 
 import numpy as np
 import pytest
 
-from evaluation.memorisation import exact_memorisation, extraction_strength
-from tests.stubs import bigram_subject, tokens
+from evaluation.metrics.memorization import exact_memorization, extraction_strength
+from tests.stubs import bigram_outputs, tokens
 
 
 def hits(text, ends=True):
@@ -14,7 +14,7 @@ def hits(text, ends=True):
 @pytest.mark.parametrize(
     ("text", "strength", "exact"),
     [
-        ("xxxx.", 1.0, 1.0),  # the last is the end token
+        ("xxxx.", 1.0, 1.0),  # the last is the EOS token
         ("....x", 0.0, 0.0),
         ("x.xx.", 0.5, 0.75),
         ("xxx..", 0.0, 0.75),
@@ -23,14 +23,14 @@ def hits(text, ends=True):
 )
 def test_by_hand(text, strength, exact):
     assert extraction_strength(hits(text)) == strength
-    assert exact_memorisation(hits(text)) == exact
+    assert exact_memorization(hits(text)) == exact
 
 
 def test_a_cut_answer_counts_to_its_last_token():
     assert extraction_strength(hits(".x", ends=False)) == 0.5
 
 
-@pytest.mark.parametrize("metric", [extraction_strength, exact_memorisation])
+@pytest.mark.parametrize("metric", [extraction_strength, exact_memorization])
 def test_an_answer_of_nothing_but_the_end_has_no_value(metric):
     assert metric(hits("x")) is None
 
@@ -49,6 +49,6 @@ def test_on_known_logits():
     table = np.full((8, 8), 0.05)
     for present, following in ((1, 2), (2, 5), (3, 4), (4, 0)):  # a -> b, b -> e, c -> d, d -> end
         table[present, following] = 0.65
-    subject, _ = bigram_subject(table)
-    (answer,) = subject.tokens_of_answers([("a", "bcd")])  # b and d are the likeliest, c is not
-    assert (exact_memorisation(answer), extraction_strength(answer)) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    outputs, _ = bigram_outputs(table)
+    (answer,) = outputs.tokens_of_answers([("a", "bcd")])  # b and d are the likeliest, c is not
+    assert (exact_memorization(answer), extraction_strength(answer)) == (pytest.approx(2 / 3), pytest.approx(1 / 3))

@@ -12,18 +12,20 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 
+from common.collate import IGNORED
 from common.config import LoraSettings, NewModelConfig
-from common.model import add_adapter, new_model
-from common.prompts import IGNORED
+from common.errors import UserError
+from common.files import CONFIGS
+from common.model import add_adapter
+from common.new_model import new_model
 from common.rouge import rouge_l_recall
-from common.runtime import CONFIGS, UserError
-from common.training import ExampleTrainer
+from common.trainer import ExampleTrainer
 from tests.conftest import NEW, ROWS, run_stage
 from tests.test_training import arguments
-from unlearning.altpo import AltPO
-from unlearning.reference import Reference
-from unlearning.refusals import read_refusals
-from unlearning.rmu import RMUSettings, steered_layers, trained_parameters
+from unlearning.methods.altpo import AltPO
+from unlearning.methods.refusals import read_refusals
+from unlearning.methods.rmu import RMUSettings, steered_layers, trained_parameters
+from unlearning.reference_model import Reference
 from unlearning.trainer import UnlearningData
 
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
@@ -213,11 +215,11 @@ def test_rmu_is_that_of_the_paper(learned, prompts, tmp_path):
 @pytest.mark.parametrize("name", [name for name in OTHERS if name not in ("dpo", "altpo")])
 def test_micro_batches_and_passes_do_not_change_a_step(name, learned, prompts, tmp_path, monkeypatch):
     """One batch of eight rows against four of two, and one pass against one for every length."""
-    from common import training
+    from common import collate
 
     losses = []
     for batch_size, extra_pass in ((8, 10**9), (2, 10**9), (8, 1)):
-        monkeypatch.setattr(training, "EXTRA_PASS", extra_pass)
+        monkeypatch.setattr(collate, "PASS_OVERHEAD_TOKENS", extra_pass)
         losses.append(step_loss_and_gradient(name, learned, prompts, tmp_path, batch_size))
     for loss, gradient in losses[1:]:
         assert loss == pytest.approx(losses[0][0], rel=1e-4)
@@ -431,7 +433,7 @@ def test_a_question_with_too_few_alternatives_is_asked_again_hotter_and_then_lef
     learned, prompts, tmp_path, monkeypatch, caplog
 ):
     """Row 0 gets nothing but its answer, row 1 an alternative of two at the first attempt and the other at the third."""
-    from unlearning import altpo
+    from unlearning.methods import altpo
 
     asked = []
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.collate import collate
 from common.config import LoraSettings, ModelConfig, NewModelConfig, PromptConfig
-from common.model import ADAPTER, add_adapter, end_token_ids, load_model, load_tokenizer
-from common.prompts import PromptFormat, collate
-from common.runtime import UserError
-from common.training import answer_losses
+from common.errors import UserError
+from common.losses import answer_losses
+from common.model import ADAPTER, add_adapter, eos_token_ids, load_model, load_tokenizer
+from common.prompts import PromptFormat
 from tests.conftest import NEW, ROWS, SETTINGS
 
 LORA = LoraSettings(r=4, alpha=8)
@@ -118,11 +119,11 @@ def test_a_checkpoint_loads_in_the_dtype_asked_for(checkpoint, tokenizer, dtype)
 
 
 def test_end_tokens_are_the_prompts_and_the_generation_configs(model):
-    assert end_token_ids(model, 7) == [0, 7]
+    assert eos_token_ids(model, 7) == [0, 7]
     model.generation_config.eos_token_id = [9, 5]
-    assert end_token_ids(model, 7) == [5, 7, 9]
+    assert eos_token_ids(model, 7) == [5, 7, 9]
     model.generation_config.eos_token_id = None
-    assert end_token_ids(model, 7) == [7]
+    assert eos_token_ids(model, 7) == [7]
 
 
 # --- adapters -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import ROWS
 from tests.test_training import arguments
-from unlearning.pmc import PMC, Pick, PMCSettings, scores, select
+from unlearning.pmc import PMC, Candidate, PMCSettings, scores, select
 from unlearning.rewards import rouge_l
 from unlearning.trainer import UnlearningData
 
@@ -51,13 +51,13 @@ def test_short_samples_score_worse_by_min_len():
 )
 def test_selection_and_memory(stored, candidates, expected):
     def pick(pair):
-        return Pick(pair[0], [pair[1]])
+        return Candidate(pair[0], [pair[1]])
 
     assert select(stored and pick(stored), [pick(pair) for pair in candidates]) == pick(expected)
 
 
 def test_a_penalty_decides_between_scores_that_are_close():
-    gibberish, fluent = Pick(0.0, [1], penalty=0.5), Pick(0.25, [2], penalty=0.125)
+    gibberish, fluent = Candidate(0.0, [1], penalty=0.5), Candidate(0.25, [2], penalty=0.125)
     assert (gibberish.cost, fluent.cost) == (0.5, 0.375)
     assert select(None, [gibberish, fluent]) == fluent
     assert select(fluent, [gibberish]) == fluent, "the stored pick is compared by its cost, too"
@@ -77,9 +77,12 @@ def test_penalties_are_mean_surprise_under_the_model_before_unlearning(model, pr
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    trainer.memory = {1: Pick(0.5, [3, 2], penalty=0.25)}
-    candidates = [[Pick(0.25, ids) for ids in answers[0]], [Pick(0.75, answers[1][0]), Pick(0.76, [4, 2])]]
-    found = trainer.penalised(ROWS[:2], candidates)
+    trainer.memory = {1: Candidate(0.5, [3, 2], penalty=0.25)}
+    candidates = [
+        [Candidate(0.25, ids) for ids in answers[0]],
+        [Candidate(0.75, answers[1][0]), Candidate(0.76, [4, 2])],
+    ]
+    found = trainer.penalized(ROWS[:2], candidates)
     assert [[pick.answer for pick in picks] for picks in found] == [answers[0], answers[1]], "0.76 > 0.5 + 0.25 is lost"
     for picks, own in zip(found, expected, strict=True):
         assert [pick.penalty for pick in picks] == pytest.approx([0.5 * surprise for surprise in own], rel=1e-4)
@@ -99,23 +102,25 @@ def test_only_candidates_that_may_still_win_are_asked_about(model, prompts, tmp_
 
     monkeypatch.setattr(trainer, "surprise", surprise)
     for _ in range(1000):
-        candidates = [Pick(rng.choice([0.0, 0.2, 0.4, 0.6, 0.8]), [rng.random() * 6]) for _ in range(rng.randint(1, 6))]
-        stored = Pick(rng.random(), [0], penalty=rng.random() / 2) if rng.random() < 0.5 else None
+        candidates = [
+            Candidate(rng.choice([0.0, 0.2, 0.4, 0.6, 0.8]), [rng.random() * 6]) for _ in range(rng.randint(1, 6))
+        ]
+        stored = Candidate(rng.random(), [0], penalty=rng.random() / 2) if rng.random() < 0.5 else None
         trainer.memory = {0: stored} if stored else {}
         complete = [replace(pick, penalty=0.1 * pick.answer[0]) for pick in candidates]
-        (penalised,) = trainer.penalised(ROWS[:1], [candidates])
-        assert select(stored, penalised) == select(stored, complete)
+        (penalized,) = trainer.penalized(ROWS[:1], [candidates])
+        assert select(stored, penalized) == select(stored, complete)
         total += len(candidates)
     assert len(asked) < 0.7 * total
 
 
-def test_a_fluency_weight_makes_the_picks_likelier_before_unlearning(memorised, prompts, tmp_path):
-    start = {name: value.clone() for name, value in memorised.state_dict().items()}
+def test_a_fluency_weight_makes_the_picks_likelier_before_unlearning(memorized, prompts, tmp_path):
+    start = {name: value.clone() for name, value in memorized.state_dict().items()}
     surprise = {}
     for weight in (0.001, 1.0):
-        memorised.load_state_dict(start)
+        memorized.load_state_dict(start)
         settings = PMCSettings(num_samples=16, max_length=60, temperature=2.0, fluency_weight=weight)
-        trainer = make_trainer(memorised, prompts, tmp_path, settings=settings)
+        trainer = make_trainer(memorized, prompts, tmp_path, settings=settings)
         trainer.forget_examples(ROWS)
         surprise[weight] = sum(pick.penalty / weight for pick in trainer.memory.values()) / len(ROWS)
     assert 0 < surprise[1.0] < 0.8 * surprise[0.001]
@@ -149,7 +154,7 @@ def test_collapse_warmup_counts_the_steps_of_all_processes(model, prompts, tmp_p
     assert trainer.loss_weights()[0] == 1 / 4
 
 
-def test_a_run_with_all_options_trains_with_the_weights_of_its_steps(memorised, prompts, tmp_path):
+def test_a_run_with_all_options_trains_with_the_weights_of_its_steps(memorized, prompts, tmp_path):
     """Temperature, penalties and warm-up together, through the trainer, stopped and gone on with: gamma * step / 8."""
     options = {"stalled_temperature_factor": 2.0, "fluency_weight": 0.05, "collapse_warmup_epochs": 2}
     settings = PMCSettings(num_samples=4, max_length=60, temperature=4.0, **options)
@@ -171,7 +176,7 @@ def test_a_run_with_all_options_trains_with_the_weights_of_its_steps(memorised, 
     for stop, resume in ((3, None), (10, True)):
         data = UnlearningData(ROWS[:7], ROWS[::-1], prompts, max_length=64)
         more = {"learning_rate": 1e-3, "max_steps": stop, "save_strategy": "steps", "save_steps": 3}
-        trainer = Noting(memorised, arguments(tmp_path, 1, 2, **more), data, settings)
+        trainer = Noting(memorized, arguments(tmp_path, 1, 2, **more), data, settings)
         trainer.before_training()
         trainer.train(resume_from_checkpoint=resume)
     assert weights == [min(1.0, step / 8) for step in range(1, 11)]
@@ -206,7 +211,7 @@ def test_what_is_picked_does_not_depend_on_order_or_micro_batches(model, prompts
 
 def test_a_question_at_score_zero_is_not_sampled_again_but_goes_on_being_trained(model, prompts, tmp_path, monkeypatch):
     trainer = make_trainer(model, prompts, tmp_path)
-    trainer.memory = {0: Pick(0.0, [7, 8, 2]), 1: Pick(0.5, [9, 2])}
+    trainer.memory = {0: Candidate(0.0, [7, 8, 2]), 1: Candidate(0.5, [9, 2])}
     asked = []
     monkeypatch.setattr(
         trainer, "sample", lambda rows, _: asked.extend(row.index for row in rows) or [[[5, 2]]] * len(rows)
@@ -221,7 +226,7 @@ def test_the_trained_answer_is_the_sampled_ids_with_their_end_token(model, promp
     trainer = make_trainer(model, prompts, tmp_path)
     (example,) = trainer.forget_examples(ROWS[:1])
     assert example.answer == trainer.memory[0].answer
-    end, full = prompts.end_token_id, len(example) == trainer.settings.max_length
+    end, full = prompts.eos_token_id, len(example) == trainer.settings.max_length
     assert example.answer[-1] == end or full
     assert end not in example.answer[:-1]
 
@@ -237,7 +242,7 @@ def shouting(reference, samples):
     return [0.25 for _ in samples]
 
 
-def test_an_over_memorised_model_is_called_so_after_two_epochs(model, prompts, tmp_path, caplog):
+def test_an_over_memorized_model_is_called_so_after_two_epochs(model, prompts, tmp_path, caplog):
     trainer = make_trainer(model, prompts, tmp_path)
     with caplog.at_level(logging.WARNING, logger="unlearning.pmc"):
         trainer.warn_when_stalled(0.9)
@@ -249,22 +254,22 @@ def test_an_over_memorised_model_is_called_so_after_two_epochs(model, prompts, t
     assert "method.temperature (now 1)" in caplog.text
 
 
-def test_a_stalled_question_is_drawn_hotter_until_its_samples_differ(memorised, prompts, tmp_path):
-    """An over-memorised model: without the factor every sample is the initial response, with it PMC goes through."""
-    start = {name: value.clone() for name, value in memorised.state_dict().items()}
+def test_a_stalled_question_is_drawn_hotter_until_its_samples_differ(memorized, prompts, tmp_path):
+    """An over-memorized model: without the factor every sample is the initial response, with it PMC goes through."""
+    start = {name: value.clone() for name, value in memorized.state_dict().items()}
     picked = {}
     for factor in (1.0, 2.0):
-        memorised.load_state_dict(start)
+        memorized.load_state_dict(start)
         settings = PMCSettings(num_samples=4, max_length=60, temperature=1.0, stalled_temperature_factor=factor)
         more = {"learning_rate": 5e-4, "max_steps": 8}  # an epoch each
-        trainer = make_trainer(memorised, prompts, tmp_path, settings=settings, **more)
+        trainer = make_trainer(memorized, prompts, tmp_path, settings=settings, **more)
         assert [trainer.initial_responses[row.index] for row in ROWS] == [row.answer for row in ROWS]
         trainer.train()
         picked[factor] = [record["selected_score"] for record in trainer.history]
     assert picked[1.0] == [1.0] * 8
     assert picked[2.0][0] == 1.0
     assert picked[2.0][-1] < 0.5
-    assert trainer.heat == {}
+    assert trainer.temperature_multipliers == {}
 
 
 def test_the_temperature_rises_while_all_is_the_initial_response_and_falls_back(model, prompts, tmp_path, monkeypatch):
@@ -281,17 +286,19 @@ def test_the_temperature_rises_while_all_is_the_initial_response_and_falls_back(
     for answers in ([initial] * 2, [initial] * 2, [initial] * 2, [initial] * 2, [initial, "one two"], [initial] * 2):
         texts.append(answers)
         trainer.forget_examples(ROWS[:1])
-    assert drawn == [[pytest.approx(1.2 * heat)] for heat in (1, 3, 9, 10, 10, 1)], "MOST_HEAT is the end"
+    assert drawn == [
+        [pytest.approx(1.2 * temperature_multipliers)] for temperature_multipliers in (1, 3, 9, 10, 10, 1)
+    ], "MAX_TEMPERATURE_MULTIPLIER is the end"
     assert trainer.memory[0].score == 0.5
 
 
 def test_a_pick_that_stays_for_its_fluency_does_not_heat_a_question_whose_samples_differ(model, prompts, tmp_path):
     trainer = make_trainer(model, prompts, tmp_path, settings=PMCSettings(stalled_temperature_factor=3.0))
-    trainer.memory = {0: Pick(1.0, [5, 2])}
-    trainer.adapt_temperature(ROWS[0], [Pick(1.0, [5, 2]), Pick(1.0, [5, 2])])
-    assert trainer.heat == {0: 3.0}
-    trainer.adapt_temperature(ROWS[0], [Pick(1.0, [5, 2]), Pick(0.5, [6, 2])])
-    assert trainer.heat == {}
+    trainer.memory = {0: Candidate(1.0, [5, 2])}
+    trainer.adapt_temperature(ROWS[0], [Candidate(1.0, [5, 2]), Candidate(1.0, [5, 2])])
+    assert trainer.temperature_multipliers == {0: 3.0}
+    trainer.adapt_temperature(ROWS[0], [Candidate(1.0, [5, 2]), Candidate(0.5, [6, 2])])
+    assert trainer.temperature_multipliers == {}
 
 
 def test_state_survives_a_checkpoint(model, prompts, tmp_path):
@@ -299,11 +306,11 @@ def test_state_survives_a_checkpoint(model, prompts, tmp_path):
 
     trainer = make_trainer(model, prompts, tmp_path)
     trainer.train()
-    trainer.heat = {3: 1.5}
-    trainer.memory[3] = Pick(0.5, [7, 2], penalty=0.25)
+    trainer.temperature_multipliers = {3: 1.5}
+    trainer.memory[3] = Candidate(0.5, [7, 2], penalty=0.25)
     state = json.loads(json.dumps(trainer.state_to_save()))
     other = make_trainer(model, prompts, tmp_path)
     other.initial_responses = {}
     other.load_state(state)
-    for name in ("memory", "initial_responses", "heat", "history"):
+    for name in ("memory", "initial_responses", "temperature_multipliers", "history"):
         assert getattr(other, name) == getattr(trainer, name)

@@ -10,12 +10,12 @@ from sklearn.metrics import roc_auc_score
 
 from common.config import EvaluationConfig
 from common.data import Row
-from evaluation import privacy
-from evaluation.passes import Subject
+from evaluation.metrics import privacy
+from evaluation.model_outputs import ModelOutputs
 from tests.conftest import ROWS
 from tests.stubs import tokens
 
-ANSWER = tokens([-1.0, -3.0, -2.0, -6.0, -0.5, -9.0])  # the last is the end token
+ANSWER = tokens([-1.0, -3.0, -2.0, -6.0, -0.5, -9.0])  # the last is the EOS token
 
 
 def test_loss_and_zlib():
@@ -80,9 +80,9 @@ def test_privleak():
 
 
 def test_reference_attack_subtracts_the_loss_before_unlearning(model, prompts):
-    subjects = [Subject(lambda m=m: m, prompts, EvaluationConfig(), 256) for m in (model, changed(model))]
+    subjects = [ModelOutputs(lambda m=m: m, prompts, EvaluationConfig(), 256) for m in (model, changed(model))]
     found = privacy.against_reference(*subjects, ROWS[:3])
-    alone = [privacy.attacked(subject, ROWS[:3], privacy.loss) for subject in subjects]
+    alone = [privacy.attacked(outputs, ROWS[:3], privacy.loss) for outputs in subjects]
     assert found == pytest.approx([one - other for one, other in zip(*alone, strict=True)])
     assert privacy.against_reference(subjects[0], subjects[0], ROWS[:3]) == [0.0] * 3
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from common.runtime import ROOT
+from common.files import ROOT
 
 
 def run(processes, folder, models_dir, *overrides):

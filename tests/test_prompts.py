@@ -1,4 +1,4 @@
-"""Prompts and examples as token ids: plain and chat, end tokens, no second BOS, padding."""
+"""Prompts and examples as token ids: plain and chat, EOS tokens, no second BOS, padding."""
 
 import doctest
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from common import prompts as prompts_module
+from common.collate import collate
 from common.config import PromptConfig
 from common.data import Row
-from common.prompts import Example, PromptFormat, check_prompt_lengths, collate
-from common.runtime import UserError
+from common.errors import UserError
+from common.prompts import Example, PromptFormat, check_prompt_lengths
 
 QUESTION, ANSWER = "Who is Bram Toll?", "A poet."
 CHAT = PromptConfig(style="chat", system="You are a helpful assistant.")
@@ -33,7 +33,7 @@ def add_bos(tokenizer):
 def test_plain_prompt_and_answer(prompts, tokenizer):
     assert tokenizer.decode(prompts.prompt(QUESTION)) == "Question: Who is Bram Toll?\nAnswer:"
     assert tokenizer.decode(prompts.answer(ANSWER)) == " A poet.<|end|>"
-    assert prompts.end_token_id == tokenizer.eos_token_id == prompts.answer(ANSWER)[-1]
+    assert prompts.eos_token_id == tokenizer.eos_token_id == prompts.answer(ANSWER)[-1]
 
 
 def test_plain_templates_of_the_configuration(tokenizer):
@@ -86,13 +86,13 @@ def test_a_chat_without_system_message(chat_tokenizer):
 
 def test_the_end_token_of_a_chat_is_the_templates(chat_tokenizer):
     form = PromptFormat(chat_tokenizer, CHAT)
-    assert form.end_token_id == chat_tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert form.end_token_id != chat_tokenizer.eos_token_id
+    assert form.eos_token_id == chat_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert form.eos_token_id != chat_tokenizer.eos_token_id
 
 
 def test_a_template_without_an_end_token_falls_back_to_the_tokenizers(chat_tokenizer):
     chat_tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    assert PromptFormat(chat_tokenizer, CHAT).end_token_id == chat_tokenizer.eos_token_id
+    assert PromptFormat(chat_tokenizer, CHAT).eos_token_id == chat_tokenizer.eos_token_id
 
 
 def test_a_chat_example_is_what_the_template_makes_of_the_conversation(chat_tokenizer):
@@ -132,7 +132,7 @@ def test_a_chat_without_template_is_refused(tokenizer):
 
 def test_a_tokenizer_without_end_token_is_refused(chat_tokenizer):
     chat_tokenizer.eos_token = None
-    with pytest.raises(UserError, match="no end token"):
+    with pytest.raises(UserError, match="no EOS token"):
         PromptFormat(chat_tokenizer, PromptConfig(style="plain"))
 
 
@@ -146,8 +146,8 @@ def test_prompts_without_room_for_an_answer_are_refused():
 # --- examples -----------------------------------------------------------------------------------------------------------
 
 
-def test_ids_are_concatenated_not_tokenised_again(prompts, tokenizer):
-    """An answer starts a token of its own even where the joined text would be tokenised otherwise."""
+def test_ids_are_concatenated_not_tokenized_again(prompts, tokenizer):
+    """An answer starts a token of its own even where the joined text would be tokenized otherwise."""
     form = PromptFormat(tokenizer, PromptConfig(style="plain", question="{question}", answer="{answer}"))
     example = form.example(Row(0, " an", "d"), 50)
     assert example.prompt == tokenizer(" an")["input_ids"]
@@ -166,7 +166,7 @@ def test_a_long_answer_is_cut_with_its_end_token(prompts, room):
     whole = prompts.example(Row(0, QUESTION, ANSWER), 100)
     cut = prompts.example(Row(0, QUESTION, ANSWER), len(whole.prompt) + room)
     assert (cut.prompt, cut.answer) == (whole.prompt, whole.answer[:room])
-    assert prompts.end_token_id not in cut.answer
+    assert prompts.eos_token_id not in cut.answer
 
 
 def test_an_answer_that_just_fits_keeps_its_end_token(prompts):
@@ -180,7 +180,7 @@ def test_text_gives_the_answer_back(prompts, answer):
 
 
 def test_text_of_an_end_token_alone_is_empty(prompts):
-    assert prompts.text([prompts.end_token_id]) == ""
+    assert prompts.text([prompts.eos_token_id]) == ""
 
 
 # --- collate ------------------------------------------------------------------------------------------------------------
@@ -205,6 +205,6 @@ def test_collate_does_not_take_ids_for_padding():
 
 
 def test_docstring_example_of_collate_is_true():
-    examples = doctest.DocTestFinder().find(collate, globs={**vars(prompts_module)})
+    examples = doctest.DocTestFinder().find(collate, globs={"Example": Example, "collate": collate})
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     assert [runner.run(example) for example in examples if example.examples] == [doctest.TestResults(0, 1)]

@@ -5,12 +5,12 @@ import random
 import pytest
 import torch
 
-from common.sampling import Draft
+from generation.sampler import PartialSample
 from tests.conftest import ROWS
 from tests.test_pmc import make_trainer
 from unlearning import pmc
-from unlearning.pmc import Pick, PMCSettings, scores, select
-from unlearning.pruning import Pruner, complete_words
+from unlearning.early_stopping import EarlyStopping, complete_words
+from unlearning.pmc import Candidate, PMCSettings, scores, select
 from unlearning.rewards import rouge_l
 
 WORDS = ["sea", "sailing", "sail", "storms", "in", "the", "book", "1987", "a"]
@@ -25,15 +25,17 @@ def test_the_last_word_is_left_out_of_a_bound(text, expected):
     assert complete_words(text) == expected
 
 
-def drawn_half_way(pruner: Pruner, texts: list[list[str]]) -> list[list[str]]:
-    """Show the pruner samples of one question as they grow; returns them as far as they were drawn."""
+def drawn_half_way(early_stopping: EarlyStopping, texts: list[list[str]]) -> list[list[str]]:
+    """Show the early_stopping samples of one question as they grow; returns them as far as they were drawn."""
     running, length = set(range(len(texts))), 0
     while running:
-        length += pruner.every
+        length += early_stopping.every
         ended = [i for i in sorted(running) if len(texts[i]) <= length]
         running -= set(ended)
         going_on = sorted(running)
-        stop = pruner.look([Draft(0, i, texts[i]) for i in ended], [Draft(0, i, texts[i][:length]) for i in going_on])
+        stop = early_stopping.look(
+            [PartialSample(0, i, texts[i]) for i in ended], [PartialSample(0, i, texts[i][:length]) for i in going_on]
+        )
         for i, stops in zip(going_on, stop, strict=True):
             if stops:
                 texts[i] = texts[i][:length]
@@ -48,7 +50,7 @@ def test_the_pick_is_that_of_complete_samples(min_len):
     for _ in range(1000):
         reference = " ".join(rng.choices(WORDS, k=rng.randint(0, 12)))
         samples = [list(" ".join(rng.choices(WORDS, k=rng.randint(0, 14)))) for _ in range(rng.randint(1, 6))]
-        stored = Pick(rng.choice([0.1, 0.25, 0.5, 1.0]), ["stored"]) if rng.random() < 0.5 else None
+        stored = Candidate(rng.choice([0.1, 0.25, 0.5, 1.0]), ["stored"]) if rng.random() < 0.5 else None
 
         def score(_question, sample, reference=reference):
             text = "".join(sample)
@@ -57,13 +59,15 @@ def test_the_pick_is_that_of_complete_samples(min_len):
         def bound(_question, beginning, reference=reference):
             return 1 - rouge_l(reference, [complete_words("".join(beginning))])[0]
 
-        complete = [Pick(score(0, sample), list(sample)) for sample in samples]
-        pruner = Pruner([stored.score if stored else float("inf")], score, bound)
-        drawn = drawn_half_way(pruner, [list(sample) for sample in samples])
-        partial = [Pick(pruner.bounds.get((0, i), score(0, sample)), sample) for i, sample in enumerate(drawn)]
+        complete = [Candidate(score(0, sample), list(sample)) for sample in samples]
+        early_stopping = EarlyStopping([stored.score if stored else float("inf")], score, bound)
+        drawn = drawn_half_way(early_stopping, [list(sample) for sample in samples])
+        partial = [
+            Candidate(early_stopping.bounds.get((0, i), score(0, sample)), sample) for i, sample in enumerate(drawn)
+        ]
         assert select(stored, partial) == select(stored, complete)
         assert all(after.score <= before.score for after, before in zip(partial, complete, strict=True))
-        stopped += len(pruner.bounds)
+        stopped += len(early_stopping.bounds)
     assert stopped > 500
 
 
@@ -87,10 +91,10 @@ def runs(model, prompts, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"temperature": 2.0}, {"fluency_weight": 0.02, "temperature": 2.0}], ids=str)
-def test_pruning_changes_neither_the_picks_nor_the_trained_weights(memorised, prompts, tmp_path, monkeypatch, options):
+def test_pruning_changes_neither_the_picks_nor_the_trained_weights(memorized, prompts, tmp_path, monkeypatch, options):
     """With penalties, too, where the stored pick alone can be said to win."""
-    monkeypatch.setattr(Pruner, "every", 4)
-    runs = three_epochs(memorised, prompts, tmp_path)
+    monkeypatch.setattr(EarlyStopping, "every", 4)
+    runs = three_epochs(memorized, prompts, tmp_path)
     (memory, weights, history), (plain_memory, plain_weights, plain_history) = (
         runs(**options, prune=prune) for prune in (True, False)
     )
@@ -126,4 +130,4 @@ def test_the_text_of_a_beginning_is_the_beginning_of_the_text(prompts):
 
 def test_the_watcher_sees_every_sample_of_a_window_split_into_chunks(runs):
     assert runs(prune=True)[0] == runs(prune=True, sampling_batch_size=4)[0]
-    assert pmc.Pruner is Pruner
+    assert pmc.EarlyStopping is EarlyStopping

@@ -7,7 +7,8 @@ import textwrap
 import pytest
 from hydra import compose, initialize_config_dir
 
-from common.runtime import CONFIGS, ROOT, allow_new_key, read_json_lines
+from common.cli import allow_new_key
+from common.files import CONFIGS, ROOT, read_json_lines
 from tests.conftest import run_stage
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -6,8 +6,8 @@ import random
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
+from common.files import ROOT
 from common.rouge import rouge_l_recall, rouge_tokens
-from common.runtime import ROOT
 
 SCORER = RougeScorer(["rougeL"], use_stemmer=True)
 
@@ -50,7 +50,7 @@ def test_equals_rouge_score_on_tofu(tofu, split):
     assert_equal_to_reference(pairs)
 
 
-def test_equals_rouge_score_on_neighbouring_tofu_answers(tofu):
+def test_equals_rouge_score_on_neighboring_tofu_answers(tofu):
     answers = [row["answer"] for row in read_rows(tofu, "full")]
     assert_equal_to_reference([(answers[i], answers[i + 1]) for i in range(0, 3999, 10)])
 
@@ -93,7 +93,7 @@ def test_a_text_without_words_scores_zero(reference, answer):
     "text",
     [
         "Zoë's café — naïve résumé, ﬁn",  # letters outside a-z split words
-        "\u0130stanbul, \u015eAHIN and 5 \u212a",  # lower case of dotted I and of the Kelvin sign is ASCII
+        "\u0130stanbul, \u015eAHIN and 5 \u212a",  # lower context of dotted I and of the Kelvin sign is ASCII
         "In 1987, 3.5 million; 2nd-hand no.7 10,000",
         "don't can't author's authors' O'Neill's",
         "under_score e-mail a.b.c @home #1 50%",

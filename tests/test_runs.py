@@ -14,8 +14,10 @@ from omegaconf import OmegaConf
 
 from common import runs
 from common.config import RunConfig
-from common.runs import RunFolder, differing_keys, finetuned_run, identity, result_of, run_folder, run_name
-from common.runtime import ROOT, UserError
+from common.errors import UserError
+from common.files import ROOT
+from common.results import result_of
+from common.runs import RunFolder, differing_keys, finetuned_run, identity, run_folder, run_name
 
 # --- names --------------------------------------------------------------------------------------------------------------
 

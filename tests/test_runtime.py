@@ -12,28 +12,21 @@ import pytest
 import torch
 from hydra.errors import ConfigCompositionException, MissingConfigException
 
-from common import runtime
-from common.runtime import (
+from common import cli, hardware, results
+from common.cli import allow_new_key, launch, prepare_process
+from common.errors import Interrupted, UserError, did_you_mean, full_disk_as_user_error
+from common.files import (
     ROOT,
-    Interrupted,
-    UserError,
-    allow_new_key,
-    did_you_mean,
-    full_disk_as_user_error,
-    git_commit,
-    launch,
     looks_local,
-    package_versions,
-    prepare_process,
     read_json,
     read_json_lines,
     resolve_path,
-    suitable_threads,
     write_json,
     write_json_lines,
     write_text,
 )
-from evaluation.result import write_result
+from common.hardware import suitable_threads
+from common.results import git_commit, package_versions, write_result
 from evaluation.scores import Scores
 
 TOKEN = "hf_" + "s3cret" * 5
@@ -47,7 +40,7 @@ def environment(tmp_path, monkeypatch):
 
     def prepared(text: str = "", **values: str) -> dict[str, str]:
         (tmp_path / "environment.env").write_text(text)
-        monkeypatch.setattr(runtime, "ROOT", tmp_path)
+        monkeypatch.setattr("common.cli.ROOT", tmp_path)
         monkeypatch.setattr(os, "environ", dict(values))
         prepare_process()
         return os.environ
@@ -250,11 +243,11 @@ def test_versions_are_recorded():
         "torch": version("torch"),
         "transformers": version("transformers"),
     }
-    assert set(found) <= {"python", *runtime.RECORDED_PACKAGES}
+    assert set(found) <= {"python", *results.RECORDED_PACKAGES}
 
 
 def test_a_package_that_is_not_installed_is_left_out(monkeypatch):
-    monkeypatch.setattr(runtime, "RECORDED_PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr(results, "RECORDED_PACKAGES", ("torch", "no-such-package"))
     assert set(package_versions()) == {"python", "torch"}
 
 
@@ -279,7 +272,7 @@ def repository(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("-c", "commit.gpgsign=false", "commit", "-m", "one")
-    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
     return tmp_path, git("rev-parse", "HEAD")
 
 
@@ -297,7 +290,7 @@ def test_the_commit_of_a_changed_checkout_is_marked(repository):
 
 
 def test_there_is_no_commit_outside_git(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
     assert git_commit() is None
 
 
@@ -312,7 +305,7 @@ def test_there_is_no_commit_without_git(monkeypatch):
 @pytest.fixture
 def exit_of(monkeypatch):
     """What `launch` exits with when the stage raises an error."""
-    monkeypatch.setattr(runtime, "prepare_process", lambda: None)
+    monkeypatch.setattr(cli, "prepare_process", lambda: None)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
 
     def launched(error: BaseException):
@@ -371,7 +364,7 @@ def test_other_errors_keep_their_traceback(monkeypatch):
     def main():
         raise ZeroDivisionError
 
-    monkeypatch.setattr(runtime, "prepare_process", lambda: None)
+    monkeypatch.setattr(cli, "prepare_process", lambda: None)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ZeroDivisionError):
         launch(main)
@@ -385,11 +378,11 @@ def test_bf16_is_chosen_on_a_cpu_that_is_faster_with_it(monkeypatch, seconds_bf1
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     seconds = {torch.float32: 1.0, torch.bfloat16: seconds_bf16}
-    monkeypatch.setattr(runtime, "seconds_of_a_product", lambda *dtypes: {dtype: seconds[dtype] for dtype in dtypes})
-    assert runtime.has_fast_bf16.__wrapped__() == expected
+    monkeypatch.setattr(hardware, "seconds_of_a_product", lambda *dtypes: {dtype: seconds[dtype] for dtype in dtypes})
+    assert hardware.has_fast_bf16.__wrapped__() == expected
 
 
 def test_products_of_each_type_are_timed():
-    seconds = runtime.seconds_of_a_product(torch.float32, torch.bfloat16)
+    seconds = hardware.seconds_of_a_product(torch.float32, torch.bfloat16)
     assert set(seconds) == {torch.float32, torch.bfloat16}
     assert all(0 < value < 10 for value in seconds.values())

@@ -19,11 +19,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from common import decoding, sampling
 from common.config import PromptConfig
-from common.decoding import Decoder, PreallocatedLayer, Replica, closed_up, packed_linears
 from common.prompts import PromptFormat
-from common.sampling import SamplingSettings, draw_tokens, generate, random_numbers, top_tokens
+from generation import decoder, sampler
+from generation.decoder import Decoder
+from generation.kv_cache import PreallocatedLayer, compact_indices
+from generation.prepacked_linear import prepacked_linears
+from generation.replica import Replica
+from generation.sampler import generate
+from generation.token_sampling import SamplingSettings, draw_tokens, random_numbers, top_tokens
 from tests.conftest import ROWS
 from unlearning.trainer import UnlearningTrainer
 
@@ -89,8 +93,8 @@ def test_greedy_answers_to_chat_prompts_equal_hugging_faces(chat_tokenizer):
     prompts = [form.prompt(row.question) for row in ROWS]
     assert len({len(prompt) for prompt in prompts}) > 4
     longest = max(map(len, prompts)) + 8
-    answers = generate(model, prompts, SamplingSettings(longest), [form.end_token_id])
-    expected = [hugging_face_greedy(model, prompt, longest, [form.end_token_id]) for prompt in prompts]
+    answers = generate(model, prompts, SamplingSettings(longest), [form.eos_token_id])
+    expected = [hugging_face_greedy(model, prompt, longest, [form.eos_token_id]) for prompt in prompts]
     assert [answer[0] for answer in answers] == expected
 
 
@@ -301,7 +305,7 @@ def test_samples_have_the_distribution_of_hugging_faces_samples(small_model, our
 
 
 def test_samples_of_one_prompt_are_independent_of_each_other(small_model):
-    """Neighbouring samples of one prompt: the table of their first tokens shows no dependence."""
+    """Neighboring samples of one prompt: the table of their first tokens shows no dependence."""
     first = np.array(our_samples(small_model))[:, 0]
     table = np.zeros((VOCABULARY, VOCABULARY))
     np.add.at(table, (first[::2], first[1::2]), 1)
@@ -354,7 +358,7 @@ def test_the_first_samples_stay_when_more_are_drawn(reference, num_samples):
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_dropping_finished_answers_changes_no_answer(reference, monkeypatch, share):
     """0: finished rows stay to the end; 1: each leaves at once."""
-    monkeypatch.setattr(sampling, "KEEP_SHARE", share)
+    monkeypatch.setattr(sampler, "COMPACT_THRESHOLD", share)
     assert sampled(reference.model, reference.prompts, reference.keys, top_p=0.95) == reference.answers
 
 
@@ -369,7 +373,7 @@ def test_rows_that_end_leave_holes_for_the_last_ones():
     rng = np.random.default_rng(0)
     for _ in range(50):
         alive = torch.from_numpy(rng.random(12) < 0.6)
-        kept = closed_up(alive)
+        kept = compact_indices(alive)
         assert sorted(kept.tolist()) == alive.nonzero().squeeze(1).tolist()
         stayed = [row for row in kept.tolist() if row < len(kept)]
         assert all(kept[row] == row for row in stayed)
@@ -412,7 +416,7 @@ def test_reading_prompts_in_parts_changes_no_answer(monkeypatch, architecture, b
     prompts = [beginning + prompt for prompt in random_prompts((1, 14, 7, 5, 11))]
     keys = [(0, index) for index in range(len(prompts))]
     together = sampled(model, prompts, keys)
-    monkeypatch.setitem(decoding.PREFILL_PROMPTS, "cpu", 2)
+    monkeypatch.setitem(decoder.PREFILL_PROMPTS, "cpu", 2)
     assert sampled(model, prompts, keys) == together
     greedy = generate(model, prompts, SamplingSettings(30), [5, 6])
     assert [answers[0] for answers in greedy] == [hugging_face_greedy(model, prompt, 30, [5, 6]) for prompt in prompts]
@@ -429,12 +433,12 @@ def test_reading_prompts_in_parts_gives_the_same_logits(monkeypatch, num_samples
             return torch.stack([decoder.start(prompts, num_samples, 4), decoder.step(tokens), decoder.step(tokens)])
 
     together = logits()
-    monkeypatch.setitem(decoding.PREFILL_PROMPTS, "cpu", 2)
+    monkeypatch.setitem(decoder.PREFILL_PROMPTS, "cpu", 2)
     torch.testing.assert_close(logits(), together, rtol=1e-4, atol=1e-4)
 
 
 def test_many_prompts_are_read_in_parts_and_their_beginning_once(reference, monkeypatch):
-    monkeypatch.setitem(decoding.PREFILL_PROMPTS, "cpu", 2)
+    monkeypatch.setitem(decoder.PREFILL_PROMPTS, "cpu", 2)
     shapes = noted_shapes(monkeypatch)
     generate(
         reference.model, [BEGINNING + prompt for prompt in random_prompts((1, 14, 7, 5, 11))], SamplingSettings(30), [7]
@@ -445,7 +449,7 @@ def test_many_prompts_are_read_in_parts_and_their_beginning_once(reference, monk
 
 def test_one_cache_is_held_at_a_time(reference, monkeypatch):
     """The last chunk's is gone before the next prompts are read, and parts are gone where they are joined."""
-    monkeypatch.setitem(decoding.PREFILL_PROMPTS, "cpu", 2)
+    monkeypatch.setitem(decoder.PREFILL_PROMPTS, "cpu", 2)
     held, read, join = [], Decoder.read, PreallocatedLayer.join
 
     def noting_read(self, prompts):
@@ -471,7 +475,7 @@ def test_rotations_that_depend_on_the_longest_row_keep_prompts_together(kind, pa
 
 
 def test_prompts_that_are_alike_but_for_their_length_keep_a_token_to_read(reference, monkeypatch):
-    monkeypatch.setitem(decoding.PREFILL_PROMPTS, "cpu", 1)
+    monkeypatch.setitem(decoder.PREFILL_PROMPTS, "cpu", 1)
     prompts = [BEGINNING, BEGINNING, BEGINNING + [9]]
     answers = generate(reference.model, prompts, SamplingSettings(30), [7])
     assert [answer[0] for answer in answers] == [
@@ -583,7 +587,7 @@ def test_packed_layers_compute_what_the_layers_compute(dtype, bias):
         with torch.no_grad():
             expected = model.double()(inputs.double())
             model.to(dtype)
-            with packed_linears(model):
+            with prepacked_linears(model):
                 found = model(inputs)
         tolerance = 1e-5 if dtype == torch.float32 else 0.02
         torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
@@ -591,11 +595,11 @@ def test_packed_layers_compute_what_the_layers_compute(dtype, bias):
 
 def test_layers_are_as_before_after_packing():
     model = random_model()
-    with packed_linears(model):
+    with prepacked_linears(model):
         if torch.backends.mkldnn.is_available():
             assert "forward" in vars(model.lm_head)
     assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
-    with pytest.raises(RuntimeError, match="half-way"), packed_linears(model):
+    with pytest.raises(RuntimeError, match="half-way"), prepacked_linears(model):
         raise RuntimeError("half-way")
     assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
 
@@ -603,7 +607,7 @@ def test_layers_are_as_before_after_packing():
 def test_a_layer_whose_forward_somebody_replaced_is_left_alone():
     model = random_model()
     replaced = model.lm_head.forward = lambda inputs: torch.nn.functional.linear(inputs, model.lm_head.weight)
-    with packed_linears(model):
+    with prepacked_linears(model):
         assert model.lm_head.forward is replaced
     assert model.lm_head.forward is replaced
 

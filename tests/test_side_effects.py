@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 
 from common.data import Row
-from evaluation import side_effects
+from evaluation.metrics import fluency, side_effects
 from evaluation.scores import Missing, Scores
-from tests.stubs import LetterTokenizer, bigram_subject, random_table
+from tests.stubs import LetterTokenizer, bigram_outputs, random_table
 
 TEXTS = [Row(0, "ab", "cd"), Row(1, "e", "f")]
 
 
 def model_of(table, tokenizer=None):
-    return SimpleNamespace(subject=bigram_subject(table)[0], tokenizer=tokenizer or LetterTokenizer())
+    return SimpleNamespace(outputs=bigram_outputs(table)[0], tokenizer=tokenizer or LetterTokenizer())
 
 
-def case_of(model, base, rows=TEXTS):
+def context_of(model, base, rows=TEXTS):
     def find_base_model():
         if base is None:
             raise Missing("the model before unlearning is not known")
@@ -26,20 +26,20 @@ def case_of(model, base, rows=TEXTS):
 
     config = SimpleNamespace(data=SimpleNamespace(max_length=256))
     return SimpleNamespace(
-        model=model, subject=model.subject, find_base_model=find_base_model, rows=lambda role: rows, config=config
+        model=model, outputs=model.outputs, find_base_model=find_base_model, rows=lambda role: rows, config=config
     )
 
 
 def measured(measure, *args):
     scores = Scores()
-    measure(case_of(*args), scores)
+    measure(context_of(*args), scores)
     return scores
 
 
 def test_probability_shift_of_known_logits():
     tables = random_table(0), random_table(1)
     scores = measured(side_effects.measure_side_effects, *map(model_of, tables))
-    pairs = [(1, 2), (2, 3), (3, 4), (5, 6)]  # abcd and ef; no prompt, no end token
+    pairs = [(1, 2), (2, 3), (3, 4), (5, 6)]  # abcd and ef; no prompt, no EOS token
     shift = np.array([tables[0][pair] - tables[1][pair] for pair in pairs])
     assert scores.values["side_effects/probability_shift"] == pytest.approx(shift.mean(), abs=1e-6)
     assert scores.values["side_effects/probability_shift_deviation"] == pytest.approx(shift.std(), abs=1e-6)
@@ -77,26 +77,26 @@ def test_another_tokenizer_makes_the_shift_null():
     ],
 )
 def test_refusals(answer, refuses):
-    assert side_effects.is_refusal(answer) is refuses
+    assert fluency.is_refusal(answer) is refuses
 
 
 def test_distinct_2():
-    assert side_effects.distinct_2("a b a b a") == pytest.approx(2 / 4)
-    assert side_effects.distinct_2("one two Three") == 1.0
-    assert side_effects.distinct_2("word") is None and side_effects.distinct_2("") is None
+    assert fluency.distinct_2("a b a b a") == pytest.approx(2 / 4)
+    assert fluency.distinct_2("one two Three") == 1.0
+    assert fluency.distinct_2("word") is None and fluency.distinct_2("") is None
 
 
 def test_perplexity():
-    assert side_effects.perplexity([math.log(0.5), math.log(0.125)]) == pytest.approx(4.0)
-    assert math.isfinite(side_effects.perplexity([-1e4]))
+    assert fluency.perplexity([math.log(0.5), math.log(0.125)]) == pytest.approx(4.0)
+    assert math.isfinite(fluency.perplexity([-1e4]))
 
 
 def test_perplexity_is_that_of_the_model_before_unlearning(monkeypatch):
     table = random_table(1)
-    case_model = model_of(random_table(0))
-    monkeypatch.setattr(type(case_model.subject), "answers", lambda self, questions: ["cd", ""])
-    scores = measured(side_effects.measure_fluency, case_model, model_of(table), [Row(0, "ab", "x"), Row(1, "e", "x")])
-    expected = 1 / math.sqrt(table[2, 3] * table[3, 4])  # the end token is left out
+    context_model = model_of(random_table(0))
+    monkeypatch.setattr(type(context_model.outputs), "answers", lambda self, questions: ["cd", ""])
+    scores = measured(fluency.measure_fluency, context_model, model_of(table), [Row(0, "ab", "x"), Row(1, "e", "x")])
+    expected = 1 / math.sqrt(table[2, 3] * table[3, 4])  # the EOS token is left out
     assert scores.values["fluency/perplexity"] == pytest.approx(expected, rel=1e-5)
     assert (scores.counts["fluency/perplexity"], scores.left_out["fluency/perplexity"]) == (1, 1)
     assert scores.values["fluency/refusals"] == 0 and scores.values["fluency/distinct_2"] is None
@@ -104,7 +104,7 @@ def test_perplexity_is_that_of_the_model_before_unlearning(monkeypatch):
 
 def test_without_a_model_before_unlearning_the_perplexity_is_null(monkeypatch):
     model = model_of(random_table())
-    monkeypatch.setattr(type(model.subject), "answers", lambda self, questions: ["c d e"])
-    scores = measured(side_effects.measure_fluency, model, None, [Row(0, "ab", "x")])
+    monkeypatch.setattr(type(model.outputs), "answers", lambda self, questions: ["c d e"])
+    scores = measured(fluency.measure_fluency, model, None, [Row(0, "ab", "x")])
     assert scores.values == {"fluency/refusals": 0.0, "fluency/distinct_2": 1.0, "fluency/perplexity": None}
     assert scores.notes["fluency/perplexity"] == "the model before unlearning is not known"

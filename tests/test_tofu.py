@@ -9,17 +9,17 @@ from scipy.stats import ks_2samp
 
 from common.config import read_config
 from common.data import Row, load_split
-from common.runtime import CONFIGS
-from evaluation import tofu
+from common.files import CONFIGS
+from evaluation.metrics import tofu
 from evaluation.scores import Missing, Scores
-from tests.stubs import bigram_subject, random_table, tokens
+from tests.stubs import bigram_outputs, random_table, tokens
 
 
 def of_loss(loss, n=4):
     return tokens([-loss] * n)
 
 
-def test_probability_is_normalised_by_length():
+def test_probability_is_normalized_by_length():
     assert tofu.probability(tokens([math.log(0.5), math.log(0.125)])) == pytest.approx(0.25)
     assert tofu.probability(tokens([])) is None
 
@@ -84,28 +84,28 @@ def by_hand(table, first, text):
 def test_truth_ratios_of_known_logits():
     """The paraphrase stands in the denominator, the answer itself where there is none."""
     table = random_table()
-    subject, _ = bigram_subject(table)
+    outputs, _ = bigram_outputs(table)
     expected = [
         math.exp((by_hand(table, 1, "d") + by_hand(table, 1, "ef")) / 2 - by_hand(table, 1, "cb")),
         math.exp(by_hand(table, 2, "e") - by_hand(table, 2, "d")),
     ]
-    assert tofu.truth_ratios(subject, ROWS, "forget_paraphrased") == pytest.approx(expected, rel=1e-5)
+    assert tofu.truth_ratios(outputs, ROWS, "forget_paraphrased") == pytest.approx(expected, rel=1e-5)
 
 
 def test_probabilities_of_known_logits():
     table = random_table()
-    subject, _ = bigram_subject(table)
+    outputs, _ = bigram_outputs(table)
     alone = [math.exp(by_hand(table, 1, "bc")), math.exp(by_hand(table, 2, "d"))]
-    assert tofu.probabilities(subject, ROWS, "retain", False) == pytest.approx(alone, rel=1e-5)
+    assert tofu.probabilities(outputs, ROWS, "retain", False) == pytest.approx(alone, rel=1e-5)
     wrong = [math.exp(by_hand(table, 1, "d")) + math.exp(by_hand(table, 1, "ef")), math.exp(by_hand(table, 2, "e"))]
     among = [p / (p + others) for p, others in zip(alone, wrong, strict=True)]
-    assert tofu.probabilities(subject, ROWS, "world_facts", True) == pytest.approx(among, rel=1e-5)
+    assert tofu.probabilities(outputs, ROWS, "world_facts", True) == pytest.approx(among, rel=1e-5)
 
 
 def test_a_split_without_wrong_answers_has_no_truth_ratio():
-    subject, _ = bigram_subject(random_table())
+    outputs, _ = bigram_outputs(random_table())
     with pytest.raises(Missing, match="data.splits.retain_perturbed has rows without wrong answers"):
-        tofu.truth_ratios(subject, [Row(0, "a", "b")], "retain_perturbed")
+        tofu.truth_ratios(outputs, [Row(0, "a", "b")], "retain_perturbed")
 
 
 def test_the_splits_of_the_real_data_have_what_the_scores_need(tofu):

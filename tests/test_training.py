@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from common import training
-from common.prompts import Example, collate
-from common.training import ExampleTrainer, answer_losses, in_slices, last_complete_checkpoint, split_by_length
+from common.checkpoints import last_complete_checkpoint
+from common.collate import bucket_by_length, collate, sort_into_micro_batches
+from common.losses import answer_losses
+from common.prompts import Example
+from common.trainer import ExampleTrainer
 from tests.conftest import ROWS
 from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer
 
@@ -94,7 +96,7 @@ def test_a_step_has_the_gradient_of_the_formula_whatever_its_micro_batches(
     model, prompts, tmp_path, monkeypatch, batch_size, accumulation, extra_pass
 ):
     """1: rows of another length go through the model in a pass of their own; 10**9: never."""
-    monkeypatch.setattr(training, "EXTRA_PASS", extra_pass)
+    monkeypatch.setattr("common.collate.PASS_OVERHEAD_TOKENS", extra_pass)
     trainer = unlearning_trainer(model, prompts, tmp_path, batch_size, accumulation)
     retain_of = {row.index: trainer.paired_retain_example(row) for row in ROWS}
     row_of = {tuple(prompts.example(row, 64).prompt): row for row in ROWS}
@@ -138,7 +140,7 @@ def positions(parts):
 
 def test_every_row_is_in_one_part_with_all_its_tokens():
     lengths = [7, 3, 12, 7, 2, 30, 3]
-    parts = split_by_length(batch_of(lengths), extra_pass=4)
+    parts = bucket_by_length(batch_of(lengths), extra_pass=4)
     assert sorted(place for part in parts for place in part["place"].tolist()) == list(range(7))
     for part in parts:
         assert part["input_ids"].shape[1] == max(lengths[place] for place in part["place"])
@@ -161,13 +163,17 @@ def test_the_parts_have_the_fewest_positions_of_all_ways_to_part_the_rows(extra_
             if end == 7 or cuts[end - 1]:
                 cost, start = cost + (end - start) * ordered[end - 1] + extra_pass, end
         costs.append(cost)
-    parts = split_by_length(batch_of(lengths), extra_pass)
+    parts = bucket_by_length(batch_of(lengths), extra_pass)
     assert positions(parts) + extra_pass * len(parts) == min(costs)
 
 
 def test_rows_are_dealt_to_micro_batches_by_length():
     examples = [Example([1] * length, [2]) for length in (9, 1, 5, 3, 7)]
-    assert [[len(example) for example in some] for some in in_slices(examples, [2, 2, 1])] == [[2, 4], [6, 8], [10]]
+    assert [[len(example) for example in some] for some in sort_into_micro_batches(examples, [2, 2, 1])] == [
+        [2, 4],
+        [6, 8],
+        [10],
+    ]
 
 
 def test_every_parameter_moves(model, prompts, tmp_path):
@@ -203,7 +209,7 @@ def test_the_retain_pairing_depends_on_seed_step_and_row_alone(model, prompts, t
 
 def test_warmup_lasts_one_epoch(model, prompts, tmp_path):
     from common.config import RunConfig
-    from common.training import training_arguments
+    from common.trainer import training_arguments
 
     training = {
         "num_epochs": 3,

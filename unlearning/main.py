@@ -7,23 +7,31 @@ Writes models/unlearned/<recipe>/<seed and overrides>/: the checkpoint, result.j
 the report, with the results of the vanilla and the finetuned model beside them.
 """
 
-from dataclasses import replace
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the repository's root, not in this folder
+
+from dataclasses import replace
 
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from transformers import set_seed
 
+from common.cli import job_errors, launch
 from common.config import ModelConfig, RunConfig, read_config
 from common.data import load_splits
+from common.errors import UserError, did_you_mean
+from common.files import CONFIGS, is_first_process, resolve_path
 from common.model import load_model, load_tokenizer
 from common.prompts import PromptFormat, check_prompt_lengths
-from common.runs import RunFolder, finetuned_run, identity, job_errors, result_of, run_folder
-from common.runtime import CONFIGS, UserError, did_you_mean, is_first_process, launch, resolve_path
-from common.training import training_arguments
+from common.results import copy_result, result_of, stored_result
+from common.runs import RunFolder, finetuned_run, identity, run_folder
+from common.trainer import training_arguments
+from evaluation.during_training import Evaluator
 from evaluation.report import write_report
-from evaluation.result import Evaluator, copy_result, stored_result
 from unlearning.trainer import UnlearningData, UnlearningTrainer
 
 

@@ -6,7 +6,7 @@
 2. For each forget question of an optimizer step, draw `num_samples` answers from the current model.
 3. Score each: s = ROUGE-L recall of the sample against the initial response (1 - reward).
 4. Keep per question the answer with the lowest s so far; one whose s is 0 is not sampled again. Samples that cannot be
-   picked any more are stopped while they are drawn (`unlearning.pruning`). An option adds to s how unlikely the answer
+   picked any more are stopped while they are drawn (`unlearning.early_stopping`). An option adds to s how unlikely the answer
    was before unlearning, for fluent picks.
 5. Train: cross-entropy on the kept answers + lambda_unlearning * cross-entropy on retain answers. An option lets the
    weight of the former grow over the first epochs.
@@ -26,14 +26,16 @@ from accelerate.utils import gather_object
 from hydra.utils import get_method, instantiate
 from transformers import PreTrainedModel, TrainingArguments
 
+from common.collate import collate
 from common.config import above_zero, at_least, share
 from common.data import Row
-from common.decoding import Replica
-from common.model import end_token_ids
-from common.prompts import Example, collate
-from common.sampling import SamplingSettings, generate
-from common.training import answer_losses
-from unlearning.pruning import Pruner, complete_words
+from common.losses import answer_losses
+from common.model import eos_token_ids
+from common.prompts import Example
+from generation.replica import Replica
+from generation.sampler import generate
+from generation.token_sampling import SamplingSettings
+from unlearning.early_stopping import EarlyStopping, complete_words
 from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ class PMCSettings(MethodSettings):
     lambda_unlearning: float = 1.5
     """Weight of the retain loss."""
     num_samples: int = 5
-    """Answers drawn for each forget question and step."""
+    """TokenLosses drawn for each forget question and step."""
     temperature: float = 1.25
     """The logits are divided by it; 0 is greedy."""
     stalled_temperature_factor: float = 1.0
@@ -56,7 +58,7 @@ class PMCSettings(MethodSettings):
     max_length: int = 200
     """Prompt and sampled answer together, in tokens."""
     min_len: int = 0
-    """Answers of fewer words score worse, by exp(-words); 0: off."""
+    """TokenLosses of fewer words score worse, by exp(-words); 0: off."""
     fluency_weight: float = 0.0
     """Added to a score so many times: the answer's mean -log p per token under the model before unlearning; 0: off.
 
@@ -67,7 +69,7 @@ class PMCSettings(MethodSettings):
     prune: bool = True
     """Stop samples that can no longer be picked; for rewards that never rise as a sample grows."""
     sampling_batch_size: int | None = None
-    """Answers drawn side by side, at most; null: as many as a tenth of the memory holds."""
+    """TokenLosses drawn side by side, at most; null: as many as a tenth of the memory holds."""
     reward: Any = field(default_factory=lambda: {"_target_": "unlearning.rewards.rouge_l"})
     """Function (reference, samples) -> list of rewards in [0, 1]."""
 
@@ -94,11 +96,13 @@ class PMCSettings(MethodSettings):
         return found
 
 
-MOST_HEAT = 10.0  # times the set temperature, at most, for a stalled question: near-uniform draws of the top_k tokens
+MAX_TEMPERATURE_MULTIPLIER = (
+    10.0  # times the set temperature, at most, for a stalled question: near-uniform draws of the top_k tokens
+)
 
 
 @dataclass(frozen=True)
-class Pick:
+class Candidate:
     """An answer that a question may be trained on.
 
     Attributes:
@@ -129,7 +133,7 @@ def scores(rewards: Sequence[float], samples: Sequence[str], min_len: int) -> li
     return result
 
 
-def select(stored: Pick | None, candidates: Sequence[Pick]) -> Pick:
+def select(stored: Candidate | None, candidates: Sequence[Candidate]) -> Candidate:
     """The candidate with the lowest cost, the first of equals, unless the stored pick's cost is lower still.
 
     Without a fluency_weight costs are scores.
@@ -149,12 +153,14 @@ class PMC(UnlearningTrainer):
         self.needs_reference = settings.fluency_weight > 0
         super().__init__(model, args, data, settings)
         self.reward = instantiate(settings.reward, _partial_=True)
-        self.prunes = settings.prune and getattr(self.reward.func, "never_rises", False)
-        self.end_token_ids = end_token_ids(model, data.prompts.end_token_id)
+        self.prunes = settings.prune and getattr(self.reward.func, "is_monotone", False)
+        self.eos_token_ids = eos_token_ids(model, data.prompts.eos_token_id)
         self.prompt_ids = {row.index: data.prompts.prompt(row.question) for row in data.forget}
         self.initial_responses: dict[int, str] = {}  # by row index, as is the memory
-        self.memory: dict[int, Pick] = {}
-        self.heat: dict[int, float] = {}  # of stalled questions: what the set temperature is multiplied by
+        self.memory: dict[int, Candidate] = {}
+        self.temperature_multipliers: dict[
+            int, float
+        ] = {}  # of stalled questions: what the set temperature is multiplied by
         self.seconds["sampling"] = 0.0
         self.stalled_epochs = 0
 
@@ -165,7 +171,7 @@ class PMC(UnlearningTrainer):
         rows = self.data.forget
         settings = SamplingSettings(self.settings.max_length, batch_size=self.settings.sampling_batch_size)
         prompts = [self.prompt_ids[row.index] for row in rows]
-        answers = generate(self.sampled_model(), prompts, settings, self.end_token_ids, description="initial responses")
+        answers = generate(self.sampled_model(), prompts, settings, self.eos_token_ids, description="initial responses")
         texts = [self.data.prompts.text(answer[0]) for answer in answers]
         self.initial_responses = {row.index: text for row, text in zip(rows, texts, strict=True)}
         self.seconds["sampling"] += time.perf_counter() - started
@@ -175,15 +181,15 @@ class PMC(UnlearningTrainer):
     def forget_examples(self, rows: list[Row]) -> list[Example]:
         started = time.perf_counter()
         open_rows = [row for row in rows if row.index not in self.memory or self.memory[row.index].score > 0]
-        pruner = self.pruner(open_rows) if self.prunes else None
+        early_stopping = self.early_stopping(open_rows) if self.prunes else None
         candidates = []
-        for question, (row, answers) in enumerate(zip(open_rows, self.sample(open_rows, pruner), strict=True)):
+        for question, (row, answers) in enumerate(zip(open_rows, self.sample(open_rows, early_stopping), strict=True)):
             values = self.score(row, answers)
-            if pruner:
-                values = [pruner.bounds.get((question, sample), value) for sample, value in enumerate(values)]
-            candidates.append([Pick(value, answer) for value, answer in zip(values, answers, strict=True)])
+            if early_stopping:
+                values = [early_stopping.bounds.get((question, sample), value) for sample, value in enumerate(values)]
+            candidates.append([Candidate(value, answer) for value, answer in zip(values, answers, strict=True)])
             self.count(candidates[-1])
-        for row, drawn, picks in zip(open_rows, candidates, self.penalised(open_rows, candidates), strict=True):
+        for row, drawn, picks in zip(open_rows, candidates, self.penalized(open_rows, candidates), strict=True):
             self.memory[row.index] = select(self.memory.get(row.index), picks)
             self.adapt_temperature(row, drawn)
         self.share_memory(open_rows)
@@ -192,14 +198,14 @@ class PMC(UnlearningTrainer):
             selected_score=sum(self.memory[row.index].score for row in rows),
             selected_penalty=sum(self.memory[row.index].penalty for row in rows),
             finished=sum(self.memory[row.index].score == 0 for row in rows),
-            pruned=len(pruner.bounds) if pruner else 0,
+            pruned=len(early_stopping.bounds) if early_stopping else 0,
         )
         elapsed = time.perf_counter() - started
         self.seconds["sampling"] += elapsed
         self.add_to_epoch(seconds_sampling=elapsed)
         return [Example(self.prompt_ids[row.index], self.memory[row.index].answer) for row in rows]
 
-    def sample(self, rows: list[Row], pruner: Pruner | None) -> list[list[list[int]]]:
+    def sample(self, rows: list[Row], early_stopping: EarlyStopping | None) -> list[list[list[int]]]:
         """`num_samples` answers of the current model to each row's question, as token ids."""
         if not rows:
             return []
@@ -207,12 +213,12 @@ class PMC(UnlearningTrainer):
         settings = SamplingSettings(s.max_length, s.num_samples, s.temperature, s.top_k, s.top_p, s.sampling_batch_size)
         prompts = [self.prompt_ids[row.index] for row in rows]
         keys = [(self.args.seed, self.state.global_step, row.index) for row in rows]
-        options = {"description": "sampling", "watcher": pruner}
+        options = {"description": "sampling", "stopping_criteria": early_stopping}
         if s.stalled_temperature_factor > 1:
-            options["temperatures"] = [s.temperature * self.heat.get(row.index, 1.0) for row in rows]
-        return generate(self.sampled_model(), prompts, settings, self.end_token_ids, keys, **options)
+            options["temperatures"] = [s.temperature * self.temperature_multipliers.get(row.index, 1.0) for row in rows]
+        return generate(self.sampled_model(), prompts, settings, self.eos_token_ids, keys, **options)
 
-    def penalised(self, rows: list[Row], candidates: list[list[Pick]]) -> list[list[Pick]]:
+    def penalized(self, rows: list[Row], candidates: list[list[Candidate]]) -> list[list[Candidate]]:
         """The candidates that may be picked, with their penalties.
 
         A penalty is never negative, so a candidate whose score alone is above the cost of the stored pick, or of the
@@ -227,7 +233,9 @@ class PMC(UnlearningTrainer):
         others = [[p for p in picks if p is not own] for picks, own in zip(candidates, lowest, strict=True)]
         return [a + b for a, b in zip(first, self.with_penalties(rows, others, most), strict=True)]
 
-    def with_penalties(self, rows: list[Row], candidates: list[list[Pick]], most: list[float]) -> list[list[Pick]]:
+    def with_penalties(
+        self, rows: list[Row], candidates: list[list[Candidate]], most: list[float]
+    ) -> list[list[Candidate]]:
         """Those of each row's candidates whose score is at most so much, with their penalties."""
         left = [[pick for pick in picks if pick.score <= cost] for picks, cost in zip(candidates, most, strict=True)]
         prompts = [self.prompt_ids[row.index] for row in rows]
@@ -250,11 +258,13 @@ class PMC(UnlearningTrainer):
                     means[place] = mean.item()
         return means
 
-    def adapt_temperature(self, row: Row, drawn: list[Pick]) -> None:
+    def adapt_temperature(self, row: Row, drawn: list[Candidate]) -> None:
         """Draw a question hotter the next time while nothing but its initial response is sampled."""
-        heat = self.heat.pop(row.index, 1.0)
+        multiplier = self.temperature_multipliers.pop(row.index, 1.0)
         if self.memory[row.index].score == 1 and all(pick.score == 1 for pick in drawn):
-            self.heat[row.index] = min(heat * self.settings.stalled_temperature_factor, MOST_HEAT)
+            self.temperature_multipliers[row.index] = min(
+                multiplier * self.settings.stalled_temperature_factor, MAX_TEMPERATURE_MULTIPLIER
+            )
 
     def sampled_model(self) -> PreTrainedModel:
         """The current model, in the type that it is sampled in."""
@@ -270,14 +280,14 @@ class PMC(UnlearningTrainer):
         text = complete_words(self.data.prompts.text(beginning))
         return scores(self.reward(self.initial_responses[row.index], [text]), [text], min_len=0)[0]
 
-    def pruner(self, rows: list[Row]) -> Pruner:
+    def early_stopping(self, rows: list[Row]) -> EarlyStopping:
         stored = [self.memory[row.index].cost if row.index in self.memory else math.inf for row in rows]
 
         def score(question: int, answer: list[int]) -> float:
             # With penalties, which are known when all samples are drawn, only the stored pick can be said to win.
             return math.inf if self.settings.fluency_weight else self.score(rows[question], [answer])[0]
 
-        return Pruner(
+        return EarlyStopping(
             stored,
             score=score,
             bound=lambda question, beginning: self.lower_bound(rows[question], beginning),
@@ -287,13 +297,13 @@ class PMC(UnlearningTrainer):
         """Let all processes know the picks of this step's rows: a shuffled question goes to another one every epoch."""
         if self.args.world_size == 1:
             return
-        own = [(row.index, self.memory[row.index], self.heat.get(row.index)) for row in rows]
-        for index, pick, heat in gather_object(own):
+        own = [(row.index, self.memory[row.index], self.temperature_multipliers.get(row.index)) for row in rows]
+        for index, pick, temperature_multipliers in gather_object(own):
             self.memory[index] = pick
-            if heat:
-                self.heat[index] = heat
+            if temperature_multipliers:
+                self.temperature_multipliers[index] = temperature_multipliers
             else:
-                self.heat.pop(index, None)
+                self.temperature_multipliers.pop(index, None)
 
     # --- step 5 ---
 
@@ -308,7 +318,7 @@ class PMC(UnlearningTrainer):
 
     # --- the epoch's line ---
 
-    def count(self, candidates: list[Pick]) -> None:
+    def count(self, candidates: list[Candidate]) -> None:
         self.add_to_epoch(
             sampled_questions=1,
             all_equal_initial=all(pick.score == 1 for pick in candidates),
@@ -357,13 +367,13 @@ class PMC(UnlearningTrainer):
         return super().state_to_save() | {
             "initial_responses": list(self.initial_responses.items()),
             "memory": [[index, pick.score, pick.answer, pick.penalty] for index, pick in self.memory.items()],
-            "heat": list(self.heat.items()),
+            "temperature_multipliers": list(self.temperature_multipliers.items()),
             "stalled_epochs": self.stalled_epochs,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.initial_responses = dict(state["initial_responses"])
-        self.memory = {index: Pick(*pick) for index, *pick in state["memory"]}
-        self.heat = dict(state["heat"])
+        self.memory = {index: Candidate(*pick) for index, *pick in state["memory"]}
+        self.temperature_multipliers = dict(state["temperature_multipliers"])
         self.stalled_epochs = state["stalled_epochs"]

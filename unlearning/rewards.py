@@ -3,7 +3,7 @@
 A reward is a function `(reference, samples) -> list[float]` with one value in [0, 1] a sample; 1 means that nothing of
 the reference is left. Add one: write such a function, and name it in configs/method/*.yaml or on the command line as
 `method.reward._target_=my_module.my_reward`. One whose value never rises when words are added to a sample may say so by
-its attribute `never_rises = True`: samples that can no longer be picked are then stopped half-way.
+its attribute `is_monotone = True`: samples that can no longer be picked are then stopped half-way.
 """
 
 from collections.abc import Sequence
@@ -16,4 +16,4 @@ def rouge_l(reference: str, samples: Sequence[str]) -> list[float]:
     return [1.0 - rouge_l_recall(reference, sample) for sample in samples]
 
 
-rouge_l.never_rises = True  # words in the reference's order stay so whatever follows them
+rouge_l.is_monotone = True  # words in the reference's order stay so whatever follows them

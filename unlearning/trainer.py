@@ -17,13 +17,15 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, TrainingArguments
 
+from common.collate import answer_tokens, collate, sort_into_micro_batches
 from common.config import at_least
 from common.data import Row
-from common.prompts import Example, PromptFormat, collate
-from common.runtime import UserError
-from common.training import ExampleTrainer, answer_logits, answer_tokens, in_slices
-from unlearning.answers import Answers
-from unlearning.reference import Reference
+from common.errors import UserError
+from common.losses import answer_logits
+from common.prompts import Example, PromptFormat
+from common.trainer import ExampleTrainer
+from unlearning.reference_model import Reference
+from unlearning.token_losses import TokenLosses
 
 RETAIN_STREAM = 1  # keeps the draw of retain rows apart from the sampler's, which (seed, step, index) keys
 
@@ -44,7 +46,7 @@ class MethodSettings:
 
 
 @dataclass
-class NoKnobs:
+class NoSettings:
     """Of a method that the learning rate and the number of epochs settle."""
 
     def problems(self) -> list[str]:
@@ -81,8 +83,8 @@ class UnlearningTrainer(ExampleTrainer):
     """
 
     Settings: type = MethodSettings  # dataclass of the method's knobs, with `problems`
-    needs_reference = False  # whether `Answers.reference` is asked for
-    terms: tuple[
+    needs_reference = False  # whether `TokenLosses.reference` is asked for
+    logged_terms: tuple[
         str, ...
     ] = ()  # the method's own figures in an epoch's line: sums of an optimizer step, by `add_to_epoch`
 
@@ -108,11 +110,11 @@ class UnlearningTrainer(ExampleTrainer):
         """What each forget row of this optimizer step is trained on. The weights do not change within a step."""
         return [self.example(row) for row in rows]
 
-    def forget_loss(self, forget: Answers) -> torch.Tensor:
+    def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
         """This micro-batch's share in the step's forget loss, a scalar."""
         return forget.cross_entropy
 
-    def retain_loss(self, retain: Answers) -> torch.Tensor:
+    def retain_loss(self, retain: TokenLosses) -> torch.Tensor:
         """This micro-batch's share in the step's retain loss, a scalar."""
         return retain.cross_entropy
 
@@ -133,7 +135,9 @@ class UnlearningTrainer(ExampleTrainer):
         micro_batches = [
             forget_and_retain(forgotten, kept)
             for forgotten, kept in zip(
-                in_slices(forget, sizes, longest), in_slices(retain, sizes, longest), strict=True
+                sort_into_micro_batches(forget, sizes, longest),
+                sort_into_micro_batches(retain, sizes, longest),
+                strict=True,
             )
         ]
         self.step_rows = self.total(len(rows))
@@ -169,7 +173,7 @@ class UnlearningTrainer(ExampleTrainer):
             loss = loss + self.weights[part] * value
         return loss * self.args.world_size  # gradients are averaged over processes
 
-    def answers(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Answers]:
+    def answers(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, TokenLosses]:
         """What the model says of the parts that the micro-batch has, from one forward pass for both."""
         logits, targets, rows = answer_logits(model, batch)
         losses = cross_entropy(logits, targets, reduction="none")
@@ -177,7 +181,7 @@ class UnlearningTrainer(ExampleTrainer):
         for part, examples in parts(batch["is_forget"]):
             mine = examples[rows]
             place = examples.cumsum(0) - 1  # of an example among those of its part
-            found[part] = Answers(
+            found[part] = TokenLosses(
                 losses[mine],
                 place[rows[mine]],
                 int(examples.sum()),
@@ -185,11 +189,11 @@ class UnlearningTrainer(ExampleTrainer):
                 lambda mine=mine: logits[mine],
                 self.step_tokens[part],
                 self.step_rows,
-                lambda part=part, examples=examples: self.reference_answers(part, batch, examples),
+                lambda part=part, examples=examples: self.reference_losses(part, batch, examples),
             )
         return found
 
-    def reference_answers(self, part: str, batch: dict[str, torch.Tensor], examples: torch.Tensor) -> Answers:
+    def reference_losses(self, part: str, batch: dict[str, torch.Tensor], examples: torch.Tensor) -> TokenLosses:
         """What the model before unlearning says of one part."""
         if self.reference is None:
             raise RuntimeError(
@@ -199,7 +203,7 @@ class UnlearningTrainer(ExampleTrainer):
             return self.answers(model, {name: values[examples] for name, values in batch.items()})[part]
 
     def epoch_record(self, steps: int) -> dict[str, float]:
-        names = [name for name in ("forget_loss", "retain_loss", *self.terms) if name in self.epoch_sums]
+        names = [name for name in ("forget_loss", "retain_loss", *self.logged_terms) if name in self.epoch_sums]
         return {name: self.epoch_sum(name) / steps for name in names}
 
 

@@ -1,0 +1,61 @@
+"""The project's own trainer, timed. With random weights its samples stop where the plain way's stop."""
+
+import time
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+from benchmarks.baseline import sample_lengths
+from common.collate import answer_tokens
+from common.data import Row
+from generation.sampler import generate
+from unlearning import pmc
+from unlearning.early_stopping import EarlyStopping
+
+
+class TimedPMC(pmc.PMC):
+    """PMC that notes where an optimizer step's time goes, as `PlainPMC` does."""
+
+    forced_lengths = True  # samples stop where `sample_lengths` says
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.reset()
+
+    def reset(self) -> None:
+        self.spent = {"sampling": 0.0, "scoring": 0.0}
+        self.sampled_tokens = self.trained_tokens = self.label_tokens = 0
+        if self.forced_lengths:
+            self.memory.clear()  # random answers would finish every question at once
+
+    def sample(self, rows: list[Row], early_stopping: EarlyStopping | None) -> list[list[list[int]]]:
+        options: dict[str, Any] = {}
+        if self.forced_lengths:
+            n = self.settings.num_samples
+            options["limits"] = [sample_lengths(self.state.global_step, row.index, n) for row in rows]
+            self.eos_token_ids = []
+        scored, started = self.spent["scoring"], time.perf_counter()
+        with patch.object(pmc, "generate", partial(generate, **options)):
+            answers = super().sample(rows, early_stopping)
+        # The early_stopping's scoring happens inside.
+        self.spent["sampling"] += time.perf_counter() - started - (self.spent["scoring"] - scored)
+        self.sampled_tokens += sum(len(answer) for some in answers for answer in some)
+        return answers
+
+    def score(self, row: Row, answers: list[list[int]]) -> list[float]:
+        started = time.perf_counter()
+        scores = super().score(row, answers)
+        self.spent["scoring"] += time.perf_counter() - started
+        return scores
+
+    def lower_bound(self, row: Row, beginning: list[int]) -> float:
+        started = time.perf_counter()
+        bound = super().lower_bound(row, beginning)
+        self.spent["scoring"] += time.perf_counter() - started
+        return bound
+
+    def get_batch_samples(self, *args):
+        batches, count = super().get_batch_samples(*args)
+        self.trained_tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        self.label_tokens += sum(answer_tokens(batch["labels"]) for batch in batches)
+        return batches, count

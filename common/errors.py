@@ -1,0 +1,47 @@
+"""Errors that the user can fix, and what their messages are made of."""
+
+import contextlib
+import difflib
+import errno
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+# What safetensors and torch.save say, which lose the error's number.
+SIGNS_OF_A_FULL_DISK = ("No space left", "inline_container", "PytorchStreamWriter", "file write failed")
+
+
+class UserError(Exception):
+    """A problem that the user can mend; its text names the key or file, the value, and what to do."""
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop (SIGTERM, Ctrl-C) and left a checkpoint. Exits with 128 + the signal's number."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(128 + signal_number)
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean '<prefix>x'?` for the closest of the known words, or the empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{prefix}{close[0]}'?" if close else ""
+
+
+@contextlib.contextmanager
+def full_disk_as_user_error(folder: str | Path) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" into an error that says what became of the old result."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not any(
+            sign in str(error) for sign in SIGNS_OF_A_FULL_DISK
+        ):
+            raise
+        raise UserError(
+            f"{folder}: no space left on the device. Nothing was replaced: an earlier result of this run is still whole. "
+            "Free some space and run the same command again; save_model=false needs far less."
+        ) from error

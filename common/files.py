@@ -1,0 +1,64 @@
+"""Paths, and files that appear whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+
+
+def resolve_path(path: str) -> str:
+    """An existing local path (relative to the working folder, then to the repository) made absolute; a hub id as it is."""
+    expanded = Path(path).expanduser()
+    for candidate in (expanded, ROOT / expanded):
+        if candidate.exists():
+            return str(candidate.resolve())
+    return path
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path is meant as a folder of this machine rather than as a hub id ("owner/name")."""
+    return path.startswith((".", "/", "~", "models/")) or path.count("/") != 1
+
+
+def is_first_process() -> bool:
+    """Whether this process writes the files; the only one unless a launcher such as torchrun started several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; the first process does."""
+    if not is_first_process():
+        return
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -1,0 +1,37 @@
+"""Losses and logits of answer tokens, from one forward pass."""
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from common.collate import IGNORED
+
+
+def answer_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood of every answer token, from one forward pass.
+
+    Args:
+        model: a causal language model.
+        batch: `collate`d examples.
+    Returns:
+        losses, float32, shape (answer tokens of the batch,), and for each the row it belongs to.
+    """
+    logits, targets, rows = answer_logits(model, batch)
+    return cross_entropy(logits, targets, reduction="none"), rows
+
+
+def answer_logits(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the model says before every answer token, from one forward pass with the head on these positions only.
+
+    Returns:
+        logits, float32 whatever the model's type, shape (answer tokens of the batch, vocabulary); the answer tokens; and
+        for each the row it belongs to.
+    """
+    targets = batch["labels"][:, 1:]
+    is_answer = targets != IGNORED
+    predicts = torch.nn.functional.pad(is_answer, (0, 1))  # position t predicts token t + 1
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=predicts
+    ).logits
+    return logits.reshape(-1, logits.shape[-1]).float(), targets[is_answer], is_answer.nonzero()[:, 0]

@@ -1,0 +1,97 @@
+"""result.json and the files beside it: what a run found, and everything that the finding depends on."""
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from common.checkpoints import save_trained
+from common.config import RunConfig
+from common.files import resolve_path, write_json_lines
+from common.prompts import PromptFormat, check_prompt_lengths
+from common.results import (
+    HISTORY,
+    copy_result,
+    result_of,
+    stored_result,
+    write_result,
+)
+from common.trainer import ExampleTrainer
+from evaluation.metrics.headline import load_questions, note_scores
+from evaluation.model_outputs import ModelOutputs
+from evaluation.scores import Evaluation, Scores
+
+log = logging.getLogger(__name__)
+
+
+class Evaluator:
+    """Evaluates models on one run's questions: the start, the model during training, and the final one.
+
+    Args:
+        config: the run's configuration.
+        prompts: how the models are asked.
+        identity: the run's configuration as it is written into results.
+    Raises:
+        UserError: when a split is missing or a prompt leaves no room for an answer.
+    """
+
+    def __init__(self, config: RunConfig, prompts: PromptFormat, identity: dict[str, Any]):
+        self.config = config
+        self.prompts = prompts
+        self.identity = identity
+        self.questions = load_questions(config.data, config.evaluation)
+        ids = [prompts.prompt(question.question) for question in self.questions]
+        check_prompt_lengths(ids, config.evaluation.max_length, "evaluation.max_length")
+
+    def evaluate(self, model: PreTrainedModel) -> Evaluation:
+        """Answer every question greedily and score the answers."""
+        started = time.perf_counter()
+        scores = Scores()
+        outputs = ModelOutputs(lambda: model, self.prompts, self.config.evaluation, self.config.data.max_length)
+        note_scores(scores, outputs, self.questions)
+        return Evaluation(scores, {"evaluation": time.perf_counter() - started})
+
+    def headline(self, model: PreTrainedModel) -> dict[str, float]:
+        """The two headline scores alone, for a look while training."""
+        values = self.evaluate(model).scores.values
+        return {name: values[name] for name in ("unlearn_quality", "utility")}
+
+    def start(self, folder: Path, checkpoint: str | Path, model: PreTrainedModel) -> None:
+        """Put the results of the model that training starts from into `folder`.
+
+        They are copied from the checkpoint's own folder where it was evaluated in the same way.
+        """
+        if result_of(folder):
+            return
+        if stored_result(checkpoint, self.identity):
+            copy_result(checkpoint, folder)
+            return
+        log.info("evaluating the model that training starts from")
+        evaluation = self.evaluate(model)
+        write_result(folder, evaluation.scores, self.identity, evaluation.seconds)
+        _log_scores(folder.name, evaluation.scores)
+
+    def finish(self, trainer: ExampleTrainer, folder: Path, stage: str) -> None:
+        """Evaluate the trained model and write weights, history and result into `folder`."""
+        evaluation = self.evaluate(trainer.model)
+        if self.config.save_model:
+            save_trained(trainer, folder, merge=bool(self.config.model.lora and self.config.model.lora.merge))
+        write_json_lines(folder / HISTORY, trainer.history)
+        seconds = dict(trainer.seconds)
+        seconds[stage] = seconds["training"] + seconds.get("sampling", 0.0)
+        seconds["evaluation"] = seconds.get("evaluation", 0.0) + evaluation.seconds["evaluation"]
+        write_result(folder, evaluation.scores, self.identity, seconds, self._start_as_seen_from(folder.parent))
+        _log_scores(stage, evaluation.scores)
+
+    def _start_as_seen_from(self, folder: Path) -> str | None:
+        """The checkpoint that training started from, a folder relative to the run's, so that both can move together."""
+        path = self.config.model.path and resolve_path(self.config.model.path)
+        return os.path.relpath(path, folder) if path and Path(path).exists() else path
+
+
+def _log_scores(what: str, scores: Scores) -> None:
+    values = scores.values
+    log.info("%s: unlearn quality %.1f, utility %.1f", what, values["unlearn_quality"], values["utility"])

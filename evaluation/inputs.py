@@ -1,0 +1,100 @@
+"""What an evaluation command names: the models, their configuration, and what they are compared to."""
+
+from dataclasses import dataclass
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from common.config import ModelConfig, RunConfig, read_config
+from common.errors import UserError
+from common.runs import portable
+from evaluation.context import Loader, Model, open_model
+from evaluation.metrics.registry import SETTINGS
+
+
+@dataclass
+class OtherModel:
+    """A model that the evaluated one is compared to."""
+
+    path: str | None = None
+    """Folder of a run or any checkpoint, or hub id; null: none is named."""
+
+    def problems(self) -> list[str]:
+        return []
+
+
+SECTIONS = {**SETTINGS, "retain_model": OtherModel, "base_model": OtherModel}
+
+
+def read_evaluation(cfg: DictConfig) -> RunConfig:
+    """The checked configuration of the stage."""
+    return read_config(cfg, also=("models", "metrics"), sections=SECTIONS)
+
+
+def named_models(cfg: DictConfig) -> dict[str, str]:
+    """Name -> path of the models to be measured: `models`, a list or a dictionary, or `model.path`.
+
+    Raises:
+        UserError: when none is named, or both.
+    """
+    one = None if OmegaConf.is_missing(cfg.model, "path") else cfg.model.path
+    if cfg.models is None:
+        if one is None:
+            raise UserError("model.path: missing; name a folder or a hub id, as in model.path=models/unlearned/...")
+        return {str(one): str(one)}
+    if one is not None:
+        raise UserError(f"model.path={one}: models names the models already; give one of the two")
+    plain = OmegaConf.to_container(cfg.models, resolve=True) if OmegaConf.is_config(cfg.models) else cfg.models
+    named = {str(path): path for path in plain} if isinstance(plain, list) else plain
+    if not named or not isinstance(named, dict) or not all(isinstance(path, str) for path in named.values()):
+        raise UserError(f"models={plain}: expected a list of folders or hub ids, or a dictionary of names and these")
+    return named
+
+
+class OpenModels:
+    """The models of a command, each opened once: what was asked of one is not asked again when another is compared to it."""
+
+    def __init__(self):
+        self.loader = Loader()
+        self.opened: dict[str, Model] = {}
+
+    def get(self, config: RunConfig, model: ModelConfig) -> Model:
+        key = repr((model, config.evaluation, config.data))
+        if key not in self.opened:
+            self.opened[key] = open_model(config, model, self.loader)
+        return self.opened[key]
+
+
+def as_single(config: RunConfig, path: str) -> list[str]:
+    """The overrides of a command that would evaluate this one of several models by itself."""
+    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    kept = [
+        override for override in overrides if override.partition("=")[0].lstrip("+~") not in ("models", "model.path")
+    ]
+    return [*kept, f"model.path={portable(path, config.models_dir)}"]
+
+
+def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
+    """Give the keys that are null in `model`, `data` and `evaluation` the values of the run that made the checkpoint, in place.
+
+    Single splits and columns of that run's data that the command names stand beside the others.
+
+    Raises:
+        UserError: when a value is needed and no run of ours made the checkpoint.
+    """
+    needed = {"model": ["prompt"], "data": ["path", "splits", "columns"]}
+    if made_by and cfg.data.path is None:
+        for key in ("splits", "columns"):
+            cfg.data[key] = {**made_by["data"][key], **(cfg.data[key] or {})}
+    if cfg.evaluation.bf16 is None:
+        cfg.evaluation.bf16 = made_by["evaluation"].get("bf16", "auto") if made_by else "auto"
+    for section, keys in needed.items():
+        empty = [key for key in keys if cfg[section].get(key) is None]
+        if empty and made_by is None:
+            raise UserError(
+                f"{section}.{', '.join(empty)}: not given, and {cfg.model.path} has no result.json of a run to take it from; "
+                "name a model and a data set, for instance model=phi data=tofu"
+            )
+        with open_dict(cfg):
+            for key in empty:
+                cfg[section][key] = made_by[section][key]

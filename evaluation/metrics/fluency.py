@@ -1,0 +1,56 @@
+"""Refusals, repetition and perplexity of the forget answers."""
+
+import math
+import re
+from collections.abc import Sequence
+
+from evaluation.context import EvaluationContext
+from evaluation.scores import Missing, Scores
+
+REFUSAL = re.compile(
+    r"\b(i|we) (do not|don't|can not|cannot|can't|could not|couldn't|am not|am unable|have no|haven't)\b"
+    r"|\bi'm (not|sorry|afraid|unable)\b|\bas an ai\b|\bi apologi[sz]e\b|\bsorry\b|\bunable to (answer|provide|say)\b"
+    r"|\b(no|not enough|insufficient) information\b|\bunknown to me\b|\bbeyond my knowledge\b",
+)
+
+
+def is_refusal(answer: str) -> bool:
+    """Whether an answer says that it does not answer, by common turns of phrase."""
+    return bool(REFUSAL.search(answer.lower().replace("\u2019", "'")))
+
+
+def distinct_2(answer: str) -> float | None:
+    """Different pairs of neighboring words over all pairs (Li et al. 2016, arXiv 1510.03055); None below two words.
+
+    1: nothing is repeated; near 0: the answer goes round in circles.
+    """
+    words = answer.lower().split()
+    pairs = list(zip(words, words[1:], strict=False))
+    return len(set(pairs)) / len(pairs) if pairs else None
+
+
+def perplexity(mean_log_probs: Sequence[float]) -> float:
+    """exp of minus the mean over answers of their mean token log-probability."""
+    return math.exp(min(-math.fsum(mean_log_probs) / len(mean_log_probs), 700))
+
+
+def measure_fluency(context: EvaluationContext, scores: Scores) -> None:
+    """Of the greedy forget answers: refusals, repetition, and perplexity under the model before unlearning.
+
+    Their length and the share of empty ones stand with the headline scores.
+    """
+    rows = context.rows("forget")
+    answers = context.outputs.answers([row.question for row in rows])
+    scores.mean("fluency/refusals", "forget", [float(is_refusal(answer)) for answer in answers], None)
+    scores.mean("fluency/distinct_2", "forget", [distinct_2(answer) for answer in answers], True)
+    with scores.null_if_missing({"fluency/perplexity": False}):
+        base = context.find_base_model().outputs
+        pairs = [(row.question, answer) for row, answer in zip(rows, answers, strict=True)]
+        means = [tokens.words().mean_log_prob for tokens in base.tokens_of_answers(pairs)]
+        kept = [mean for mean in means if mean is not None]
+        if not kept:
+            raise Missing("every forget answer is empty")
+        scores.add("fluency/perplexity", perplexity(kept), False, len(kept))
+        scores.rows["fluency/log_prob_before_unlearning"] = {"split": "forget", "values": means}
+        if len(kept) < len(means):
+            scores.left_out["fluency/perplexity"] = len(means) - len(kept)

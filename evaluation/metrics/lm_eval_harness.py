@@ -1,0 +1,80 @@
+"""General benchmarks through EleutherAI's lm-evaluation-harness, an optional extra (requirements-eval.txt)."""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+from common.config import problem_list
+from common.errors import UserError, did_you_mean
+from evaluation.context import EvaluationContext
+from evaluation.scores import Scores
+
+
+@dataclass
+class Harness:
+    tasks: list[str] = field(default_factory=list)
+    """Names of its tasks or groups of tasks."""
+    include_path: str | None = None
+    """Folder with task files of one's own."""
+    num_fewshot: int | None = None
+    """Examples before each question; null: as each task says."""
+    limit: int | None = None
+    """Questions of a task; null: all."""
+    batch_size: int = 16
+    """Rows side by side."""
+
+    def problems(self) -> list[str]:
+        return []
+
+
+def check(settings: Harness) -> None:
+    """Before anything is loaded.
+
+    Raises:
+        UserError: when the extra is not installed, or no task or an unknown one is named.
+    """
+    if find_spec("lm_eval") is None:
+        raise UserError("metrics: lm_eval is not installed; pip install -r requirements-eval.txt")
+    if not settings.tasks:
+        raise UserError("lm_eval.tasks=[]: name tasks, as in lm_eval.tasks=[arc_challenge,mmlu]")
+    known = task_manager(settings.include_path).all_tasks
+    unknown = [task for task in settings.tasks if task not in known]
+    if unknown:
+        raise UserError(
+            problem_list([f"lm_eval.tasks: no task {name!r}{did_you_mean(name, known)}" for name in unknown])
+        )
+
+
+@lru_cache
+def task_manager(include_path: str | None) -> Any:
+    """What knows the harness's tasks and those in a folder; reading them takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+def measure(context: EvaluationContext, scores: Scores) -> None:
+    """Every numeric metric of every task, as lm_eval/<task>/<metric>."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    settings: Harness = context.config.sections["lm_eval"]
+    model = context.outputs.load()
+    found = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=context.model.tokenizer, batch_size=settings.batch_size),
+        tasks=settings.tasks,
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        task_manager=task_manager(settings.include_path),
+        apply_chat_template=context.model.config.prompt.style == "chat",
+        random_seed=context.config.seed,
+        bootstrap_iters=0,
+    )
+    for task, metrics in found["results"].items():
+        rows = found["n-samples"].get(task, {}).get("effective")
+        for key, value in metrics.items():
+            metric, comma, how = key.partition(",")
+            if comma and isinstance(value, float | int) and not metric.endswith("_stderr"):
+                name = f"lm_eval/{task}/{metric}" + (f"/{how}" if how != "none" else "")
+                scores.add(name, float(value), found["higher_is_better"][task].get(metric), rows)

@@ -1,0 +1,159 @@
+"""Can an attacker tell that the model was trained on the forget rows? Six membership-inference attacks and privleak.
+
+Each attack gives a row a number that is high where it looks like a training row. The AUC is the probability that a forget
+row gets a higher one than a holdout row, which no model has seen (ties count half). 0.5: nothing can be told. Above: the
+forget rows are still recognized. Below: they were pushed down so far that this gives them away.
+
+The attacks look at the answer given its question, without the EOS token.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from transformers import PreTrainedModel
+
+from common.collate import collate
+from common.data import Row
+from common.losses import answer_losses
+from common.prompts import Example
+from evaluation.context import EvaluationContext
+from evaluation.model_outputs import ModelOutputs, TokenLogProbs
+from evaluation.scores import Missing, Scores
+from generation.sampler import evaluation_mode
+
+SPLITS = ("forget", "holdout")
+SHARE = 0.2  # of the tokens that min-k and min-k++ look at
+
+
+def loss(answer: TokenLogProbs, text: str) -> float | None:
+    """Minus the mean loss of a token (Yeom et al. 2018, arXiv 1709.01604)."""
+    return answer.words().mean_log_prob
+
+
+def zlib_loss(answer: TokenLogProbs, text: str) -> float | None:
+    """Minus the mean loss of a token over the bytes of the zlib-compressed text (Carlini et al. 2021, arXiv 2012.07805)."""
+    mean = answer.words().mean_log_prob
+    return None if mean is None else mean / len(zlib.compress(text.encode()))
+
+
+def min_k(answer: TokenLogProbs, text: str) -> float | None:
+    """Mean log-probability of the fifth of the tokens that are least likely (Shi et al. 2023, arXiv 2310.16789)."""
+    return _mean_of_lowest(answer.words().log_probs)
+
+
+def min_k_plus_plus(answer: TokenLogProbs, text: str) -> float | None:
+    """Min-k with each log-probability standardised by the model's own distribution there (arXiv 2404.02936).
+
+    (log p(token) - mean of log p) / standard deviation of log p, mean and deviation over the whole vocabulary under p.
+    """
+    words = answer.words()
+    return _mean_of_lowest((words.log_probs - words.expected) / np.maximum(words.deviation, 1e-6))
+
+
+def _mean_of_lowest(values: np.ndarray) -> float | None:
+    if len(values) == 0:
+        return None
+    return float(np.sort(values)[: max(1, int(SHARE * len(values)))].mean(dtype=np.float64))
+
+
+def gradient_norm(model: PreTrainedModel, example: Example) -> float | None:
+    """Minus the L2 norm over all parameters of the gradient of the answer's mean loss; the EOS token is part of that loss.
+
+    Source: Wang et al. 2024 (arXiv 2402.17012), as in OpenUnlearning (arXiv 2506.12618).
+    """
+    if not example.answer:
+        return None
+    batch = {name: tensor.to(model.device) for name, tensor in collate([example]).items()}
+    parameters = list(model.requires_grad_(True).parameters())
+    with torch.enable_grad(), evaluation_mode(model):
+        losses, _ = answer_losses(model, batch)
+        gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
+    return -(sum(gradient.double().square().sum().item() for gradient in gradients if gradient is not None) ** 0.5)
+
+
+ATTACKS: dict[str, Callable[[TokenLogProbs, str], float | None]] = {
+    "loss": loss,
+    "zlib": zlib_loss,
+    "min_k": min_k,
+    "min_k_plus_plus": min_k_plus_plus,
+}
+
+
+def auc(members: Sequence[float | None], others: Sequence[float | None]) -> float | None:
+    """Probability that a member's number is higher than another's, ties half; None where one side has no number."""
+    ours, theirs = ([value for value in values if value is not None] for values in (members, others))
+    if not ours or not theirs:
+        return None
+    ranks = rankdata([*ours, *theirs])[: len(ours)].sum()
+    return float((ranks - len(ours) * (len(ours) + 1) / 2) / (len(ours) * len(theirs)))
+
+
+def privleak(auc_of_model: float, auc_of_retain_model: float) -> float:
+    """100 * ((1 - AUC) - (1 - AUC_retain)) / (1 - AUC_retain), AUC by min-k (MUSE, arXiv 2407.06460). 0 is best.
+
+    Below 0: the forget rows are recognized more easily than in a model that never saw them. Above: they are pushed down.
+    """
+    return 100 * ((1 - auc_of_model) - (1 - auc_of_retain_model)) / (1 - auc_of_retain_model)
+
+
+def measure(context: EvaluationContext, scores: Scores) -> None:
+    """The AUC of every attack, and privleak."""
+    names = [f"privacy/auc/{name}" for name in (*ATTACKS, "gradient_norm", "reference")] + ["privacy/privleak"]
+    with scores.null_if_missing(dict.fromkeys(names)):
+        splits = [context.rows(role) for role in SPLITS]
+        for name, attack in ATTACKS.items():
+            _note(scores, name, *(attacked(context.outputs, rows, attack) for rows in splits))
+        examples = [
+            [context.outputs.prompts.example(row, context.outputs.max_length) for row in rows] for rows in splits
+        ]
+        _note(
+            scores,
+            "gradient_norm",
+            *(context.outputs.each("gradient norms", of_split, gradient_norm) for of_split in examples),
+        )
+        with scores.null_if_missing({"privacy/auc/reference": None}):
+            base = context.find_base_model().outputs
+            _note(scores, "reference", *(against_reference(context.outputs, base, rows) for rows in splits))
+        _note_privleak(context, scores, splits)
+
+
+def attacked(
+    outputs: ModelOutputs, rows: Sequence[Row], attack: Callable[[TokenLogProbs, str], float | None]
+) -> list[float | None]:
+    """What an attack says of every row's answer."""
+    answers = outputs.tokens_of_answers([(row.question, row.answer) for row in rows])
+    return [attack(tokens, row.answer) for tokens, row in zip(answers, rows, strict=True)]
+
+
+def against_reference(outputs: ModelOutputs, base: ModelOutputs, rows: Sequence[Row]) -> list[float | None]:
+    """Minus the mean loss of a token, plus that of the model before unlearning (Carlini et al. 2021, arXiv 2012.07805)."""
+    pairs = zip(attacked(outputs, rows, loss), attacked(base, rows, loss), strict=True)
+    return [None if None in pair else pair[0] - pair[1] for pair in pairs]
+
+
+def _note(scores: Scores, name: str, members: list[float | None], others: list[float | None]) -> None:
+    value = auc(members, others)
+    note = None if value is not None else "no row of forget or of holdout has a value"
+    kept = sum(row is not None for row in (*members, *others))
+    # A model before unlearning that knows the forget rows puts even a model that never saw them far below 0.5.
+    scores.add(f"privacy/auc/{name}", value, None, kept, ideal=None if name == "reference" else 0.5, note=note)
+    if kept < len(members) + len(others):
+        scores.left_out[f"privacy/auc/{name}"] = len(members) + len(others) - kept
+    for split, values in zip(SPLITS, (members, others), strict=True):
+        scores.rows[f"privacy/{name}/{split}"] = {"split": split, "values": values}
+
+
+def _note_privleak(context: EvaluationContext, scores: Scores, splits: list[list[Row]]) -> None:
+    note, reference = None, 0.5
+    try:
+        retain_model = context.find_retain_model().outputs
+        reference = auc(*(attacked(retain_model, rows, min_k) for rows in splits))
+    except Missing as missing:
+        note = f"against an AUC of 0.5: {missing}"
+    own = scores.values["privacy/auc/min_k"]
+    if own is None or reference in (None, 1.0):
+        raise Missing("needs an AUC by min-k of this model and, below 1, of the retain-only model")
+    scores.add("privacy/privleak", privleak(own, reference), None, ideal=0.0, note=note)

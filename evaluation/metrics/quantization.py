@@ -1,0 +1,113 @@
+"""Does the forgotten come back when the weights are rounded? The headline scores of quantized copies of the model.
+
+Unlearning that moves the weights only a little can be undone by rounding (Zhang et al. 2024, arXiv 2410.16454).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from common.errors import UserError
+from common.files import resolve_path
+from evaluation.context import EvaluationContext
+from evaluation.metrics.headline import HIGHER_IS_BETTER, Question, load_questions, score_subject
+from evaluation.scores import Scores
+
+BLOCK = 64  # weights of a row that share a scale
+BITS = (8, 4)
+METHODS = ("round", "bitsandbytes")
+SCORES = ("unlearn_quality", "utility", "rougeL_recall/forget")
+
+
+@dataclass
+class Quantization:
+    bits: list[int] = field(default_factory=lambda: list(BITS))
+    """Widths of a weight, of 8 and 4."""
+    method: str = "round"
+    """round: to the nearest; bitsandbytes: LLM.int8() and NF4, with that library's own kernels."""
+
+    def problems(self) -> list[str]:
+        found = [] if set(self.bits) <= set(BITS) else [f"bits={self.bits}: expected 8, 4 or both"]
+        if self.method not in METHODS:
+            found.append(f"method={self.method}: expected one of {', '.join(METHODS)}")
+        elif self.method == "bitsandbytes" and find_spec("bitsandbytes") is None:
+            found.append("method=bitsandbytes: not installed; pip install bitsandbytes, or method=round")
+        return found
+
+
+def measure(context: EvaluationContext, scores: Scores) -> None:
+    """Unlearn quality, utility and forget recall after quantization of a fresh copy, for each number of bits."""
+    settings: Quantization = context.config.sections["quantization"]
+    questions = load_questions(context.config.data, context.config.evaluation)
+    for bits in settings.bits:
+        values = scores_of_copy(context, settings.method, bits, questions)
+        for name in SCORES:
+            scores.add(f"quantization/{bits}bit/{name}", values[name], HIGHER_IS_BETTER[name])
+
+
+def scores_of_copy(
+    context: EvaluationContext, method: str, bits: int, questions: Sequence[Question]
+) -> dict[str, float]:
+    """The headline scores of a quantized copy, which is gone from memory when they are there."""
+    values, _ = score_subject(context.outputs.with_weights(quantized(context, method, bits)), questions)
+    return values
+
+
+def quantized(context: EvaluationContext, method: str, bits: int) -> PreTrainedModel:
+    """A fresh copy of the model with quantized weights."""
+    if method == "bitsandbytes":
+        return load_with_bitsandbytes(context, bits)
+    return round_linear_layers(context.loader.fresh(context.model.config, context.model.tokenizer), bits)
+
+
+@torch.no_grad()
+def round_linear_layers(model: PreTrainedModel, bits: int) -> PreTrainedModel:
+    """Round the weights of every linear layer but the head, in place: what is computed is what such weights would give.
+
+    Raises:
+        UserError: when the model has no linear layer of torch's.
+    """
+    head = model.get_output_embeddings()
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    if not layers:
+        raise UserError("quantization: the model has no torch.nn.Linear layer; leave it out of metrics")
+    for layer in layers:
+        round_to_nearest(layer.weight, bits)
+    return model
+
+
+@torch.no_grad()
+def round_to_nearest(weight: torch.Tensor, bits: int) -> None:
+    """Round a weight matrix, shape (outputs, inputs), in place to 2^bits - 1 evenly spaced values, symmetric around 0.
+
+    Each BLOCK of a row has its own scale: its largest absolute value becomes the largest integer, 2^(bits-1) - 1. In
+    float32: a bfloat16 cannot tell which of two integers beyond 64 a half lies next to.
+    """
+    largest = 2 ** (bits - 1) - 1
+    for block in weight.split(BLOCK, dim=1):
+        exact = block.float()
+        scale = (exact.abs().amax(dim=1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+        block.copy_((exact / scale).round() * scale)
+
+
+def load_with_bitsandbytes(context: EvaluationContext, bits: int) -> PreTrainedModel:
+    """The checkpoint loaded by bitsandbytes: LLM.int8() at 8 bits, NF4 at 4."""
+    from transformers import BitsAndBytesConfig
+
+    path = resolve_path(context.model.config.path)
+    context.loader.clear()
+    kinds = {8: {"load_in_8bit": True}, 4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+    return AutoModelForCausalLM.from_pretrained(
+        path,
+        quantization_config=BitsAndBytesConfig(**kinds[bits]),
+        dtype=getattr(torch, context.model.config.dtype),
+        device_map={"": PartialState().device},
+        use_safetensors=True,
+        revision=context.model.config.revision,
+        trust_remote_code=context.model.config.trust_remote_code,
+    )

@@ -1,0 +1,107 @@
+"""How fast the forgotten comes back: a copy of the model is finetuned on the forget rows for a moment and measured again.
+
+Anything learns what it is taught. What speaks against an unlearned model is that it learns the forget rows faster than one
+that never saw them: so the same is done to the retain-only model where there is one.
+"""
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from accelerate import PartialState
+from transformers import set_seed
+
+from common.config import above_zero, at_least, share
+from common.data import Row
+from common.errors import UserError
+from common.trainer import ExampleTrainer, training_arguments
+from evaluation.context import EvaluationContext, Model
+from evaluation.metrics.tofu import probability, recalls
+from evaluation.model_outputs import ModelOutputs
+from evaluation.scores import Scores
+
+
+@dataclass
+class Relearning:
+    fraction: float = 1.0
+    """Share of the forget rows that are relearned; less than 1: the others are also scored by themselves."""
+    num_epochs: int = 1
+    """Passes over them."""
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW, decaying linearly."""
+    batch_size: int = 16
+    """Rows of an optimizer step."""
+
+    def problems(self) -> list[str]:
+        found = at_least(self, 1, "num_epochs", "batch_size") + share(self, "fraction")
+        return found + above_zero(self, "learning_rate")
+
+
+def measure(context: EvaluationContext, scores: Scores) -> None:
+    """ROUGE-L recall of greedy answers to forget questions, and the true answers' probability, after relearning."""
+    settings: Relearning = context.config.sections["relearning"]
+    rows = context.rows("forget")
+    relearn_rows = select_relearn_rows(rows, settings.fraction, context.config.seed)
+    before = fmean(recalls(context.outputs, rows))
+    after = relearned(context, context.model, rows, relearn_rows)
+    scores.mean("relearning/rougeL_recall", "forget", after["recall"], False)
+    scores.mean("relearning/probability", "forget", after["probability"], False)
+    if settings.fraction < 1:
+        others = [None if row in relearn_rows else recall for row, recall in zip(rows, after["recall"], strict=True)]
+        scores.mean("relearning/rougeL_recall_not_taught", "forget", others, False)
+    scores.add("relearning/rougeL_recall_gained", fmean(after["recall"]) - before, False, len(rows))
+    beyond = "relearning/rougeL_recall_beyond_retain_model"
+    with scores.null_if_missing({beyond: False}):
+        never_knew = relearned(context, context.find_retain_model(), rows, relearn_rows)
+        difference = fmean(after["recall"]) - fmean(never_knew["recall"])
+        scores.add(beyond, difference, False, len(rows), ideal=0.0)
+
+
+def select_relearn_rows(rows: list[Row], fraction: float, seed: int) -> list[Row]:
+    """The rows that are relearned: all, or a share drawn by the seed, at least one."""
+    drawn = np.random.default_rng(seed).permutation(len(rows))[: max(1, round(fraction * len(rows)))]
+    return [rows[i] for i in sorted(drawn)]
+
+
+def relearned(context: EvaluationContext, model: Model, rows: list[Row], relearn_rows: list[Row]) -> dict[str, list]:
+    """Recall and probability of every row after a fresh copy of the model relearned some; done once for each model."""
+    if "relearning" not in model.found:
+        copy = relearn(context, model, relearn_rows)
+        answers = copy.tokens_of_answers([(row.question, row.answer) for row in rows])
+        probabilities = [probability(answer) for answer in answers]
+        model.found["relearning"] = {"recall": recalls(copy, rows), "probability": probabilities}
+    return model.found["relearning"]
+
+
+def relearn(context: EvaluationContext, model: Model, relearn_rows: list[Row]) -> ModelOutputs:
+    """Finetune a fresh copy of the model; neither the checkpoint nor the model that others measure is touched.
+
+    Raises:
+        UserError: when the batch cannot be split evenly over the processes.
+    """
+    settings: Relearning = context.config.sections["relearning"]
+    processes = PartialState().num_processes
+    if settings.batch_size % processes:
+        raise UserError(f"relearning.batch_size={settings.batch_size}: cannot be split over {processes} processes")
+    training = {  # without mixed precision, which would make the result depend on how batches are split
+        "num_train_epochs": settings.num_epochs,
+        "learning_rate": settings.learning_rate,
+        "per_device_train_batch_size": settings.batch_size // processes,
+        "gradient_accumulation_steps": 1,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+    }
+    prompts = model.outputs.prompts
+    examples = [prompts.example(row, context.config.data.max_length) for row in relearn_rows]
+    set_seed(context.config.seed)
+    # float32 whatever the model's type: steps as small as these are rounded away in bfloat16, and nothing is relearned.
+    copy = context.loader.fresh(replace(model.config, lora=None, dtype="float32"), model.tokenizer, trainable=True)
+    with tempfile.TemporaryDirectory() as folder:
+        args = training_arguments(replace(context.config, training=training), Path(folder), len(examples))
+        trainer = ExampleTrainer(copy, args, examples, model.tokenizer)
+        trainer.train()
+    return model.outputs.with_weights(trainer.model)

@@ -1,0 +1,123 @@
+"""Getting the forget answers out of a model without touching its weights: many samples, a prefill, a choice of options.
+
+The other two attacks, relearning and quantization, change a copy of the weights and stand in files of their own.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from scipy.stats import beta
+
+from common.config import above_zero, at_least, share
+from common.rouge import rouge_l_recall
+from evaluation.context import EvaluationContext
+from evaluation.scores import Scores
+from generation.token_sampling import SamplingSettings
+
+
+@dataclass
+class SamplingAttack:
+    num_samples: int = 100
+    """TokenLosses drawn for each forget question."""
+    temperature: float = 1.0
+    """The logits are divided by it."""
+    top_p: float = 1.0
+    """Draw from the smallest set of likeliest tokens with at least this probability."""
+    leak_threshold: float = 0.5
+    """ROUGE-L recall from which an answer counts as a leak."""
+    alpha: float = 0.05
+    """The bounds are wrong with at most this probability, each by itself."""
+
+    def problems(self) -> list[str]:
+        found = (
+            at_least(self, 1, "num_samples") + above_zero(self, "temperature") + share(self, "top_p", "leak_threshold")
+        )
+        if not 0 < self.alpha <= 0.5:
+            found.append(f"alpha={self.alpha}: expected 0 < alpha <= 0.5")
+        return found
+
+
+def leak_at_k(values: Sequence[float], k: int) -> float:
+    """Expected largest of k values drawn without replacement: what an attacker gets who samples k times.
+
+    sum over j of S_(j) C(j-1, k-1) / C(n, k), S_(j) the j-th smallest of n: unbiased for the expected largest of k samples
+    (arXiv 2511.04934). k = 1 is the mean, k = n the largest.
+    """
+    return math.fsum(s * share for s, share in zip(sorted(values), _shares_of_subsets(len(values), k), strict=True))
+
+
+@lru_cache
+def _shares_of_subsets(n: int, k: int) -> list[float]:
+    """Of all subsets of k out of n values: the share in which the smallest, the second smallest ... is the largest one."""
+    subsets = math.comb(n, k)  # integers: beyond 1029 samples some are too large for a float, their ratios never are
+    return [math.comb(j, k - 1) / subsets for j in range(n)]
+
+
+def leak_probability_bound(leaks: int, n: int, alpha: float) -> float:
+    """Upper bound on a probability that showed in `leaks` of n samples (Clopper-Pearson, one-sided, level 1 - alpha).
+
+    The alpha-quantile from above of Beta(leaks + 1, n - leaks). Source: arXiv 2410.03523.
+    """
+    return 1.0 if leaks == n else float(beta.ppf(1 - alpha, leaks + 1, n - leaks))
+
+
+def mean_bound(values: Sequence[float], alpha: float) -> float:
+    """Upper bound on the mean of what the values in [0, 1] are samples of, whatever its distribution, level 1 - alpha.
+
+    The mean under the lowest distribution function in the Dvoretzky-Kiefer-Wolfowitz band, max(0, F_n - e) with
+    e = sqrt(ln(1 / alpha) / 2n): a mass of e moves from the lowest values to 1. Source: arXiv 2410.03523.
+    """
+    return _moment(values, -math.sqrt(math.log(1 / alpha) / (2 * len(values))), 1)
+
+
+def deviation_bound(values: Sequence[float], alpha: float) -> float:
+    """Upper bound on the standard deviation of what the values in [0, 1] are samples of, level 1 - alpha.
+
+    sqrt(largest E[X^2] - smallest E[X]^2) over the two-sided Dvoretzky-Kiefer-Wolfowitz band F_n +- e with
+    e = sqrt(ln(2 / alpha) / 2n); no distribution on [0, 1] has more than 1/2. Source: arXiv 2410.03523.
+    """
+    e = math.sqrt(math.log(2 / alpha) / (2 * len(values)))
+    return min(0.5, math.sqrt(_moment(values, -e, 2) - _moment(values, e, 1) ** 2))
+
+
+def _moment(values: Sequence[float], shift: float, power: int) -> float:
+    """E[X^power] on [0, 1] under the values' distribution function moved up by `shift`: 1 - integral of F d(x^power)."""
+    edges = np.concatenate([[0.0], np.sort(values), [1.0]]) ** power
+    distribution = np.clip(np.arange(len(values) + 1) / len(values) + shift, 0, 1)
+    return float(1 - (distribution * np.diff(edges)).sum())
+
+
+def measure_sampling(context: EvaluationContext, scores: Scores) -> None:
+    """n samples a forget question; all scores come from their ROUGE-L recall. Lower is better.
+
+    A bound holds at its level for the question that it belongs to; what is reported is the mean of the questions' bounds.
+    """
+    attack: SamplingAttack = context.config.sections["sampling"]
+    rows = context.rows("forget")
+    n, alpha = attack.num_samples, attack.alpha
+    settings = SamplingSettings(
+        context.config.evaluation.max_length,
+        n,
+        attack.temperature,
+        top_p=attack.top_p,
+        batch_size=context.config.evaluation.batch_size,
+    )
+    samples = context.outputs.samples([row.question for row in rows], settings, context.config.seed)
+    recalls = [[rouge_l_recall(row.answer, text) for text in texts] for row, texts in zip(rows, samples, strict=True)]
+    for k in [2**i for i in range(n.bit_length()) if 2**i < n] + [n]:
+        scores.mean(f"sampling/leak@{k}", "forget", [leak_at_k(values, k) for values in recalls], False)
+    leaks = [sum(value >= attack.leak_threshold for value in values) for values in recalls]
+    bounds = {
+        "leak_probability_bound": [leak_probability_bound(count, n, alpha) for count in leaks],
+        "mean_recall_bound": [mean_bound(values, alpha) for values in recalls],
+        "recall_deviation_bound": [deviation_bound(values, alpha) for values in recalls],
+    }
+    for name, values in bounds.items():
+        scores.mean(f"sampling/{name}", "forget", values, False)
+    scores.samples += [
+        {"split": "forget", "index": row.index, "samples": texts, "rougeL_recall": values}
+        for row, texts, values in zip(rows, samples, recalls, strict=True)
+    ]

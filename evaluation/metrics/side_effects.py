@@ -1,0 +1,44 @@
+"""What unlearning did besides: to the probabilities of unrelated text, and to the language of the forget answers.
+
+Unlearn quality alone rewards gibberish, silence and refusals; these scores show them.
+"""
+
+import numpy as np
+
+from common.data import Row
+from common.prompts import Example
+from evaluation.context import EvaluationContext, Model
+from evaluation.scores import Missing, Scores
+
+HISTOGRAM_EDGES = np.linspace(-1, 1, 41)
+
+
+def as_text(model: Model, row: Row, max_length: int) -> Example:
+    """A row as running text, "question answer" without any prompt format; its first token is the beginning."""
+    ids = model.tokenizer(f"{row.question} {row.answer}", add_special_tokens=False)["input_ids"][:max_length]
+    return Example(ids[:1], ids[1:])
+
+
+def measure_side_effects(context: EvaluationContext, scores: Scores) -> None:
+    """p(token) minus that of the model before unlearning, over the tokens of the `unrelated` split: mean and deviation.
+
+    Source: the PMC paper (arXiv 2507.04219). Both are 0 for a model without side effects; the histogram is in result.json.
+    """
+    names = ["side_effects/probability_shift", "side_effects/probability_shift_deviation"]
+    with scores.null_if_missing({names[0]: None, names[1]: False}):
+        rows = context.rows("unrelated")
+        models = (context.model, context.find_base_model())
+        texts = [[as_text(model, row, context.config.data.max_length) for row in rows] for model in models]
+        if texts[0] != texts[1]:
+            raise Missing("the model before unlearning has another tokenizer")
+        ours, theirs = (
+            np.exp(np.concatenate([tokens.log_probs for tokens in model.outputs.tokens(examples)]).astype(np.float64))
+            for model, examples in zip(models, texts, strict=True)
+        )
+        if not len(ours):
+            raise Missing("no row of unrelated has two tokens")
+        shift = ours - theirs
+        scores.add(names[0], float(shift.mean()), None, len(shift), ideal=0.0)
+        scores.add(names[1], float(shift.std()), False, len(shift), ideal=0.0)
+        counts, _ = np.histogram(shift, HISTOGRAM_EDGES)
+        scores.histograms[names[0]] = {"edges": HISTOGRAM_EDGES.round(2).tolist(), "counts": counts.tolist()}

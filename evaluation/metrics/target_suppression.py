@@ -1,0 +1,41 @@
+"""Attack: pick the true answer among options by how (un)likely it is."""
+
+from collections.abc import Sequence
+
+from evaluation.context import EvaluationContext
+from evaluation.metrics.tofu import wrong_answers
+from evaluation.model_outputs import TokenLogProbs
+from evaluation.scores import Missing, Scores
+
+
+def extreme_share(true: float, wrong: Sequence[float], least: bool) -> float:
+    """1 if the true option is the least (or the most) likely one, 0 if it is not; shared among those that tie."""
+    extreme = (min if least else max)(true, *wrong)
+    return 1 / (1 + list(wrong).count(true)) if true == extreme else 0.0
+
+
+def measure_target_suppression(context: EvaluationContext, scores: Scores) -> None:
+    """Of the paraphrased answer and the wrong ones: how often the true one is least and most likely, against chance.
+
+    An attacker who knows the method picks the least likely option. Options are compared by mean token log-probability.
+    Source: the PMC paper (arXiv 2507.04219).
+    """
+    names = [f"target_suppression/{name}" for name in ("least_likely", "most_likely", "chance")]
+    with scores.null_if_missing(dict.fromkeys(names)):
+        role = "forget_paraphrased"
+        rows = context.rows(role)
+        if any(row.paraphrased_answer is None for row in rows):
+            raise Missing(f"the split of data.splits.{role} has rows without a paraphrased answer")
+        wrong = wrong_answers(context.outputs, rows, role)
+        true = context.outputs.tokens_of_answers([(row.question, row.paraphrased_answer) for row in rows])
+        shares = [_shares(*options) for options in zip(true, wrong, strict=True)]
+        for place, name in enumerate(names):
+            scores.mean(name, role, [share and share[place] for share in shares], None)
+
+
+def _shares(true: TokenLogProbs, wrong: Sequence[TokenLogProbs]) -> tuple[float, float, float] | None:
+    """Whether the true option is least likely, whether it is most likely, and the chance of either."""
+    first, *others = (tokens.mean_log_prob for tokens in (true, *wrong))
+    if first is None or None in others:
+        return None
+    return extreme_share(first, others, True), extreme_share(first, others, False), 1 / (1 + len(others))

@@ -1,0 +1,141 @@
+"""TOFU's own scores (Maini et al. 2024, arXiv 2401.06121), from token probabilities and greedy answers.
+
+The forget set's paraphrases and wrong answers stand in the split forget_paraphrased, the retain set's in retain_perturbed.
+An answer's EOS token counts as one of its tokens, as in TOFU.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, harmonic_mean
+
+from scipy.stats import ks_2samp
+
+from common.data import Row
+from common.rouge import rouge_l_recall
+from evaluation.context import EvaluationContext
+from evaluation.model_outputs import ModelOutputs, TokenLogProbs
+from evaluation.scores import Missing, Scores
+
+ROLES = {"forget": "forget", "retain": "retain_perturbed", "real_authors": "real_authors", "world_facts": "world_facts"}
+UTILITY = ("retain", "real_authors", "world_facts")
+
+
+def probability(answer: TokenLogProbs) -> float | None:
+    """Length-normalized probability of an answer, exp(-NLL/|y|), in [0, 1]; lower is better on forget."""
+    return None if answer.mean_log_prob is None else math.exp(answer.mean_log_prob)
+
+
+def probability_among(answer: TokenLogProbs, wrong: Sequence[TokenLogProbs]) -> float | None:
+    """p(answer) / (p(answer) + sum of p(wrong answer)), in [0, 1]; TOFU's probability for real_authors and world_facts."""
+    probabilities = [probability(tokens) for tokens in (answer, *wrong)]
+    if None in probabilities:
+        return None
+    return probabilities[0] / sum(probabilities) if sum(probabilities) else 0.0
+
+
+def truth_ratio(true: TokenLogProbs, wrong: Sequence[TokenLogProbs]) -> float | None:
+    """exp(mean over wrong answers of their mean token log-probability) / exp(mean token log-probability of the true one).
+
+    Above 1 where wrong answers are likelier.
+    """
+    means = [tokens.mean_log_prob for tokens in (true, *wrong)]
+    if None in means:
+        return None
+    return math.exp(min(fmean(means[1:]) - means[0], 700))  # the largest number that has an exponential
+
+
+def forget_truth_ratio(ratio: float) -> float:
+    """min(r, 1/r): 1 where true and wrong answers are equally likely. TOFU reports its mean on forget; higher is better."""
+    return min(ratio, 1 / ratio) if ratio else 0.0
+
+
+def utility_truth_ratio(ratio: float) -> float:
+    """max(0, 1 - r): 1 where wrong answers are out of the question. TOFU's truth ratio off forget; higher is better."""
+    return max(0.0, 1 - ratio)
+
+
+def forget_quality(ratios: Sequence[float], retain_model_ratios: Sequence[float]) -> float:
+    """p-value of the two-sample Kolmogorov-Smirnov test between two models' truth ratios on forget; higher is better.
+
+    A low value says that the model differs from one that never saw the forget set. It falls with the number of rows.
+    """
+    return float(ks_2samp(ratios, retain_model_ratios).pvalue)
+
+
+def measure(context: EvaluationContext, scores: Scores) -> None:
+    """All of TOFU's scores of one model."""
+    for split, role in ROLES.items():
+        better = split != "forget"
+        names = {f"tofu/{kind}/{split}": better for kind in ("probability", "rougeL_recall")}
+        with scores.null_if_missing(names):
+            rows = context.rows(role)
+            with_options = split in ("real_authors", "world_facts")
+            scores.mean(
+                f"tofu/probability/{split}", role, probabilities(context.outputs, rows, role, with_options), better
+            )
+            scores.mean(f"tofu/rougeL_recall/{split}", role, recalls(context.outputs, rows), better)
+    for split, role in {**ROLES, "forget": "forget_paraphrased"}.items():
+        with scores.null_if_missing({f"tofu/truth_ratio/{split}": True}):
+            transform = forget_truth_ratio if split == "forget" else utility_truth_ratio
+            ratios = truth_ratios(context.outputs, context.rows(role), role)
+            values = [None if ratio is None else transform(ratio) for ratio in ratios]
+            scores.mean(f"tofu/truth_ratio/{split}", role, values, True)
+    with scores.null_if_missing({"tofu/model_utility": True}):
+        scores.add("tofu/model_utility", model_utility(scores), True)
+    with scores.null_if_missing({"tofu/forget_quality": True}):
+        rows = context.rows("forget_paraphrased")
+        models = (context.outputs, context.find_retain_model().outputs)
+        ours, theirs = (
+            [ratio for ratio in truth_ratios(model, rows, "forget_paraphrased") if ratio is not None]
+            for model in models
+        )
+        if not ours or not theirs:
+            raise Missing("no row of forget_paraphrased has a truth ratio")
+        scores.add("tofu/forget_quality", forget_quality(ours, theirs), True, len(ours))
+
+
+def probabilities(outputs: ModelOutputs, rows: Sequence[Row], role: str, with_options: bool) -> list[float | None]:
+    """Every row's probability: among its wrong answers where these are options, else by itself."""
+    answers = outputs.tokens_of_answers([(row.question, row.answer) for row in rows])
+    if not with_options:
+        return [probability(tokens) for tokens in answers]
+    wrong = wrong_answers(outputs, rows, role)
+    return [probability_among(*pair) for pair in zip(answers, wrong, strict=True)]
+
+
+def recalls(outputs: ModelOutputs, rows: Sequence[Row]) -> list[float]:
+    """Every row's ROUGE-L recall of the greedy answer."""
+    answers = outputs.answers([row.question for row in rows])
+    return [rouge_l_recall(row.answer, answer) for row, answer in zip(rows, answers, strict=True)]
+
+
+def truth_ratios(outputs: ModelOutputs, rows: Sequence[Row], role: str) -> list[float | None]:
+    """Every row's truth ratio; the true answer is the paraphrased one where there is one."""
+    wrong = wrong_answers(outputs, rows, role)
+    true = outputs.tokens_of_answers([(row.question, row.paraphrased_answer or row.answer) for row in rows])
+    return [truth_ratio(*pair) for pair in zip(true, wrong, strict=True)]
+
+
+def wrong_answers(outputs: ModelOutputs, rows: Sequence[Row], role: str) -> list[list[TokenLogProbs]]:
+    """The tokens of every row's perturbed answers.
+
+    Raises:
+        Missing: when a row has none.
+    """
+    if not all(row.perturbed_answer for row in rows):
+        raise Missing(f"the split of data.splits.{role} has rows without wrong answers (data.columns.perturbed_answer)")
+    flat = iter(outputs.tokens_of_answers([(row.question, wrong) for row in rows for wrong in row.perturbed_answer]))
+    return [[next(flat) for _ in row.perturbed_answer] for row in rows]
+
+
+def model_utility(scores: Scores) -> float:
+    """Harmonic mean of probability, ROUGE-L recall and truth ratio on retain, real_authors and world_facts; in [0, 1].
+
+    Raises:
+        Missing: when one of the nine is null.
+    """
+    names = [f"tofu/{kind}/{split}" for kind in ("probability", "rougeL_recall", "truth_ratio") for split in UTILITY]
+    absent = [name for name in names if scores.values[name] is None]
+    if absent:
+        raise Missing(f"needs all of its nine parts; null: {', '.join(absent)}")
+    return harmonic_mean([scores.values[name] for name in names])

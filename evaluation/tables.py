@@ -1,0 +1,58 @@
+"""Scores of several models as Markdown tables."""
+
+
+def table(results: dict[str, dict]) -> str:
+    """The models side by side: headline scores, empty forget answers, minutes of the stage that made each."""
+    lines = [
+        "| model | unlearn quality | utility | forget recall | retain recall | empty forget answers | minutes |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, result in results.items():
+        scores, seconds = result["scores"], result["seconds"]
+        stage = seconds.get("unlearning", seconds.get("finetuning"))
+        lines.append(
+            f"| {name} | {scores['unlearn_quality']:.1f} | {scores['utility']:.1f} "
+            f"| {scores['rougeL_recall/forget']:.2f} | {scores['rougeL_recall/retain']:.2f} "
+            f"| {100 * scores['forget_answers_empty']:.0f}% | {'-' if stage is None else f'{stage / 60:.1f}'} |"
+        )
+    legend = "Unlearn quality and utility: percent, higher is better. Recall: ROUGE-L against the ground truth, 0 to 1."
+    return "\n".join(lines) + "\n\n" + legend
+
+
+def full_table(results: dict[str, dict]) -> str:
+    """The models side by side, a row a score, and below it why some are missing."""
+    names = list(dict.fromkeys(name for result in results.values() for name in result["scores"]))
+    lines = [f"| score | better | {' | '.join(results)} |", "|---|---|" + "---:|" * len(results)]
+    for name in names:
+        values = [_number(result["scores"].get(name)) for result in results.values()]
+        lines.append(f"| {name} | {_better(name, results)} | {' | '.join(values)} |")
+    notes: dict[str, dict[str, list[str]]] = {}  # note -> score -> models
+    for model, result in results.items():
+        left_out = [(name, f"{rows} rows without a value are left out") for name, rows in result["left_out"].items()]
+        for name, note in [*result["notes"].items(), *left_out]:
+            notes.setdefault(note, {}).setdefault(name, []).append(model)
+    for note, models_of in notes.items():
+        named = [
+            name if len(models) == len(results) else f"{name} ({', '.join(models)})"
+            for name, models in models_of.items()
+        ]
+        lines.append(f"\n{', '.join(named)}: {note}.")
+    return "\n".join(lines)
+
+
+def _better(name: str, results: dict[str, dict]) -> str:
+    """Which way a score is better: a direction, or the value that it should have."""
+    for result in results.values():
+        if name in result["ideal"]:
+            return f"{result['ideal'][name]:.3g}"
+        if result["higher_is_better"].get(name) is not None:
+            return "higher" if result["higher_is_better"][name] else "lower"
+    return ""
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if value and abs(value) < 0.001:
+        return f"{value:.0e}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"

@@ -1,0 +1,42 @@
+"""How many answers fit into memory side by side."""
+
+import psutil
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from common.hardware import log_once
+
+MEMORY_SHARE = 0.1  # of the device's memory, for the cache of the answers drawn side by side
+MOST_ROWS = {"cpu": 256, "cuda": 1024}  # more rows at a time are not faster
+
+
+def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
+    """TokenLosses of `columns` tokens, prompt included, that may be drawn side by side.
+
+    Their cache takes at most MEMORY_SHARE of the device's memory, and at most half of what is free; one always fits.
+    """
+    needed = cache_bytes_per_token(model.config, model.dtype) * columns
+    rows = max(1, cache_budget(model.device) // needed)
+    most = MOST_ROWS.get(model.device.type, MOST_ROWS["cpu"])
+    rows = min(rows, most)
+    log_once(f"up to {rows} answers of {columns} tokens are drawn side by side: {rows * needed / 1e9:.2g} GB of cache")
+    return rows
+
+
+def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one token in all layers."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return text.num_hidden_layers * 2 * heads * size * dtype.itemsize
+
+
+def cache_budget(device: torch.device) -> int:
+    """Bytes that the cache may take."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+    return int(min(MEMORY_SHARE * total, free / 2))

@@ -1,0 +1,42 @@
+"""Linear layers whose weights are laid out once for the CPU's kernels."""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+PREPACK_ROWS = 64  # rows that packed weights are laid out for; any number of them works
+
+
+@contextlib.contextmanager
+def prepacked_linears(model: PreTrainedModel) -> Iterator[None]:
+    """On a CPU, the model's linear layers with their weights laid out for oneDNN's kernels; as before afterwards.
+
+    PyTorch lays a weight out anew at every call, which for a few rows costs more than the product. Inside, the weights must
+    not change.
+    """
+    layers = [module for module in model.modules() if type(module) is torch.nn.Linear and _can_prepack(module)]
+    try:
+        for layer in layers:
+            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), PREPACK_ROWS)
+            layer.forward = partial(_prepacked_forward, packed, layer.bias)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _prepacked_forward(weight: torch.Tensor, bias: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+def _can_prepack(layer: torch.nn.Linear) -> bool:
+    """Whether oneDNN has kernels for a layer here, and nobody else (offloading, for one) has put himself before it."""
+    weight = layer.weight
+    if "forward" in vars(layer) or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )

@@ -1,0 +1,146 @@
+"""The next token of each row: greedy, top-k and top-p."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+GROUP = 8  # tokens of which only the likeliest is looked at first
+DRAWS = 8  # random numbers for a token where a draw may be rejected
+REDRAW_STREAM = 2  # keeps the numbers of later draws apart from those of first ones
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How the next token is drawn.
+
+    Attributes:
+        max_length: tokens of prompt and answer together, at most.
+        num_samples: answers to each prompt.
+        temperature: the logits are divided by it; 0 takes the likeliest token (greedy).
+        top_k: only the k likeliest tokens; 0: all.
+        top_p: of those, the smallest set of likeliest tokens whose probability is at least p; 1: all.
+        batch_size: answers generated side by side, at most; None: as many as a share of the memory holds.
+    """
+
+    max_length: int
+    num_samples: int = 1
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    batch_size: int | None = None
+
+
+def random_numbers(key: tuple[int, ...], num_samples: int, positions: int) -> np.ndarray:
+    """Uniforms in [0, 1) for the answers to one prompt, shape (num_samples, positions).
+
+    The first samples stay the same when more are asked for.
+    """
+    return np.random.default_rng(key).random((num_samples, positions), dtype=np.float32)
+
+
+def _uniforms(
+    keys: Sequence[tuple[int, ...]], chunk: list[int], samples: range, settings: SamplingSettings, positions: int
+) -> torch.Tensor:
+    """Random numbers of the chunk's answers, shape (rows, positions, draws of a token)."""
+
+    def drawn(*stream: int) -> np.ndarray:
+        # Shape (max_length) for every key, so that an answer's limit does not change its numbers.
+        of_each = [random_numbers((*keys[i], *stream), samples.stop, settings.max_length) for i in chunk]
+        return np.concatenate([numbers[samples.start :, :positions] for numbers in of_each])
+
+    draws = [drawn()]
+    if settings.top_k == 0 and settings.top_p < 1:
+        draws += [drawn(REDRAW_STREAM, draw) for draw in range(1, DRAWS)]
+    return torch.from_numpy(np.stack(draws, axis=2))
+
+
+def draw_tokens(logits: torch.Tensor, settings: SamplingSettings, uniforms: torch.Tensor | None) -> torch.Tensor:
+    """One token a row.
+
+    Temperature, then top_k, then top_p on what top_k left, as Hugging Face's `generate` orders them.
+
+    Args:
+        logits: shape (rows, vocabulary).
+        uniforms: shape (rows, draws), in [0, 1); not looked at when greedy.
+    Returns:
+        token ids, shape (rows,).
+    """
+    if settings.temperature == 0:
+        return logits.argmax(dim=-1)
+    if settings.top_k:
+        return _draw_sorted(logits, min(settings.top_k, logits.shape[-1]), settings, uniforms[:, 0])
+    return _draw_from_all(logits, settings, uniforms)
+
+
+def _draw_sorted(logits: torch.Tensor, k: int, settings: SamplingSettings, uniform: torch.Tensor) -> torch.Tensor:
+    """Candidate from the k likeliest tokens by inverting their cumulative distribution, likeliest first.
+
+    A tie at the k-th place keeps k tokens.
+    """
+    values, tokens = top_tokens(logits, k)
+    probabilities = (values.float() / settings.temperature).softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
+    # A token stays while the mass of the likelier ones is below top_p; the first always stays.
+    inside = (cumulative - probabilities) < settings.top_p
+    mass = torch.where(inside, cumulative, 0).amax(dim=-1)
+    picked = (cumulative <= (uniform * mass)[:, None]).sum(dim=-1)
+    picked = picked.clamp(max=inside.sum(dim=-1) - 1)  # rounding at the upper end
+    return tokens.gather(1, picked[:, None]).squeeze(1)
+
+
+def top_tokens(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest logits of each row, largest first, and their tokens, both of shape (rows, k): `torch.topk`, sooner.
+
+    On a CPU the vocabulary is looked at in groups of GROUP tokens. The k largest logits lie in the k groups with the
+    largest maxima: any other group has k groups before it, each with a logit at least as large. So only these are sorted.
+
+    Args:
+        logits: shape (rows, vocabulary).
+    """
+    rows, vocabulary = logits.shape
+    groups = vocabulary // GROUP
+    if logits.device.type != "cpu" or groups < 2 * k:
+        return logits.topk(k)
+    firsts = torch.arange(0, groups * GROUP, groups)  # group g is tokens g + firsts, which reads memory in order
+    best = logits[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(1).topk(k, sorted=False).indices
+    left_over = torch.arange(groups * GROUP, vocabulary).expand(rows, -1)
+    candidates = torch.cat(((best[:, None] + firsts[:, None]).flatten(1), left_over), 1)
+    values, places = logits.gather(1, candidates).topk(k)
+    return values, candidates.gather(1, places)
+
+
+def _draw_from_all(logits: torch.Tensor, settings: SamplingSettings, uniforms: torch.Tensor) -> torch.Tensor:
+    """Candidate from the whole vocabulary without sorting it: draw, and draw again where the token lies outside top_p.
+
+    A token is inside while the mass of the strictly likelier ones is below top_p, so at least a share top_p of the draws
+    is accepted. The few rows that are refused all draws but one are sorted for the last.
+    """
+    probabilities = (logits.float() / settings.temperature).softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
+    picked = _invert(cumulative, uniforms[:, 0])
+    if settings.top_p >= 1:
+        return picked
+    open_rows = _outside(probabilities, picked, settings.top_p).nonzero().squeeze(1)
+    for draw in range(1, uniforms.shape[1] - 1):
+        if len(open_rows) == 0:
+            return picked
+        again = _invert(cumulative[open_rows], uniforms[open_rows, draw])
+        picked[open_rows] = again
+        open_rows = open_rows[_outside(probabilities[open_rows], again, settings.top_p)]
+    if len(open_rows):
+        vocabulary = logits.shape[-1]
+        picked[open_rows] = _draw_sorted(logits[open_rows], vocabulary, settings, uniforms[open_rows, -1])
+    return picked
+
+
+def _invert(cumulative: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first token whose cumulative probability is above `uniform` times the total; shape (rows,)."""
+    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+
+
+def _outside(probabilities: torch.Tensor, picked: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Whether the strictly likelier tokens have top_p of the probability already; shape (rows,)."""
+    likelier = probabilities > probabilities.gather(1, picked[:, None])
+    return (probabilities * likelier).sum(dim=-1) >= top_p

@@ -1,0 +1,219 @@
+"""Compare the unlearning methods on one model and data set: every method, over several seeds, by one command.
+
+    python scripts/compare_methods.py -cn=compare-tiny
+    python scripts/compare_methods.py -cn=compare-smollm2-cpu data.path=FOLDER
+
+1. For each seed the stages that come before run (`comparison.before`), then each method's unlearning, then its evaluation:
+   the same command lines that a user types, one after the other. What is finished is not run again.
+2. The table (means over the seeds, with their deviation) and a plot of unlearn quality against utility are written to
+   models/comparisons/<recipe>/, beside the runs themselves.
+
+A run that fails is named, leaves a gap in the table, and does not keep the others from running; where a stage before fails,
+that seed is left out. Overrides on the command line that do not begin with `comparison.` or `seed` are given to every method's
+run, those of `models_dir`, `model.` and `data.` to the stages before, too; a top-level key needs two plus signs
+(++finetuned=FOLDER).
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the repository's root, not in this folder
+
+import logging
+import math
+import shlex
+import statistics
+import subprocess
+from dataclasses import dataclass
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+
+from common.cli import job_errors, launch
+from common.config import problem_list, read_section
+from common.errors import UserError
+from common.files import CONFIGS, ROOT, write_text
+from common.results import result_of
+
+log = logging.getLogger(__name__)
+
+# Column of the table: score of the result, and digits after the point.
+COLUMNS = {
+    "unlearn quality": ("unlearn_quality", 1),
+    "utility": ("utility", 1),
+    "forget recall": ("rougeL_recall/forget", 2),
+    "P(true answer)": ("tofu/probability/forget", 2),
+    "extraction strength": ("memorization/extraction_strength", 2),
+    "perplexity of forget answers": ("fluency/perplexity", 1),
+    "distinct-2": ("fluency/distinct_2", 2),
+    "empty": ("forget_answers_empty", 2),
+    "minutes": ("minutes", 2),
+}
+
+
+@dataclass
+class ComparisonSettings:
+    seeds: list[int]
+    """Seeds that every method runs with."""
+    before: list[str]
+    """Stages that make the model which is unlearned: a stage's folder and its arguments."""
+    methods: dict[str, str]
+    """Name in the table -> arguments of unlearning/main.py."""
+    metrics: list[str]
+    """Families of evaluation/main.py that every unlearned model is measured by."""
+
+    def problems(self) -> list[str]:
+        found = [f"{name}: is empty" for name in ("seeds", "methods", "metrics") if not getattr(self, name)]
+        found += [
+            f"methods.{name}={words}: expected arguments of unlearning/main.py, -cn=RECIPE among them"
+            for name, words in self.methods.items()
+            if "-cn=" not in words
+        ]
+        return found
+
+
+class Runs:
+    """Runs the stages' command lines and remembers which failed.
+
+    Args:
+        shared: overrides that every command gets.
+    """
+
+    def __init__(self, shared: list[str]):
+        self.shared = shared
+        self.failed: list[str] = []
+
+    def run(self, stage: str, *words: str) -> bool:
+        """Whether the stage's command ended well."""
+        command = [sys.executable, f"{stage}/main.py", "-cd=configs", *words]
+        shown = shlex.join(["python", *command[1:]])
+        log.info("%s", shown)
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            self.failed.append(shown)
+            log.error("failed:\n%s", "\n".join(done.stdout.splitlines()[-12:]))
+        return done.returncode == 0
+
+    def method(self, words: str, seed: int, folder: Path, metrics: list[str]) -> dict[str, float] | None:
+        """Unlearn and evaluate; returns the scores with the minutes of unlearning, None where a command failed."""
+        of_run = [*shlex.split(words), f"seed={seed}", *self.shared, f"output_dir={folder}"]
+        if not self.run("unlearning", *of_run):
+            return None
+        measured = folder / "evaluation"
+        places = [f"model.path={folder}", f"output_dir={measured}", f"metrics=[{','.join(metrics)}]", f"seed={seed}"]
+        if not self.run("evaluation", "-cn=evaluate", *places):
+            return None
+        seconds = result_of(folder)["seconds"]["unlearning"]
+        return {**result_of(measured)["scores"], "minutes": seconds / 60}
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """A row a method, the best unlearn quality first: means over the seeds, with their standard deviation."""
+    measured = {score for runs in results.values() for run in runs for score in run}
+    columns = {title: column for title, column in COLUMNS.items() if column[0] in measured}
+    lines = [f"| method | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for name in ordered(results):
+        cells = [cell([run.get(score) for run in results[name]], digits) for score, digits in columns.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ordered(results: dict[str, list[dict[str, float]]]) -> list[str]:
+    """The methods by unlearn quality, those without a result last."""
+
+    def quality(name: str) -> float:
+        return statistics.fmean(run["unlearn_quality"] for run in results[name]) if results[name] else -math.inf
+
+    return sorted(results, key=quality, reverse=True)
+
+
+def cell(values: list[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return "-"
+    mean = number(statistics.fmean(known), digits)
+    return mean if len(known) < 2 else f"{mean} ± {number(statistics.stdev(known), digits)}"
+
+
+def number(value: float, digits: int) -> str:
+    """With so many digits after the point; large numbers shortly.
+
+    >>> number(2.345, 1), number(1234567.0, 1)
+    ('2.3', '1.2e+06')
+    """
+    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.1e}"
+
+
+def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Unlearn quality against utility, a point a run, named once a method."""
+    figure = Figure(figsize=(8, 5.5), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    markers = "osD^vP*X<>ph8d"
+    for place, name in enumerate(name for name in ordered(results) if results[name]):
+        x, y = ([run[score] for run in results[name]] for score in ("unlearn_quality", "utility"))
+        color = "#b5432e" if name == "PMC" else f"C{place % 10}"
+        axes.scatter(x, y, s=36, color=color, marker=markers[place % len(markers)], label=name, alpha=0.8)
+    axes.set(xlabel="unlearn quality, percent", ylabel="utility, percent")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path)
+
+
+def compare(cfg: DictConfig) -> Path:
+    """Run everything and write the table; returns its file.
+
+    Raises:
+        UserError: when the recipe is wrong; after the table, when a command failed.
+    """
+    problems: list[str] = []
+    settings = read_section("comparison", ComparisonSettings, cfg.get("comparison"), problems)
+    if problems:
+        raise UserError(problem_list(problems))
+    hydra_config = HydraConfig.get()
+    own = ("comparison.", "seed", "hydra")
+    shared = [word for word in hydra_config.overrides.task if not word.lstrip("+~").startswith(own)]
+    shaping = [word for word in shared if word.lstrip("+~").startswith(("models_dir", "model.", "data."))]
+    runs = Runs(shared)
+    folder = Path(cfg.models_dir) / "comparisons" / hydra_config.job.config_name
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in settings.methods}
+    for seed in settings.seeds:
+        before = [shlex.split(words) for words in settings.before]
+        if not all(runs.run(stage, *words, f"seed={seed}", *shaping) for stage, *words in before):
+            continue
+        for name, words in settings.methods.items():
+            scores = runs.method(words, seed, folder / name / f"seed-{seed}", settings.metrics)
+            if scores:
+                results[name].append(scores)
+    return report(results, settings, runs.failed, folder)
+
+
+def report(
+    results: dict[str, list[dict[str, float]]], settings: ComparisonSettings, failed: list[str], folder: Path
+) -> Path:
+    """Write and print the table, the plot and what each method was run with."""
+    plot(results, folder / "comparison.png")
+    arguments = "\n".join(f"- {name}: `{words}`" for name, words in settings.methods.items())
+    seeds = ", ".join(map(str, settings.seeds))
+    text = f"{table(results)}\n\nSeeds {seeds}. Arguments of unlearning/main.py:\n\n{arguments}\n"
+    path = folder / "comparison.md"
+    write_text(path, f"# Unlearning methods\n\n![Unlearn quality and utility](comparison.png)\n\n{text}")
+    print(f"\n{text}\nWritten to {path} and comparison.png")
+    if failed:
+        raise UserError("these commands failed; run them to see why:\n" + "\n".join(failed))
+    return path
+
+
+@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="compare-tiny")
+def main(cfg: DictConfig) -> None:
+    with job_errors(cfg.models_dir):
+        compare(cfg)
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,44 @@
+"""Turn a GGUF file into an ordinary safetensors checkpoint: dequantized weights, tokenizer and generation config.
+
+python -m scripts.convert_gguf FOLDER FILE.gguf models/base/NAME
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the repository's root, not in this folder
+
+import argparse
+import shutil
+
+from common.cli import launch
+from common.config import ModelConfig, PromptConfig
+from common.model import load_model, load_tokenizer
+
+
+def convert(folder: str, gguf_file: str, target: Path) -> None:
+    """Write the checkpoint; the target appears whole or not at all."""
+    config = ModelConfig(path=folder, gguf_file=gguf_file, prompt=PromptConfig(style="plain"))
+    tokenizer = load_tokenizer(config)
+    model = load_model(config, tokenizer, trainable=False)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    print(f"{target}: {model.num_parameters() / 1e6:.0f} M parameters")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="folder of the GGUF file")
+    parser.add_argument("gguf_file", help="its name")
+    parser.add_argument("target", type=Path, help="folder to write")
+    arguments = parser.parse_args()
+    convert(arguments.folder, arguments.gguf_file, arguments.target)
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,100 @@
+"""Unlearn quality and utility over the epochs of several runs, side by side.
+
+    python -m scripts.plot_curves curves.png paper=models/unlearned/A "with warmup=models/unlearned/B"
+
+The runs were made with evaluation.every_epochs=1 or so. Prints a table of their worst utility and of where they end.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the repository's root, not in this folder
+
+import argparse
+
+from common.errors import UserError
+from common.files import read_json_lines
+from common.results import HISTORY
+
+SCORES = {"unlearn_quality": "unlearn quality", "utility": "utility"}
+
+
+def read_curve(folder: Path) -> list[dict[str, float]]:
+    """The epochs of a run that were evaluated, from its history.jsonl.
+
+    Raises:
+        UserError: when there is no history, or no epoch of it was evaluated.
+    """
+    path = folder / HISTORY
+    if not path.exists():
+        raise UserError(f"{folder}: no {HISTORY}; name the folder of a finished run")
+    evaluated = [record for record in read_json_lines(path) if "utility" in record]
+    if not evaluated:
+        raise UserError(f"{path}: no epoch was evaluated; run it with evaluation.every_epochs=1")
+    return evaluated
+
+
+def table(curves: dict[str, list[dict[str, float]]]) -> str:
+    """A line a run: its lowest utility with the epoch that has it, and both scores of its last evaluated epoch."""
+    lines = ["| run | worst utility | at epoch | last utility | last unlearn quality |", "|---|---:|---:|---:|---:|"]
+    for name, curve in curves.items():
+        worst, last = min(curve, key=lambda record: record["utility"]), curve[-1]
+        lines.append(
+            f"| {name} | {worst['utility']:.1f} | {worst['epoch']} | {last['utility']:.1f} | {last['unlearn_quality']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Two panels, one a score, with a line a run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for axes, (score, label) in zip(figure.subplots(1, 2), SCORES.items(), strict=True):
+        for name, curve in curves.items():
+            axes.plot(
+                [record["epoch"] for record in curve], [record[score] for record in curve], marker=".", label=name
+            )
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def named_folders(words: list[str]) -> dict[str, Path]:
+    """NAME=FOLDER, each name once.
+
+    Raises:
+        UserError: for a word of another form, and for a name that is given twice.
+    """
+    folders: dict[str, Path] = {}
+    for word in words:
+        name, _, folder = word.rpartition("=")
+        if not name:
+            raise UserError(f"{word}: expected NAME=FOLDER")
+        if name in folders:
+            raise UserError(f"{word}: the name {name} is given twice")
+        folders[name] = Path(folder)
+    return folders
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("png", type=Path, help="file that is drawn")
+    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="what a run is called, and its folder")
+    arguments = parser.parse_args()
+    try:
+        if arguments.png.suffix != ".png":
+            raise UserError(f"{arguments.png}: expected the picture's name first, ending in .png")
+        curves = {name: read_curve(folder) for name, folder in named_folders(arguments.runs).items()}
+    except UserError as error:
+        sys.exit(f"\nError: {error}")
+    print(table(curves))
+    arguments.png.parent.mkdir(parents=True, exist_ok=True)
+    plot(curves, arguments.png)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""AltPO (arXiv 2409.13474): prefer other plausible answers of the model before unlearning, sampled once, to the forget answer.
+
+The loss is that of DPO (`unlearning.methods.dpo`); a sampled alternative, drawn for each step, replaces the refusal.
+
+    python unlearning/main.py -cd=configs -cn=unlearn-tiny method=altpo
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from common.config import above_zero, at_least, share
+from common.data import Row
+from common.model import eos_token_ids
+from common.prompts import Example
+from common.rouge import rouge_l_recall
+from generation.sampler import generate
+from generation.token_sampling import SamplingSettings
+from unlearning.methods.dpo import DPO
+from unlearning.trainer import MethodSettings
+
+log = logging.getLogger(__name__)
+
+ALTERNATIVE_STREAM = 4  # of `UnlearningTrainer.drawn`: which alternative a step takes
+SAMPLING_STREAM = 5  # of the sampler: the alternatives
+ATTEMPTS = 5  # times that a question is asked while it has too few alternatives
+HOTTER = 1.25  # times the temperature of the last attempt
+
+
+@dataclass
+class AltPOSettings(MethodSettings):
+    beta: float = 0.1
+    """Inverse temperature: how far a pair may move away from the model before unlearning."""
+    num_alternatives: int = 5
+    """TokenLosses to each forget question that are preferred to the forget answer."""
+    max_recall: float = 0.7
+    """Samples with a higher ROUGE-L recall of the forget answer are no alternatives; 1: only its copies are not."""
+    temperature: float = 1.0
+    """The logits are divided by it; raised for questions that have too few alternatives."""
+    top_p: float = 0.95
+    """Draw from the smallest set of likeliest tokens with at least this probability."""
+    top_k: int = 50
+    """Draw from the k likeliest tokens; 0: all."""
+    max_length: int = 200
+    """Prompt and sampled answer together, in tokens."""
+
+    def problems(self) -> list[str]:
+        found = super().problems() + above_zero(self, "beta", "temperature")
+        found += at_least(self, 1, "num_alternatives", "max_length") + at_least(self, 0, "top_k")
+        return found + share(self, "top_p", "max_recall")
+
+
+class AltPO(DPO):
+    """Prefers other answers of the model's own to the forget answer."""
+
+    Settings = AltPOSettings
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.alternatives: dict[int, list[list[int]]] = {}  # token ids, by row index
+
+    def before_training(self) -> None:
+        started = time.perf_counter()
+        rows, wanted = self.data.forget, self.settings.num_alternatives
+        self.alternatives = {row.index: [] for row in rows}
+        for attempt in range(ATTEMPTS):
+            few = [row for row in rows if len(self.alternatives[row.index]) < wanted]
+            for row, answers in zip(few, self.sample(few, attempt), strict=True):
+                found = self.alternatives[row.index] + self.others(row, answers)
+                self.alternatives[row.index] = found[:wanted]
+        if without := sum(not found for found in self.alternatives.values()):
+            log.warning(
+                "%d of %d questions have no answer but the forget answer even at a temperature of %.2f, and are not "
+                "unlearned; raise method.temperature (now %g), method.top_p or method.max_recall (now %g)",
+                without,
+                len(rows),
+                self.settings.temperature * HOTTER ** (ATTEMPTS - 1),
+                self.settings.temperature,
+                self.settings.max_recall,
+            )
+        self.seconds["sampling"] = time.perf_counter() - started
+
+    def sample(self, rows: list[Row], attempt: int) -> list[list[list[int]]]:
+        """`num_alternatives` answers to each row's question, as token ids, the hotter the later the attempt."""
+        s = self.settings
+        temperature = s.temperature * HOTTER**attempt
+        settings = SamplingSettings(s.max_length, s.num_alternatives, temperature, s.top_k, s.top_p)
+        prompts = [self.data.prompts.prompt(row.question) for row in rows]
+        keys = [(self.args.seed, attempt, row.index, SAMPLING_STREAM) for row in rows]
+        ends = eos_token_ids(self.model, self.data.prompts.eos_token_id)
+        return generate(self.model, prompts, settings, ends, keys, description="alternatives")
+
+    def others(self, row: Row, answers: list[list[int]]) -> list[list[int]]:
+        """The answers that say something, and something else than the forget answer."""
+        texts = [self.data.prompts.text(answer) for answer in answers]
+        return [answer for answer, text in zip(answers, texts, strict=True) if self.is_other(row.answer, text)]
+
+    def is_other(self, truth: str, text: str) -> bool:
+        return bool(text) and text != truth.strip() and rouge_l_recall(truth, text) <= self.settings.max_recall
+
+    def preferred_examples(self, rows: list[Row]) -> list[Example]:
+        return [self.alternative(row) for row in rows]
+
+    def alternative(self, row: Row) -> Example:
+        """The question with the alternative of this step; where there is none, with the forget answer, which moves nothing."""
+        found = self.alternatives[row.index]
+        if not found:
+            return self.example(row)
+        return Example(self.data.prompts.prompt(row.question), found[self.drawn(ALTERNATIVE_STREAM, row, len(found))])
+
+    # --- checkpoints ---
+
+    def state_to_save(self) -> dict[str, Any]:
+        return super().state_to_save() | {"alternatives": list(self.alternatives.items())}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.alternatives = dict(state["alternatives"])

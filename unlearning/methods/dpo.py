@@ -1,0 +1,53 @@
+"""Direct preference optimization (arXiv 2305.18290) of a refusal over the forget answer, as TOFU (arXiv 2401.06121) uses it.
+
+forget loss = -(2/beta) log sigmoid(beta * [log pi/pi0 (refusal) - log pi/pi0 (forget answer)]), the mean over rows
+
+python unlearning/main.py -cd=configs -cn=unlearn-tiny method=dpo
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from common.config import above_zero
+from common.data import Row
+from common.prompts import Example
+from unlearning.methods.refusals import RefusalSettings, refusal_examples
+from unlearning.token_losses import TokenLosses
+from unlearning.trainer import UnlearningTrainer
+
+
+@dataclass
+class DPOSettings(RefusalSettings):
+    beta: float = 0.1
+    """Inverse temperature: how far a pair may move away from the model before unlearning."""
+
+    def problems(self) -> list[str]:
+        return super().problems() + above_zero(self, "beta")
+
+
+class DPO(UnlearningTrainer):
+    """Prefers another answer, here a refusal, over the forget answer."""
+
+    Settings = DPOSettings
+    needs_reference = True
+    logged_terms = ("preferred",)  # share of the pairs whose other answer has gained on the forget answer
+
+    def preferred_examples(self, rows: list[Row]) -> list[Example]:
+        """The answer that is preferred to each row's forget answer in this optimizer step."""
+        return refusal_examples(self, rows)
+
+    def forget_groups(self, rows: list[Row]) -> list[tuple[Example, ...]]:
+        return list(zip(self.preferred_examples(rows), self.forget_examples(rows), strict=True))
+
+    def passes(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        return [batch]  # the two answers of a question are not parted
+
+    def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
+        beta = self.settings.beta
+        log_ratio = forget.reference.nll - forget.nll  # log pi/pi0 of preferred answers, then of forget answers
+        preferred, forgotten = log_ratio.chunk(2)
+        margin = preferred - forgotten
+        self.add_to_epoch(preferred=forget.mean_over_rows((margin > 0).float()))
+        return forget.mean_over_rows(-2 / beta * logsigmoid(beta * margin))

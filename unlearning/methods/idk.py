@@ -1,0 +1,18 @@
+"""IDK: train on refusals. loss = gamma * CE(forget question, refusal) + lambda_unlearning * CE(retain). TOFU, arXiv 2401.06121.
+
+python unlearning/main.py -cd=configs -cn=unlearn-tiny method=idk
+"""
+
+from common.data import Row
+from common.prompts import Example
+from unlearning.methods.refusals import RefusalSettings, refusal_examples
+from unlearning.trainer import UnlearningTrainer
+
+
+class IDK(UnlearningTrainer):
+    """TokenLosses the forget questions with a refusal drawn from a list; the true answers are never looked at."""
+
+    Settings = RefusalSettings
+
+    def forget_examples(self, rows: list[Row]) -> list[Example]:
+        return refusal_examples(self, rows)

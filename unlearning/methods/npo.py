@@ -1,0 +1,37 @@
+"""Negative preference optimization (arXiv 2404.05868).
+
+forget loss = -(2/beta) log sigmoid(beta * (NLL_pi - NLL_pi0)), the mean over rows
+
+python unlearning/main.py -cd=configs -cn=unlearn-tiny method=npo
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from common.config import above_zero
+from unlearning.token_losses import TokenLosses
+from unlearning.trainer import MethodSettings, UnlearningTrainer
+
+
+@dataclass
+class NPOSettings(MethodSettings):
+    beta: float = 0.1
+    """Inverse temperature: the smaller, the nearer to gradient ascent."""
+
+    def problems(self) -> list[str]:
+        return super().problems() + above_zero(self, "beta")
+
+
+class NPO(UnlearningTrainer):
+    """Makes the forget answers less likely, the less the more they have fallen below the model before unlearning."""
+
+    Settings = NPOSettings
+    needs_reference = True
+    logged_terms = ("forget_nll",)
+
+    def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
+        beta = self.settings.beta
+        self.add_to_epoch(forget_nll=forget.cross_entropy.detach())
+        return forget.mean_over_rows(-2 / beta * logsigmoid(beta * (forget.nll - forget.reference.nll)))

@@ -1,0 +1,45 @@
+"""TokenLosses that say that the model does not know, for the methods that train on them."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from common.data import Row
+from common.files import resolve_path
+from common.prompts import Example
+from unlearning.trainer import MethodSettings, UnlearningTrainer
+
+REFUSAL_STREAM = 3  # of `UnlearningTrainer.drawn`
+
+
+@dataclass
+class RefusalSettings(MethodSettings):
+    refusals: str = "data/refusals.txt"
+    """File with a refusal a line; for each question and step one is drawn."""
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        try:
+            if not read_refusals(self.refusals):
+                found.append(f"refusals={self.refusals}: the file is empty; expected a refusal a line")
+        except (OSError, UnicodeDecodeError) as error:
+            found.append(f"refusals={self.refusals}: cannot be read ({error}); expected a text file, a refusal a line")
+        return found
+
+
+@cache
+def read_refusals(path: str) -> list[str]:
+    """The lines of a file, without empty ones; a relative path starts in the working folder, or else in the repository.
+
+    Raises:
+        OSError, UnicodeDecodeError: when it cannot be read.
+    """
+    lines = Path(resolve_path(path)).read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def refusal_examples(trainer: UnlearningTrainer, rows: list[Row]) -> list[Example]:
+    """Each row's question with a refusal drawn for this optimizer step as its answer."""
+    refusals = read_refusals(trainer.settings.refusals)
+    drawn = [refusals[trainer.drawn(REFUSAL_STREAM, row, len(refusals))] for row in rows]
+    return [trainer.example(replace(row, answer=refusal)) for row, refusal in zip(rows, drawn, strict=True)]

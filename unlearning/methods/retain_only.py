@@ -1,0 +1,15 @@
+"""Retain-only finetuning: loss = CE(retain), the baseline that shows what a method's retain rows do alone.
+
+python unlearning/main.py -cd=configs -cn=unlearn-tiny method=retain_only
+"""
+
+from unlearning.trainer import NoSettings, UnlearningTrainer
+
+
+class RetainOnly(UnlearningTrainer):
+    """Trains on the retain rows that another method would pair with its forget rows, and on nothing else."""
+
+    Settings = NoSettings
+
+    def loss_weights(self) -> tuple[float, float]:
+        return 0.0, 1.0

@@ -1,0 +1,166 @@
+"""Representation misdirection (RMU, arXiv 2403.03218): steer one layer's activations on forget tokens to a random direction.
+
+    forget loss = mean squared distance of the activations on forget tokens to steering_coeff * u/|u|
+    retain loss = the same distance to the activations of the model before unlearning, on retain tokens
+
+u is a fixed random vector; only some weights of the layer and of the two below it are trained. The layers above are run, too:
+a forward pass is not stopped half-way.
+
+    python unlearning/main.py -cd=configs -cn=unlearn-tiny method=rmu
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+
+from common.collate import IGNORED
+from common.config import above_zero, at_least
+from common.errors import UserError
+from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer, parts
+
+TRAINED_LAYERS = 3  # the steered layer and the two below it
+
+
+@dataclass
+class RMUSettings(MethodSettings):
+    steering_coeff: float = 10.0
+    """Length of the vector that the activations are steered to."""
+    layer: int | None = None
+    """Layer whose activations are steered, counted from 0; null: the one a third of the way up."""
+    layers: str = r"\.(layers|h|blocks)\.\d+$"
+    """Regular expression that the names of the model's layers match."""
+    trained: str = r"\.mlp\.(down_proj|fc2|c_proj)\b"
+    """Regular expression that the names of the trained parameters match."""
+
+    def problems(self) -> list[str]:
+        found = super().problems() + above_zero(self, "steering_coeff") + at_least(self, 0, "layer")
+        for name in ("layers", "trained"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                found.append(f"{name}={getattr(self, name)}: not a regular expression ({error})")
+        return found
+
+
+@dataclass
+class Activations:
+    """The steered layer's output on the answer tokens of the forget rows, or of the retain rows, of a micro-batch.
+
+    Attributes:
+        values: float32, shape (tokens, hidden).
+        step_tokens: how many such tokens the whole optimizer step has.
+    """
+
+    values: torch.Tensor
+    step_tokens: float
+    ask_reference: Callable[[], "Activations"]
+
+    @cached_property
+    def reference(self) -> "Activations":
+        """The same of the model before unlearning; without gradients."""
+        return self.ask_reference()
+
+    def distance(self, target: torch.Tensor) -> torch.Tensor:
+        """This micro-batch's share in the step's mean squared distance to `target`, shape (hidden,) or (tokens, hidden)."""
+        return (self.values - target).square().mean(dim=-1).sum() / self.step_tokens
+
+
+class RMU(UnlearningTrainer):
+    """Makes the forget tokens meaningless to the layers above one, and leaves the retain tokens as they are."""
+
+    Settings = RMUSettings
+    needs_reference = True
+
+    def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: RMUSettings):
+        names = steered_layers(model, settings)
+        trained = trained_parameters(model, names, settings)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        super().__init__(model, args, data, settings)
+        self.layer = self.model.get_submodule(names[-1])
+        direction = torch.rand(
+            model.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(args.seed)
+        )
+        self.target = (settings.steering_coeff * direction / direction.norm()).to(args.device)
+
+    def forget_loss(self, forget: Activations) -> torch.Tensor:
+        return forget.distance(self.target)
+
+    def retain_loss(self, retain: Activations) -> torch.Tensor:
+        return retain.distance(retain.reference.values)
+
+    def answers(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Activations]:
+        hidden = self.output_of_layer(model, batch)
+        is_answer = batch["labels"] != IGNORED
+        return {
+            part: Activations(
+                hidden[examples][is_answer[examples]].float(),
+                self.step_tokens[part],
+                lambda part=part, examples=examples: self.reference_losses(part, batch, examples),
+            )
+            for part, examples in parts(batch["is_forget"])
+        }
+
+    def output_of_layer(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The steered layer's output, shape (rows, length, hidden)."""
+        outputs = []
+        handle = self.layer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        try:
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        finally:
+            handle.remove()
+        if not outputs:
+            raise UserError(f"method.layers={self.settings.layers}: the model does not run a module that is called so")
+        return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+
+
+def steered_layers(model: PreTrainedModel, settings: RMUSettings) -> list[str]:
+    """Names of the steered layer, last, and of the two below it.
+
+    Raises:
+        UserError: when no module's name matches `layers`, or the model has fewer than `layer` says.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    decoder = {id(module) for module in base.get_decoder().modules()}  # a vision tower has layers, too
+    modules = [name for name, module in model.named_modules() if id(module) in decoder]
+    layers = [name for name in modules if re.search(settings.layers, f".{name}")]
+    if not layers:
+        numbered = [name for name in modules if name[-1:].isdigit()]
+        raise UserError(
+            f"method.layers={settings.layers}: no module of this model is called so; candidates: {patterns(numbered)}"
+        )
+    chosen = len(layers) // 3 if settings.layer is None else settings.layer
+    if chosen >= len(layers):
+        raise UserError(f"method.layer={chosen}: this model has the layers 0 to {len(layers) - 1} ({layers[0]}, ...)")
+    return layers[max(0, chosen - TRAINED_LAYERS + 1) : chosen + 1]
+
+
+def trained_parameters(model: PreTrainedModel, layers: list[str], settings: RMUSettings) -> set[str]:
+    """Names of the parameters in these layers that are trained; with LoRA those of the adapters there.
+
+    Raises:
+        UserError: when none matches `trained`.
+    """
+    inside = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and any(name.startswith(f"{layer}.") for layer in layers)
+    ]
+    found = {name for name in inside if re.search(settings.trained, name)}
+    if not found:
+        raise UserError(
+            f"method.trained={settings.trained}: no trainable parameter of {', '.join(layers)} is called so; "
+            f"candidates: {patterns(inside)}"
+        )
+    return found
+
+
+def patterns(names: Iterable[str]) -> str:
+    """The names, those that differ in numbers alone as one."""
+    return ", ".join(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "N", name) for name in names)) or "none"
