@@ -70,6 +70,6 @@ def sort_into_micro_batches(
     return [[next(ordered) for _ in range(size)] for size in sizes]
 
 
-def answer_tokens(labels: torch.Tensor) -> int:
-    """How many tokens have a loss; the first of a row is never predicted. `labels`: shape (rows, length)."""
+def count_answer_tokens(labels: torch.Tensor) -> int:
+    """The number of tokens with a loss; the first token of a row is never predicted. `labels`: shape (rows, length)."""
     return int((labels[:, 1:] != IGNORED).sum())

@@ -19,7 +19,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_callback import PrinterCallback
 
 from common.checkpoints import SaveAndStop, StopSignals, last_complete_checkpoint
-from common.collate import PASS_OVERHEAD_TOKENS, answer_tokens, bucket_by_length, collate, sort_into_micro_batches
+from common.collate import PASS_OVERHEAD_TOKENS, bucket_by_length, collate, count_answer_tokens, sort_into_micro_batches
 from common.config import RunConfig
 from common.errors import Interrupted, UserError
 from common.files import read_json
@@ -66,25 +66,27 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
     return args
 
 
-class ExampleTrainer(Trainer):
-    """A Trainer over `Example`s whose checkpoints are complete or not used, and which keeps a history.
+class ResumableTrainer(Trainer):
+    """A Trainer over lists of rows whose checkpoints are complete or not used, and which keeps a history.
 
-    Subclasses write their own state with `state_to_save` and get it back in `load_state`.
+    A subclass says what an optimizer step trains on (`get_batch_samples`) and its loss (`compute_loss`), which is the
+    contribution of a micro-batch to a mean over the whole step; and writes its own state with `state_to_save` and reads
+    it with `load_state`.
 
     Attributes:
-        history: one dictionary an epoch, written to history.jsonl.
-        seconds: where the time went; carried across interruptions.
+        history: one dictionary per epoch, written to history.jsonl.
+        seconds: time by part of the work; carried across interruptions.
     """
 
-    # compute_loss divides by the answer tokens of the whole optimizer step itself.
+    # compute_loss divides by the counts of the whole optimizer step itself.
     loss_is_scaled_for_ga = True
 
     # Set both to evaluate while training: a function from the model to scores, and the epochs between two evaluations.
     evaluate_model: Callable[[Any], dict[str, float]] | None = None
     evaluate_every: int = 1
 
-    def __init__(self, model: Any, args: TrainingArguments, examples: list, tokenizer: Any):
-        super().__init__(model=model, args=args, train_dataset=examples, data_collator=list, processing_class=tokenizer)
+    def __init__(self, model: Any, args: TrainingArguments, rows: list, tokenizer: Any):
+        super().__init__(model=model, args=args, train_dataset=rows, data_collator=list, processing_class=tokenizer)
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback):
             self.add_callback(QuietProgress())
@@ -99,28 +101,14 @@ class ExampleTrainer(Trainer):
 
     # --- one optimizer step ---
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Collate the micro-batches of one optimizer step; their number of answer tokens scales the loss."""
-        self.step_started = time.perf_counter()
-        window = [examples for _, examples in zip(range(num_batches), epoch_iterator, strict=False)]
-        examples = [example for some in window for example in some]
-        micro_batches = [collate(some) for some in sort_into_micro_batches(examples, [len(some) for some in window])]
-        return micro_batches, self.total(sum(answer_tokens(batch["labels"]) for batch in micro_batches))
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        losses, _ = answer_losses(model, inputs)
-        loss = losses.sum() / num_items_in_batch
-        self.add_to_epoch(loss=loss.detach())
-        return loss * self.args.world_size  # gradients are averaged over processes
-
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward of a micro-batch, in parts of like length where positions cost more than passes."""
-        passes = self.passes(inputs)
-        return sum(super(ExampleTrainer, self).training_step(model, part, num_items_in_batch) for part in passes)
+        """Forward and backward passes of a micro-batch; on a CPU in buckets of similar length, which have less padding."""
+        step = super().training_step
+        return sum(step(model, bucket, num_items_in_batch) for bucket in self.buckets(inputs))
 
-    def passes(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    def buckets(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """The parts of a micro-batch that go through the model one after the other."""
-        if self.args.device.type == "cpu" and self.args.world_size == 1:  # processes must agree on the passes
+        if self.args.device.type == "cpu" and self.args.world_size == 1:  # processes must agree on the number of passes
             return bucket_by_length(batch, PASS_OVERHEAD_TOKENS)
         return [batch]
 
@@ -138,8 +126,13 @@ class ExampleTrainer(Trainer):
             self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
 
     def epoch_record(self, steps: int) -> dict[str, float]:
-        """The line of an epoch of `steps` optimizer steps. Subclasses add their own figures."""
-        return {"loss": self.epoch_sum("loss") / steps}
+        """The figures of an epoch of `steps` optimizer steps. Subclasses add their own."""
+        return {}
+
+    def epoch_means(self, count: str, names: list[str]) -> dict[str, float]:
+        """The epoch's sums divided by the sum called `count`; empty where that is 0."""
+        number = self.epoch_sum(count)
+        return {name: self.epoch_sum(name) / number for name in names} if number else {}
 
     def epoch_sum(self, name: str) -> float:
         return self.total(float(self.epoch_sums.get(name, 0.0)))
@@ -193,6 +186,27 @@ class ExampleTrainer(Trainer):
         """What a subclass computes once, before the first step of a run."""
 
 
+class ExampleTrainer(ResumableTrainer):
+    """Trains on `Example`s: cross-entropy, the mean over the answer tokens of the optimizer step."""
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Collate the micro-batches of one optimizer step; the loss is divided by their number of answer tokens."""
+        self.step_started = time.perf_counter()
+        window = [examples for _, examples in zip(range(num_batches), epoch_iterator, strict=False)]
+        examples = [example for micro_batch in window for example in micro_batch]
+        micro_batches = [collate(some) for some in sort_into_micro_batches(examples, list(map(len, window)))]
+        return micro_batches, self.total(sum(count_answer_tokens(batch["labels"]) for batch in micro_batches))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        losses, _ = answer_losses(model, inputs)
+        loss = losses.sum() / num_items_in_batch
+        self.add_to_epoch(loss=loss.detach())
+        return loss * self.args.world_size  # gradients are averaged over processes
+
+    def epoch_record(self, steps: int) -> dict[str, float]:
+        return {"loss": self.epoch_sum("loss") / steps}
+
+
 class QuietProgress(ProgressCallback):
     """The Trainer's progress bar without its printed dictionaries."""
 
@@ -209,7 +223,7 @@ class EpochLines(TrainerCallback):
         trainer: whose sums and history these are.
     """
 
-    def __init__(self, trainer: ExampleTrainer):
+    def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -41,7 +41,7 @@ class StoppingCriteria(Protocol):
 
     every: int
 
-    def look(self, finished: Sequence[PartialSample], running: Sequence[PartialSample]) -> Sequence[bool]:
+    def check(self, finished: Sequence[PartialSample], running: Sequence[PartialSample]) -> Sequence[bool]:
         """For each running answer whether to stop it; `finished` are those that ended since the last look."""
 
 
@@ -200,7 +200,7 @@ class _Batch:
             [PartialSample(*self.names[row], drawn[row][: lengths[row]]) for row in rows]
             for rows in (ended_rows, running_rows)
         )
-        stop = self.stopping_criteria.look(ended, running)
+        stop = self.stopping_criteria.check(ended, running)
         stopped = {row for row, stops in zip(running_rows, stop, strict=True) if stops}
         self.unreported -= stopped
         if stopped:

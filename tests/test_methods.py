@@ -25,7 +25,7 @@ from tests.test_training import arguments
 from unlearning.methods.altpo import AltPO
 from unlearning.methods.refusals import read_refusals
 from unlearning.methods.rmu import RMUSettings, steered_layers, trained_parameters
-from unlearning.reference_model import Reference
+from unlearning.reference_model import ReferenceModel
 from unlearning.trainer import UnlearningData
 
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
@@ -237,7 +237,7 @@ def step_loss_and_gradient(name, learned, prompts, folder, batch_size):
     trainer = moved(make(name, learned, prompts, folder, rows=ROWS), 0.02)
     windows = [ROWS[start : start + batch_size] for start in range(0, len(ROWS), batch_size)]
     batches, _ = trainer.get_batch_samples(iter(windows), len(windows), None)
-    loss = sum(trainer.compute_loss(trainer.model, part) for batch in batches for part in trainer.passes(batch))
+    loss = sum(trainer.compute_loss(trainer.model, part) for batch in batches for part in trainer.buckets(batch))
     loss.backward()
     gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
     return loss.item(), torch.cat(gradients)
@@ -309,7 +309,7 @@ def test_the_model_before_unlearning_stays_as_it_was(name, learned, prompts, tmp
 
 def test_with_an_adapter_nothing_but_the_adapter_is_kept_twice(learned):
     model = add_adapter(copy.deepcopy(learned), LoraSettings(r=2, alpha=4))
-    kept = sum(value.numel() for value in Reference(model).start)
+    kept = sum(value.numel() for value in ReferenceModel(model).start)
     adapter = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
     assert kept == adapter < 0.2 * sum(value.numel() for value in learned.parameters())
 
@@ -323,7 +323,7 @@ def test_unlearning_an_adapter_further_starts_from_it_and_not_from_the_base_mode
             if "lora_B" in name:
                 value += torch.randn(value.shape, generator=generator)
     finetuned = outputs(model, prompts)
-    reference = Reference(model)
+    reference = ReferenceModel(model)
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "lora_" in name:
@@ -337,7 +337,7 @@ def test_autocast_s_memory_of_cast_weights_does_not_mix_the_two_models(learned, 
     """Under autocast a parameter's bfloat16 copy is remembered by the parameter, whatever its data."""
     model = copy.deepcopy(learned).train()
     before = copy.deepcopy(learned).eval()
-    reference = Reference(model)
+    reference = ReferenceModel(model)
     with torch.no_grad():
         for value in model.parameters():
             value += 0.1
@@ -360,7 +360,7 @@ def test_autocast_s_memory_of_cast_weights_does_not_mix_the_two_models(learned, 
 
 def test_an_error_inside_leaves_the_present_weights_in_place(learned, prompts):
     model = copy.deepcopy(learned)
-    reference = Reference(model)
+    reference = ReferenceModel(model)
     with torch.no_grad():
         model.lm_head.weight += 1
     present = outputs(model, prompts)
@@ -373,7 +373,7 @@ def test_sharded_weights_are_refused_where_the_model_before_is_needed(learned, p
     found, settings = method_named("npo")
     args = arguments(tmp_path, 2, 1)
     args.deepspeed = "zero3.json"
-    with pytest.raises(UserError, match=r"training\.deepspeed.*NPO compares with the model before unlearning"):
+    with pytest.raises(UserError, match=r"training\.deepspeed.*NPO needs the model before unlearning"):
         found(copy.deepcopy(learned), args, UnlearningData(ROWS, ROWS, prompts, 64), settings)
 
 
@@ -381,7 +381,7 @@ def test_a_method_that_did_not_ask_for_it_cannot_use_it(learned, prompts, tmp_pa
     trainer = make("grad_diff", learned, prompts, tmp_path)
     (batch,), _ = trainer.get_batch_samples(iter([ROWS[:2]]), 1, None)
     with pytest.raises(RuntimeError, match="needs_reference"):
-        _ = trainer.answers(trainer.model, batch)["forget"].reference
+        _ = trainer.token_losses(trainer.model, batch)["forget"].reference
 
 
 # --- refusals and alternatives -------------------------------------------------------------------------------------------
@@ -456,7 +456,7 @@ def test_a_question_with_too_few_alternatives_is_asked_again_hotter_and_then_lef
 def test_the_weight_of_a_token_has_no_gradient(name, learned, prompts, tmp_path):
     trainer = make(name, learned, prompts, tmp_path)
     (batch,), _ = trainer.get_batch_samples(iter([ROWS[:2]]), 1, None)
-    forget = trainer.answers(trainer.model, batch)["forget"]
+    forget = trainer.token_losses(trainer.model, batch)["forget"]
     (gradient,) = torch.autograd.grad(trainer.forget_loss(forget), forget.losses)
     p, s = (-forget.losses.detach()).exp(), trainer.settings
     weight = p**s.beta if name == "wga" else p**s.beta1 * (1 - p) ** s.beta2

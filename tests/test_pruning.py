@@ -1,4 +1,4 @@
-"""Pruning stops samples half-way and changes nothing that is picked."""
+"""Early stopping stops samples while they are drawn and changes nothing that is selected."""
 
 import random
 
@@ -10,8 +10,9 @@ from tests.conftest import ROWS
 from tests.test_pmc import make_trainer
 from unlearning import pmc
 from unlearning.early_stopping import EarlyStopping, complete_words
-from unlearning.pmc import Candidate, PMCSettings, scores, select
+from unlearning.pmc_options import PMCSettings
 from unlearning.rewards import rouge_l
+from unlearning.selection import Candidate, penalize_short, select
 
 WORDS = ["sea", "sailing", "sail", "storms", "in", "the", "book", "1987", "a"]
 
@@ -33,7 +34,7 @@ def drawn_half_way(early_stopping: EarlyStopping, texts: list[list[str]]) -> lis
         ended = [i for i in sorted(running) if len(texts[i]) <= length]
         running -= set(ended)
         going_on = sorted(running)
-        stop = early_stopping.look(
+        stop = early_stopping.check(
             [PartialSample(0, i, texts[i]) for i in ended], [PartialSample(0, i, texts[i][:length]) for i in going_on]
         )
         for i, stops in zip(going_on, stop, strict=True):
@@ -44,30 +45,32 @@ def drawn_half_way(early_stopping: EarlyStopping, texts: list[list[str]]) -> lis
 
 
 @pytest.mark.parametrize("min_len", [0, 12])
-def test_the_pick_is_that_of_complete_samples(min_len):
+def test_the_selected_sample_is_that_of_complete_samples(min_len):
     """1000 random questions against a selection that sees all of every sample; letters stand for tokens."""
     rng, stopped = random.Random(0), 0
     for _ in range(1000):
         reference = " ".join(rng.choices(WORDS, k=rng.randint(0, 12)))
         samples = [list(" ".join(rng.choices(WORDS, k=rng.randint(0, 14)))) for _ in range(rng.randint(1, 6))]
-        stored = Candidate(rng.choice([0.1, 0.25, 0.5, 1.0]), ["stored"]) if rng.random() < 0.5 else None
+        best = Candidate(rng.choice([0.9, 0.75, 0.5, 0.0]), ["best"]) if rng.random() < 0.5 else None
+        scored = []
 
-        def score(_question, sample, reference=reference):
+        def reward(_question, sample, reference=reference, scored=scored):
             text = "".join(sample)
-            return scores(rouge_l(reference, [text]), [text], min_len)[0]
+            scored.append(text)
+            return penalize_short(rouge_l(reference, [text]), [text], min_len)[0]
 
         def bound(_question, beginning, reference=reference):
-            return 1 - rouge_l(reference, [complete_words("".join(beginning))])[0]
+            return rouge_l(reference, [complete_words("".join(beginning))])[0]
 
-        complete = [Candidate(score(0, sample), list(sample)) for sample in samples]
-        early_stopping = EarlyStopping([stored.score if stored else float("inf")], score, bound)
+        complete = [Candidate(reward(0, sample), list(sample)) for sample in samples]
+        scored.clear()
+        early_stopping = EarlyStopping([best.reward if best else -float("inf")], reward, bound)
         drawn = drawn_half_way(early_stopping, [list(sample) for sample in samples])
-        partial = [
-            Candidate(early_stopping.bounds.get((0, i), score(0, sample)), sample) for i, sample in enumerate(drawn)
-        ]
-        assert select(stored, partial) == select(stored, complete)
-        assert all(after.score <= before.score for after, before in zip(partial, complete, strict=True))
-        stopped += len(early_stopping.bounds)
+        assert len(scored) == len(samples) - len(early_stopping.stopped), "every complete sample is scored once"
+        partial = [Candidate(*pair) for pair in zip(early_stopping.rewards_of([drawn])[0], drawn, strict=True)]
+        assert select(best, partial) == select(best, complete)
+        assert all(after.reward >= before.reward for after, before in zip(partial, complete, strict=True))
+        stopped += len(early_stopping.stopped)
     assert stopped > 500
 
 
@@ -80,7 +83,7 @@ def three_epochs(model, prompts, folder):
         settings = PMCSettings(**{"num_samples": 6, "max_length": 60, "temperature": 0.7, **options})
         trainer = make_trainer(model, prompts, folder, settings=settings, learning_rate=3e-4, max_steps=3)
         trainer.train()
-        return trainer.memory, [p.clone() for p in model.parameters()], trainer.history
+        return trainer.best, [p.clone() for p in model.parameters()], trainer.history
 
     return run
 
@@ -96,25 +99,25 @@ def test_pruning_changes_neither_the_picks_nor_the_trained_weights(memorized, pr
     monkeypatch.setattr(EarlyStopping, "every", 4)
     runs = three_epochs(memorized, prompts, tmp_path)
     (memory, weights, history), (plain_memory, plain_weights, plain_history) = (
-        runs(**options, prune=prune) for prune in (True, False)
+        runs(**options, early_stopping=early_stopping) for early_stopping in (True, False)
     )
-    assert sum(record.get("pruned", 0) for record in history) > 0.2
+    assert sum(record.get("stopped_early", 0) for record in history) > 0.2
     assert memory == plain_memory
     assert all(torch.equal(a, b) for a, b in zip(weights, plain_weights, strict=True))
     for record, plain in zip(history, plain_history, strict=True):
-        assert record["selected_score"] == plain["selected_score"]
-        assert ("pruned" in record) == ("sample_score" in plain), "neither once every question is finished"
-        if "pruned" not in record:
+        assert record["selected_reward"] == plain["selected_reward"]
+        assert ("stopped_early" in record) == ("sample_reward" in plain), "neither once every question is solved"
+        if "stopped_early" not in record:
             continue
-        assert record["sample_score_at_least"] <= plain["sample_score"], "a lower bound, and called so"
+        assert record["sample_reward_upper_bound"] >= plain["sample_reward"], "an upper bound, and called so"
         assert record["sample_tokens"] <= plain["sample_tokens"]
-        assert "sample_score" not in record
-        assert "pruned" not in plain
+        assert "sample_reward" not in record
+        assert "stopped_early" not in plain
 
 
-def test_a_reward_that_does_not_promise_never_to_rise_is_not_pruned(model, prompts, tmp_path):
+def test_a_reward_that_does_not_promise_never_to_rise_is_not_stopped_early(model, prompts, tmp_path):
     settings = PMCSettings(num_samples=2, max_length=48, reward={"_target_": "tests.test_pmc.shouting"})
-    assert not make_trainer(model, prompts, tmp_path, settings=settings).prunes
+    assert not make_trainer(model, prompts, tmp_path, settings=settings).stops_early
 
 
 def test_the_text_of_a_beginning_is_the_beginning_of_the_text(prompts):
@@ -129,5 +132,5 @@ def test_the_text_of_a_beginning_is_the_beginning_of_the_text(prompts):
 
 
 def test_the_watcher_sees_every_sample_of_a_window_split_into_chunks(runs):
-    assert runs(prune=True)[0] == runs(prune=True, sampling_batch_size=4)[0]
+    assert runs(early_stopping=True)[0] == runs(early_stopping=True, sampling_batch_size=4)[0]
     assert pmc.EarlyStopping is EarlyStopping

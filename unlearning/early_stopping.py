@@ -1,8 +1,8 @@
-"""Stops samples that can no longer be picked while they are still being drawn; what is picked stays the same.
+"""Stops samples that can no longer be selected while they are drawn; what is selected stays the same.
 
-PMC keeps the lowest score s of a question's samples and of its stored pick. Where a longer text never scores lower than
-its beginning (ROUGE-L recall: words that follow one another in the beginning do so in the whole), s of the beginning is
-a lower bound, and a sample whose bound has lost already need not be finished.
+PMC selects the sample with the highest reward among a question's samples and its best so far. Where a reward never rises as
+a sample grows (1 - ROUGE-L recall: words that match the reference in order still do when more words follow), the reward of
+a sample's beginning is an upper bound, and a sample whose bound is too low need not be completed.
 """
 
 import math
@@ -10,50 +10,64 @@ from collections.abc import Callable, Sequence
 
 from generation.sampler import PartialSample
 
-EVERY = 8  # tokens between two looks; more often costs more than it saves
-
 
 class EarlyStopping:
-    """A stopping_criteria of `generation.sampler.generate` for one optimizer step.
+    """The `generation.sampler.StoppingCriteria` of one optimizer step; scores every sample exactly once.
 
     Args:
-        stored: for each question the score (or what it costs with its penalty) of its stored pick; infinity for none.
-        score: (question, a complete sample's ids) -> its score; infinity where that cannot be said yet.
-        bound: (question, the ids of a sample's beginning) -> a lower bound of its score.
+        best: net reward of each question's best sample so far; -infinity for none.
+        reward: (question, token ids of a complete sample) -> its reward.
+        upper_bound: (question, token ids of a sample's beginning) -> an upper bound of its reward.
+        among_samples: whether a complete sample can rule out another; not where penalties are still to come.
     Attributes:
-        bounds: of each sample that was stopped, by question and sample.
+        rewards: by question and sample: the reward, or its upper bound where the sample was stopped.
+        stopped: the samples that were stopped, by question and sample.
     """
 
-    every = EVERY
+    every = 8  # tokens between two checks; more frequent checks cost more than they save
 
     def __init__(
         self,
-        stored: Sequence[float],
-        score: Callable[[int, list[int]], float],
-        bound: Callable[[int, list[int]], float],
+        best: Sequence[float],
+        reward: Callable[[int, list[int]], float],
+        upper_bound: Callable[[int, list[int]], float],
+        among_samples: bool = True,
     ):
-        self.stored, self.score, self.bound = stored, score, bound
-        self.best = [(math.inf, 0)] * len(stored)  # lowest score of the finished samples, and the first that has it
-        self.bounds: dict[tuple[int, int], float] = {}
+        self.best, self.reward, self.upper_bound, self.among_samples = best, reward, upper_bound, among_samples
+        self.leader = [(-math.inf, 0)] * len(best)  # highest reward of a complete sample, and minus its index
+        self.rewards: dict[tuple[int, int], float] = {}
+        self.stopped: set[tuple[int, int]] = set()
 
-    def look(self, finished: Sequence[PartialSample], running: Sequence[PartialSample]) -> list[bool]:
+    def check(self, finished: Sequence[PartialSample], running: Sequence[PartialSample]) -> list[bool]:
+        """Score the finished samples; for each running one, whether to stop it."""
         for question, sample, ids in finished:
-            self.best[question] = min(self.best[question], (self.score(question, ids), sample))
-        return [self.has_lost(draft) for draft in running]
+            reward = self.rewards[question, sample] = self.reward(question, ids)
+            if self.among_samples:
+                self.leader[question] = max(self.leader[question], (reward, -sample))
+        return [self.has_lost(partial) for partial in running]
 
-    def has_lost(self, draft: PartialSample) -> bool:
-        """Whether the stored pick or a finished sample wins over all that this one can become.
+    def has_lost(self, partial: PartialSample) -> bool:
+        """Whether the best so far or a complete sample is selected over everything that this one can become.
 
-        As in `unlearning.pmc.select`: the stored pick loses a tie, and of equal samples the first wins.
+        Ties are decided as in `unlearning.selection.select`: a new sample replaces an equal best so far, and of equal
+        samples the first is selected.
         """
-        question, sample, ids = draft
-        bound = self.bound(question, ids)
-        lost = bound > self.stored[question] or (bound, sample) > self.best[question]
+        question, sample, ids = partial
+        bound = self.upper_bound(question, ids)
+        lost = bound < self.best[question] or (bound, -sample) < self.leader[question]
         if lost:
-            self.bounds[question, sample] = bound
+            self.rewards[question, sample] = bound
+            self.stopped.add((question, sample))
         return lost
+
+    def rewards_of(self, samples: Sequence[Sequence[list[int]]]) -> list[list[float]]:
+        """The rewards of all samples of each question, in their order."""
+        return [
+            [self.rewards[question, sample] for sample in range(len(answers))]
+            for question, answers in enumerate(samples)
+        ]
 
 
 def complete_words(text: str) -> str:
-    """The text without its last word, which may go on."""
-    return text[: max((place for place, character in enumerate(text) if character.isspace()), default=0)]
+    """The text without its last word, which may be incomplete."""
+    return text[: max((index for index, character in enumerate(text) if character.isspace()), default=0)]

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from generation.sampler import evaluation_mode
 
 
-class Reference:
+class ReferenceModel:
     """The weights that training starts from, put in place of the present ones while they are asked.
 
     Only what is trained is kept twice: a second set of all parameters in full training, a second adapter with LoRA (not

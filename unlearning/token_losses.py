@@ -1,44 +1,40 @@
-"""What a model says of a micro-batch's answers: the quantities that the methods' losses are written in."""
+"""Losses and logits of the answers in a micro-batch: the quantities that the methods' losses are written in."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 
+@dataclass
 class TokenLosses:
-    """The answer tokens of the forget rows, or of the retain rows, of a micro-batch.
+    """The answer tokens of the forget examples, or of the retain examples, of a micro-batch.
 
-    Args:
-        losses: -log p of every answer token, float32, shape (tokens,).
-        rows: the place of the example that each token belongs to, 0 to `size` - 1, shape (tokens,).
-        size: how many examples there are.
+    Attributes:
+        losses: -log p of each answer token, float32, shape (tokens,).
+        rows: index of the example that each token belongs to, 0 to `size` - 1, shape (tokens,).
+        size: number of examples.
         targets: the answer tokens, shape (tokens,).
-        logits: makes what the model says before each, float32, shape (tokens, vocabulary).
-        step_tokens: how many such tokens the whole optimizer step has, over all its micro-batches and processes.
-        step_rows: the same of the rows of the data.
-        reference: makes the same answers as the model before unlearning sees them.
+        step_tokens: number of such tokens in the whole optimizer step, over all micro-batches and processes.
+        step_rows: number of forget rows in the whole optimizer step.
+        compute_logits: returns `logits`.
+        compute_reference: returns `reference`.
     """
 
-    def __init__(
-        self,
-        losses: torch.Tensor,
-        rows: torch.Tensor,
-        size: int,
-        targets: torch.Tensor,
-        logits: Callable[[], torch.Tensor],
-        step_tokens: float,
-        step_rows: float,
-        reference: Callable[[], "TokenLosses"],
-    ):
-        self.losses, self.rows, self.size, self.targets = losses, rows, size, targets
-        self.step_tokens, self.step_rows = step_tokens, step_rows
-        self._logits, self._reference = logits, reference
+    losses: torch.Tensor
+    rows: torch.Tensor
+    size: int
+    targets: torch.Tensor
+    step_tokens: float
+    step_rows: float
+    compute_logits: Callable[[], torch.Tensor]
+    compute_reference: Callable[[], "TokenLosses"]
 
     @property
     def logits(self) -> torch.Tensor:
-        """What the model says before every answer token, shape (tokens, vocabulary)."""
-        return self._logits()
+        """Logits that predict each answer token, float32, shape (tokens, vocabulary); a new tensor each time."""
+        return self.compute_logits()
 
     @cached_property
     def log_probs(self) -> torch.Tensor:
@@ -47,25 +43,25 @@ class TokenLosses:
 
     @cached_property
     def nll(self) -> torch.Tensor:
-        """Negative log-likelihood of each example's answer, the sum over its tokens, shape (size,)."""
+        """Negative log-likelihood of each example's answer, summed over its tokens, shape (size,)."""
         return self.losses.new_zeros(self.size).index_add(0, self.rows, self.losses)
 
     @cached_property
     def lengths(self) -> torch.Tensor:
-        """TokenLogProbs of each example's answer, shape (size,)."""
+        """Number of tokens of each example's answer, shape (size,)."""
         return torch.bincount(self.rows, minlength=self.size)
 
     @cached_property
     def reference(self) -> "TokenLosses":
-        """The same answers under the model before unlearning; without gradients."""
-        return self._reference()
+        """The same answers under the reference model, the model before unlearning; without gradients."""
+        return self.compute_reference()
 
     def mean_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
-        """This micro-batch's share in the mean of `values`, shape (tokens,), over the optimizer step."""
+        """This micro-batch's contribution to the mean of `values`, shape (tokens,), over the optimizer step."""
         return values.sum() / self.step_tokens
 
     def mean_over_rows(self, values: torch.Tensor) -> torch.Tensor:
-        """This micro-batch's share in the mean of `values`, one of each row of the data, over the optimizer step."""
+        """This micro-batch's contribution to the mean of `values`, one per forget row, over the optimizer step."""
         return values.sum() / self.step_rows
 
     @property

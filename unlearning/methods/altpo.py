@@ -22,8 +22,8 @@ from unlearning.trainer import MethodSettings
 
 log = logging.getLogger(__name__)
 
-ALTERNATIVE_STREAM = 4  # of `UnlearningTrainer.drawn`: which alternative a step takes
-SAMPLING_STREAM = 5  # of the sampler: the alternatives
+ALTERNATIVE_KEY = 4  # of `UnlearningTrainer.draw_index`: which alternative a step takes
+SAMPLING_KEY = 5  # of the sampler: the alternatives
 ATTEMPTS = 5  # times that a question is asked while it has too few alternatives
 HOTTER = 1.25  # times the temperature of the last attempt
 
@@ -87,7 +87,7 @@ class AltPO(DPO):
         temperature = s.temperature * HOTTER**attempt
         settings = SamplingSettings(s.max_length, s.num_alternatives, temperature, s.top_k, s.top_p)
         prompts = [self.data.prompts.prompt(row.question) for row in rows]
-        keys = [(self.args.seed, attempt, row.index, SAMPLING_STREAM) for row in rows]
+        keys = [(self.args.seed, attempt, row.index, SAMPLING_KEY) for row in rows]
         ends = eos_token_ids(self.model, self.data.prompts.eos_token_id)
         return generate(self.model, prompts, settings, ends, keys, description="alternatives")
 
@@ -107,7 +107,7 @@ class AltPO(DPO):
         found = self.alternatives[row.index]
         if not found:
             return self.example(row)
-        return Example(self.data.prompts.prompt(row.question), found[self.drawn(ALTERNATIVE_STREAM, row, len(found))])
+        return Example(self.data.prompts.prompt(row.question), found[self.draw_index(ALTERNATIVE_KEY, row, len(found))])
 
     # --- checkpoints ---
 

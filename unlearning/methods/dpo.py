@@ -41,7 +41,7 @@ class DPO(UnlearningTrainer):
     def forget_groups(self, rows: list[Row]) -> list[tuple[Example, ...]]:
         return list(zip(self.preferred_examples(rows), self.forget_examples(rows), strict=True))
 
-    def passes(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    def buckets(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         return [batch]  # the two answers of a question are not parted
 
     def forget_loss(self, forget: TokenLosses) -> torch.Tensor:

@@ -9,7 +9,7 @@ from common.files import resolve_path
 from common.prompts import Example
 from unlearning.trainer import MethodSettings, UnlearningTrainer
 
-REFUSAL_STREAM = 3  # of `UnlearningTrainer.drawn`
+REFUSAL_KEY = 3  # of `UnlearningTrainer.draw_index`
 
 
 @dataclass
@@ -41,5 +41,5 @@ def read_refusals(path: str) -> list[str]:
 def refusal_examples(trainer: UnlearningTrainer, rows: list[Row]) -> list[Example]:
     """Each row's question with a refusal drawn for this optimizer step as its answer."""
     refusals = read_refusals(trainer.settings.refusals)
-    drawn = [refusals[trainer.drawn(REFUSAL_STREAM, row, len(refusals))] for row in rows]
+    drawn = [refusals[trainer.draw_index(REFUSAL_KEY, row, len(refusals))] for row in rows]
     return [trainer.example(replace(row, answer=refusal)) for row, refusal in zip(rows, drawn, strict=True)]

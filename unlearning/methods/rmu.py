@@ -94,7 +94,7 @@ class RMU(UnlearningTrainer):
     def retain_loss(self, retain: Activations) -> torch.Tensor:
         return retain.distance(retain.reference.values)
 
-    def answers(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Activations]:
+    def token_losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, Activations]:
         hidden = self.output_of_layer(model, batch)
         is_answer = batch["labels"] != IGNORED
         return {

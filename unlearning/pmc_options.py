@@ -1,0 +1,183 @@
+"""PMC's settings, and the parts of PMC that are off by default: fluent selections and a temperature that rises when stalled."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from hydra.utils import get_method
+
+from common.collate import collate
+from common.config import above_zero, at_least, share
+from common.data import Row
+from common.losses import answer_losses
+from common.prompts import Example
+from unlearning.selection import Candidate
+from unlearning.trainer import MethodSettings, UnlearningTrainer
+
+MAX_TEMPERATURE_MULTIPLIER = 10.0  # nearly uniform draws of the top_k tokens
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class PMCSettings(MethodSettings):
+    lambda_unlearning: float = 1.5
+    """Weight of the retain loss."""
+    num_samples: int = 5
+    """TokenLosses drawn for each forget question and step."""
+    temperature: float = 1.25
+    """The logits are divided by it; 0 is greedy."""
+    stalled_temperature_factor: float = 1.0
+    """A question whose samples all equal its initial response is next drawn at so many times its last temperature; 1: off."""
+    top_p: float = 0.95
+    """Draw from the smallest set of likeliest tokens with at least this probability."""
+    top_k: int = 50
+    """Draw from the k likeliest tokens; 0: all."""
+    max_length: int = 200
+    """Prompt and sampled answer together, in tokens."""
+    min_len: int = 0
+    """TokenLosses of fewer words score worse, by exp(-words); 0: off."""
+    fluency_weight: float = 0.0
+    """Added to a score so many times: the answer's mean -log p per token under the model before unlearning; 0: off.
+
+    A question is closed, as without it, when its pick has the score 0.
+    """
+    early_stopping: bool = True
+    """Stop samples that can no longer be picked; for rewards that never rise as a sample grows."""
+    sampling_batch_size: int | None = None
+    """TokenLosses drawn side by side, at most; null: as many as a tenth of the memory holds."""
+    reward: Any = field(default_factory=lambda: {"_target_": "unlearning.rewards.rouge_l"})
+    """Function (reference, samples) -> list of rewards in [0, 1]."""
+
+    def problems(self) -> list[str]:
+        found = super().problems() + above_zero(self, "gamma")
+        found += at_least(self, 1, "num_samples", "max_length", "sampling_batch_size", "stalled_temperature_factor")
+        found += at_least(self, 0, "temperature", "top_k", "min_len", "fluency_weight")
+        if self.temperature == 0 and self.num_samples > 1:
+            found.append(
+                f"temperature=0: all {self.num_samples} samples would be the same greedy answer; "
+                "expected more than 0, or num_samples=1"
+            )
+        if self.temperature == 0 and self.stalled_temperature_factor > 1:
+            found.append(
+                f"stalled_temperature_factor={self.stalled_temperature_factor:g}: temperature=0 cannot be raised; "
+                "give it a temperature above 0"
+            )
+        found += share(self, "top_p")
+        target = self.reward.get("_target_") if isinstance(self.reward, dict) else self.reward
+        try:
+            get_method(target)
+        except (ValueError, ImportError, TypeError, AttributeError) as error:
+            found.append(f"reward._target_={target}: no such function ({str(error).splitlines()[0]})")
+        return found
+
+
+class FluencyPenalty:
+    """Subtracts from a reward `weight` times the sample's mean NLL per token under the reference model.
+
+    Args:
+        trainer: whose reference model is used.
+        weight: above 0.
+    """
+
+    def __init__(self, trainer: UnlearningTrainer, weight: float):
+        self.trainer, self.weight = trainer, weight
+
+    def penalize(
+        self, prompts: list[list[int]], best: list[Candidate | None], candidates: list[list[Candidate]]
+    ) -> list[list[Candidate]]:
+        """The candidates that can still be selected, with their penalties.
+
+        A penalty is never negative. So a candidate whose reward alone is below the net reward of the best so far, or of
+        the candidate with the highest reward, cannot be selected, and its penalty is not computed.
+
+        Args:
+            prompts: token ids of each question.
+            best: the best sample so far of each question.
+            candidates: the samples of each question, without penalties.
+        """
+        floor = [candidate.net_reward if candidate else -math.inf for candidate in best]
+        top = [max(of_question, key=lambda candidate: candidate.reward) for of_question in candidates]
+        first = self.with_penalties(prompts, [[candidate] for candidate in top], floor)
+        floor = [max([low, *(c.net_reward for c in penalized)]) for low, penalized in zip(floor, first, strict=True)]
+        rest = [[c for c in of_question if c is not own] for of_question, own in zip(candidates, top, strict=True)]
+        return [a + b for a, b in zip(first, self.with_penalties(prompts, rest, floor), strict=True)]
+
+    def with_penalties(
+        self, prompts: list[list[int]], candidates: list[list[Candidate]], floor: list[float]
+    ) -> list[list[Candidate]]:
+        """The candidates of each question whose reward is at least its floor, with their penalties."""
+        kept = [[c for c in of_question if c.reward >= low] for of_question, low in zip(candidates, floor, strict=True)]
+        examples = [Example(prompt, c.answer) for prompt, own in zip(prompts, kept, strict=True) for c in own]
+        nll = iter(self.mean_nll(examples))
+        return [[replace(candidate, penalty=self.weight * next(nll)) for candidate in own] for own in kept]
+
+    def mean_nll(self, examples: Sequence[Example]) -> list[float]:
+        """Mean NLL per token of each answer under the reference model, in nats."""
+        batch_size = 2 * self.trainer.args.per_device_train_batch_size  # the rows of a training pass
+        by_length = sorted(range(len(examples)), key=lambda index: len(examples[index]))
+        means = [0.0] * len(examples)
+        with self.trainer.reference.active() as model:
+            for start in range(0, len(by_length), batch_size):
+                indices = by_length[start : start + batch_size]
+                batch = self.trainer._prepare_inputs(collate([examples[index] for index in indices]))
+                losses, rows = answer_losses(model, batch)
+                sums = losses.new_zeros(len(indices)).index_add(0, rows, losses)
+                for index, mean in zip(indices, sums / torch.bincount(rows, minlength=len(indices)), strict=True):
+                    means[index] = mean.item()
+        return means
+
+
+class StalledTemperature:
+    """Multiplies the temperature of a stalled question: one whose samples all equal its initial response.
+
+    Attributes:
+        multipliers: of the stalled questions, by row index; 1 for all others.
+    """
+
+    def __init__(self, settings: PMCSettings):
+        self.settings = settings
+        self.multipliers: dict[int, float] = {}
+        self.stalled_epochs = 0
+
+    def of_rows(self, rows: list[Row]) -> list[float] | None:
+        """The temperature of each row; None where all have the one that is set."""
+        if self.settings.stalled_temperature_factor == 1:
+            return None
+        return [self.settings.temperature * self.multipliers.get(row.index, 1.0) for row in rows]
+
+    def update(self, row: Row, candidates: list[Candidate]) -> None:
+        """Raise the row's multiplier if all its candidates, old and new, equal the initial response; else reset it."""
+        multiplier = self.multipliers.get(row.index, 1.0) * self.settings.stalled_temperature_factor
+        stalled = all(candidate.reward == 0 for candidate in candidates)
+        self.set(row.index, min(multiplier, MAX_TEMPERATURE_MULTIPLIER) if stalled else None)
+
+    def set(self, index: int, multiplier: float | None) -> None:
+        if multiplier is None:
+            self.multipliers.pop(index, None)
+        else:
+            self.multipliers[index] = multiplier
+
+    def warn_when_stalled(self, fraction: float) -> None:
+        """Warn when, in two epochs in a row, more than half of the sampled questions were stalled."""
+        self.stalled_epochs = self.stalled_epochs + 1 if fraction > 0.5 else 0
+        if self.stalled_epochs == 2:
+            log.warning(
+                "for %.0f%% of the questions every sample equals the initial response, so there is nothing to select: the "
+                "model has memorized these answers too well. Raise method.stalled_temperature_factor (now %g; 1.5 is "
+                "usual), method.temperature (now %g), method.top_p or method.num_samples (now %d), or finetune for fewer "
+                "epochs (training.num_epochs there).",
+                100 * fraction,
+                self.settings.stalled_temperature_factor,
+                self.settings.temperature,
+                self.settings.num_samples,
+            )
+
+    def state_to_save(self) -> dict[str, Any]:
+        return {"multipliers": list(self.multipliers.items()), "stalled_epochs": self.stalled_epochs}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.multipliers, self.stalled_epochs = dict(state["multipliers"]), state["stalled_epochs"]

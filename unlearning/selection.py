@@ -1,0 +1,43 @@
+"""Which sample of a question is selected: the one with the highest reward, less penalties."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sample that a question may be trained on.
+
+    Attributes:
+        reward: in [0, 1]; 1: nothing of the initial response is left.
+        answer: token ids.
+        penalty: fluency penalty, 0 or more (`unlearning.pmc_options.FluencyPenalty`).
+    """
+
+    reward: float
+    answer: list[int]
+    penalty: float = 0.0
+
+    @property
+    def net_reward(self) -> float:
+        return self.reward - self.penalty
+
+
+def penalize_short(rewards: Sequence[float], samples: Sequence[str], min_len: int) -> list[float]:
+    """Rewards of which samples of w < min_len words lose exp(-w); never below 0.
+
+    >>> penalize_short([1.0, 1.0], ["a b", "a b c"], min_len=3)
+    [0.8646647167633873, 1.0]
+    """
+    lengths = [len(sample.split()) for sample in samples]
+    return [
+        max(0.0, reward - math.exp(-words)) if words < min_len else reward
+        for reward, words in zip(rewards, lengths, strict=True)
+    ]
+
+
+def select(best: Candidate | None, candidates: Sequence[Candidate]) -> Candidate:
+    """The candidate with the highest net reward, the first of equals, unless the best so far has a higher one."""
+    chosen = max(candidates, key=lambda candidate: candidate.net_reward, default=best)
+    return chosen if best is None or chosen.net_reward >= best.net_reward else best
