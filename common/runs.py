@@ -41,7 +41,7 @@ def run_name(seed: int, overrides: list[str]) -> str:
     >>> run_name(0, ["method.num_samples=2", "seed=0", "overwrite=true"])
     'seed-0+method.num_samples-2'
     """
-    words = sorted(override.lstrip("+~") for override in overrides)
+    words = [override.lstrip("+~") for override in sorted(overrides)]
     shaping = [word for word in words if not word.startswith("hydra")]
     kept = [word for word in shaping if word.partition("=")[0] not in (*NOT_PART_OF_THE_RUN, "seed")]
     name = "+".join([f"seed-{seed}", *map(_as_file_name, kept)])

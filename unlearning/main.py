@@ -112,8 +112,8 @@ def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
         raise UserError(f"finetuned={finetuned}: no such folder{remedy}{there}")
     if differing := differences_from_finetuning(config, path):
         raise UserError(
-            f"finetuned={finetuned}: was made with other settings than this run has: {'; '.join(differing)}. Give both stages "
-            f"the same, and name the checkpoint by finetuned=FOLDER{there}"
+            f"finetuned={finetuned}: was made with other settings than this run has: {'; '.join(differing)}. "
+            f"Give this run the same, or finetune with these{there or ' and name that folder with finetuned=FOLDER'}"
         )
     return replace(config.model, path=path, made_by=command, gguf_file=None, revision=None, new=None)
 
@@ -137,7 +137,7 @@ def differences_from_finetuning(config: RunConfig, path: str) -> list[str]:
         return []
 
     def normalized(place: str | None) -> str:
-        return re.sub(r"/seed-\d+", "", resolve_path(with_portable_paths(str(place), config.models_dir)))
+        return resolve_path(re.sub(r"/seed-\d+", "", with_portable_paths(str(place), config.models_dir)))
 
     theirs = {"data.path": recorded["data"]["path"], "model.path": recorded["model"]["path"]}
     ours = {"data.path": config.data.path, "model.path": config.model.path}
