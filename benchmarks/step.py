@@ -8,7 +8,7 @@
 3. Means over the steps, their ratio and the arithmetic limit of the machine are printed and written as JSON, with the
    device and the versions, to models/benchmarks/<recipe>.json.
 
-The plain way (benchmarks/plain.py) runs as a user's script would, with PyTorch's own thread and memory settings.
+The plain way (benchmarks/baseline.py) runs as a user's script would, with PyTorch's own thread and memory settings.
 """
 
 import sys
