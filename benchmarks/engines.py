@@ -1,6 +1,6 @@
 """Sampling alone, by three engines on the same prompts: ours, Hugging Face's `generate` and its `generate_batch`.
 
-    python benchmarks/engines.py -cn=benchmark-smollm2
+    python benchmarks/engines.py -cn=benchmark/smollm2
 
 `generate_batch` is transformers' continuous batching over a paged cache. All answers have the same length here, for it has
 no lengths of its own. The engines take turns; the table has the median of their rounds.
@@ -79,7 +79,7 @@ def compare(cfg: DictConfig) -> dict[str, float]:
     return medians
 
 
-@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="benchmark-tiny")
+@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="benchmark/tiny")
 def main(cfg: DictConfig) -> None:
     with job_errors(cfg.output_dir or cfg.models_dir):
         compare(cfg)

@@ -1,7 +1,7 @@
 """What an epoch of PMC costs, against the number of samples and against the number of forget questions.
 
-    python benchmarks/scaling.py -cn=benchmark-tiny
-    python benchmarks/scaling.py -cn=benchmark-smollm2
+    python benchmarks/scaling.py -cn=benchmark/tiny
+    python benchmarks/scaling.py -cn=benchmark/smollm2
 
 Sampling should grow no faster than the answers that are drawn; it grows slower while a larger batch is used better, and for
 a question's prompt goes through the model once, however many samples there are. Prints two tables and writes them as JSON,
@@ -115,14 +115,14 @@ def cost(cfg: DictConfig) -> Path:
         print(f"\n{table(records, varied)}")
     folder = Path(config.models_dir) / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"cost-{HydraConfig.get().job.config_name}.json"
+    path = folder / f"cost-{Path(HydraConfig.get().job.config_name).name}.json"
     write_json(path, {**curves, "device": device_name(), "versions": package_versions()})
     plot(curves, path.with_suffix(".png"))
     print(f"\nWritten to {path} and {path.with_suffix('.png').name}")
     return path
 
 
-@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="benchmark-tiny")
+@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="benchmark/tiny")
 def main(cfg: DictConfig) -> None:
     with job_errors(cfg.output_dir or cfg.models_dir):
         cost(cfg)

@@ -1,14 +1,14 @@
 """Time an optimizer step of PMC, and evaluation's greedy answers, the plain way and ours, side by side.
 
-    python benchmarks/step.py -cn=benchmark-tiny
-    python benchmarks/step.py -cn=benchmark-smollm2 training.bf16=false benchmark.steps=2
+    python benchmarks/step.py -cn=benchmark/tiny
+    python benchmarks/step.py -cn=benchmark/smollm2 training.bf16=false benchmark.steps=2
 
 1. Two processes load the same weights (random ones, or a run's), one for each way; each has its own peak of memory.
 2. They take turns: a step the plain way, a step our way, on the same questions and the same lengths of samples.
 3. Means over the steps, their ratio and the arithmetic limit of the machine are printed and written as JSON, with the
    device and the versions, to models/benchmarks/<recipe>.json.
 
-The plain way (benchmarks/plain.py) runs as a user's script would, with PyTorch's own thread and memory settings.
+The plain way (benchmarks/baseline.py) runs as a user's script would, with PyTorch's own thread and memory settings.
 """
 
 import sys
@@ -184,14 +184,14 @@ def benchmark(cfg: DictConfig) -> Path:
         result["limit"] = arithmetic_limit(ways["ours"], config, torch.bfloat16 if bf16 else torch.float32)
     result |= {"device": device_name(), "versions": package_versions(), "config": plain_cfg}
     print(table(result, settings))
-    path = Path(config.models_dir) / "benchmarks" / f"{HydraConfig.get().job.config_name}.json"
+    path = Path(config.models_dir) / "benchmarks" / f"{Path(HydraConfig.get().job.config_name).name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     print(f"\nWritten to {path}")
     return path
 
 
-@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="benchmark-tiny")
+@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="benchmark/tiny")
 def main(cfg: DictConfig) -> None:
     with job_errors(cfg.output_dir or cfg.models_dir):
         benchmark(cfg)

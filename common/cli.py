@@ -1,4 +1,4 @@
-"""The command line: environment variables, overrides, and one message for each error that the user can fix."""
+"""The command line of a stage: environment variables, overrides, and errors that the user can fix as one message."""
 
 import contextlib
 import logging
@@ -7,28 +7,25 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 from dotenv import load_dotenv
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from common.errors import UserError, full_disk_as_user_error
+from common.errors import UserError, did_you_mean, full_disk_as_user_error
 from common.files import CONFIGS, ROOT
-
-if TYPE_CHECKING:
-    pass
-from common.errors import did_you_mean
 
 log = logging.getLogger(__name__)
 
 
 def prepare_process() -> None:
-    """Load environment.local.env and environment.env; hand their token to the Hugging Face libraries, by the environment alone.
+    """Load environment.local.env and environment.env, and set the variables that the libraries read.
 
-    Nothing is logged in by writing files, and nothing at all happens when no token is set.
+    The Hugging Face token is passed on as an environment variable alone: no login writes files.
     """
     load_dotenv(ROOT / "environment.local.env")
     load_dotenv(ROOT / "environment.env")
@@ -38,30 +35,29 @@ def prepare_process() -> None:
     if token := os.environ.get("HUGGINGFACE_LOGIN_TOKEN"):
         os.environ.setdefault("HF_TOKEN", token)
     os.environ.setdefault("PMC_ROOT", str(ROOT))
-    # Processes that a launcher starts import from the repository, too.
+    # Processes that a launcher starts must find the packages of this repository, too.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.set_verbosity_error()
-    # Bars for reading and writing files hide the ones that matter.
+    # Progress bars of reading and writing files bury the one of training.
     transformers.utils.logging.disable_progress_bar()
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Run a stage's Hydra entry point; print the errors that the user can mend as one message, without a traceback."""
-    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-
+    """Run a stage's Hydra entry point; print errors that the user can fix as one message, without a traceback."""
     prepare_process()
     sys.argv[1:] = [allow_new_key(word) for word in sys.argv[1:]]
-    # Hydra otherwise prints its errors itself and exits before anybody can explain them.
+    # Otherwise Hydra prints its errors itself and exits before they can be explained.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         main()
     except UserError as error:
         sys.exit(f"\nError: {error}")
     except MissingConfigException as error:
-        recipes = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+        files = (path for pattern in ("*.yaml", "benchmark/*.yaml", "compare/*.yaml") for path in CONFIGS.glob(pattern))
+        recipes = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in files)
         sys.exit(f"\nError: {error}\nRecipes in {CONFIGS}: {', '.join(recipes)}")
-    except (ConfigCompositionException, HydraException) as error:
+    except HydraException as error:
         sys.exit(f"\nError: {_explain_override(str(error))}")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -78,18 +74,16 @@ def allow_new_key(override: str) -> str:
 
 
 def _explain_override(message: str) -> str:
-    """Add the closest known key to Hydra's complaint about a mistyped override."""
-
+    """Hydra's complaint about a mistyped override, with the closest known key."""
     mistyped = re.search(r"Could not override '([^']+)'", message)
     if not mistyped:
         return message
     known: set[str] = set()
     for path in CONFIGS.rglob("*.yaml"):
-        group = path.relative_to(CONFIGS).parent.as_posix()
-        prefix = "" if group == "." else group.replace("/", ".") + "."
+        is_global = path.parent == CONFIGS or path.read_text(encoding="utf-8").startswith("# @package _global_")
+        prefix = "" if is_global else f"{path.parent.name}."
         known.update(prefix + key for key in _dotted_keys(OmegaConf.load(path)))
-    key = mistyped.group(1)
-    return f"no key '{key}' in this configuration{did_you_mean(key, known)}"
+    return f"no key '{mistyped[1]}' in this configuration{did_you_mean(mistyped[1], known)}"
 
 
 def _dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
@@ -102,19 +96,12 @@ def _dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
 
 @contextlib.contextmanager
 def job_errors(folder: str | Path) -> Iterator[None]:
-    """Around one job: name a full disk as such, and in a sweep log a job's error at once, for the others go on."""
+    """Around one job: report a full disk as such, and in a sweep log the job's error at once, because the others go on."""
     try:
         with full_disk_as_user_error(folder):
             yield
-    except UserError as error:
-        if _in_sweep():
-            log.error("this job failed, the others go on: %s", error)
+    except Exception as error:
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            traceback = None if isinstance(error, UserError) else error
+            log.error("this job failed, the others go on: %s", error, exc_info=traceback)
         raise
-    except Exception:
-        if _in_sweep():
-            log.exception("this job failed, the others go on")
-        raise
-
-
-def _in_sweep() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

@@ -31,17 +31,17 @@ def collate(examples: Sequence[Example], pad_id: int = 0) -> dict[str, torch.Ten
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-PASS_OVERHEAD_TOKENS = 128  # positions that a forward and backward pass more costs as much as on a CPU, about
+PASS_OVERHEAD_TOKENS = 128  # cost of one more forward and backward pass on a CPU, in positions (approximate)
 
 
 def bucket_by_length(batch: dict[str, torch.Tensor], extra_pass: int) -> list[dict[str, torch.Tensor]]:
-    """The rows of a batch in parts of like length, which together have the fewest positions.
+    """The rows of a batch in sub-batches of similar length, chosen so that all together have the fewest positions.
 
     A batch is as long as its longest row, and TOFU's rows differ so much that half of its positions are padding.
 
     Args:
         batch: tensors with a row an example, `attention_mask` of shape (rows, length) among them.
-        extra_pass: how many positions a further part must save.
+        extra_pass: how many positions a further sub-batch must save.
     """
     lengths, order = batch["attention_mask"].sum(1).sort()
     lengths = lengths.tolist()
@@ -62,7 +62,7 @@ def bucket_by_length(batch: dict[str, torch.Tensor], extra_pass: int) -> list[di
 def sort_into_micro_batches(
     examples: Sequence[Any], sizes: Sequence[int], length: Callable[[Any], int] = len
 ) -> list[list[Any]]:
-    """The examples from short to long, in slices of the given sizes: batches of like length have little padding.
+    """The examples from short to long, in micro-batches of the given sizes: similar lengths need little padding.
 
     The loss is a mean over the tokens of the whole optimizer step, so it does not matter which rows go together.
     """

@@ -124,10 +124,8 @@ def _read_from_hub(data: DataConfig, name: str) -> list[tuple[str, dict]]:
     from datasets import load_dataset
 
     try:
-        if data.hub_configurations:
-            dataset = load_dataset(data.path, name, split="train")
-        else:
-            dataset = load_dataset(data.path, split=name)
+        names, split = ((name,), "train") if data.hub_configurations else ((), name)
+        dataset = load_dataset(data.path, *names, split=split)
     except Exception as error:  # the hub's client raises a family of its own, requests' and OS errors
         raise HubError(
             f"data.path={data.path}, split {name}: could not be loaded from the hub ({type(error).__name__}: "
@@ -137,15 +135,11 @@ def _read_from_hub(data: DataConfig, name: str) -> list[tuple[str, dict]]:
 
 
 def _to_row(index: int, record: dict, where: str, columns: dict[str, str]) -> Row:
-    values = {}
-    for field, column in columns.items():
-        if column in record:
-            values[field] = record[column]
-        elif field in ("question", "answer"):
-            known = ", ".join(record)
-            raise UserError(
-                f"{where}: no column '{column}' (data.columns.{field}{did_you_mean(column, record)}); has {known}"
-            )
+    for field in ("question", "answer"):
+        if (column := columns[field]) not in record:
+            hint = did_you_mean(column, record)
+            raise UserError(f"{where}: no column '{column}' (data.columns.{field}{hint}); has {', '.join(record)}")
+    values = {field: record[column] for field, column in columns.items() if column in record}
     for field, value in values.items():
         texts = value if field == "perturbed_answer" else [value]
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):

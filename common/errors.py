@@ -1,21 +1,17 @@
-"""Errors that the user can fix, and what their messages are made of."""
+"""Errors that the user can fix, and helpers for their messages."""
 
 import contextlib
 import difflib
 import errno
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-
-# What safetensors and torch.save say, which lose the error's number.
+# Fragments of the messages of safetensors and torch.save, whose errors have no errno.
 SIGNS_OF_A_FULL_DISK = ("No space left", "inline_container", "PytorchStreamWriter", "file write failed")
 
 
 class UserError(Exception):
-    """A problem that the user can mend; its text names the key or file, the value, and what to do."""
+    """A problem that the user can fix; its text names the key or file, the value, and what to do."""
 
 
 class Interrupted(SystemExit):

@@ -30,7 +30,7 @@ def device_name() -> str:
 def has_fast_bf16() -> bool:
     """Whether this machine multiplies bfloat16 natively (a GPU since Ampere; a CPU with AVX512-BF16 or AMX) and sooner.
 
-    A CPU is asked by a product of each type: AVX512-BF16 is twice as fast as float32 on one, half as fast on another.
+    On a CPU one matmul per dtype is timed: AVX512-BF16 is twice as fast as float32 on one, half as fast on another.
     """
     import torch
 
@@ -45,7 +45,7 @@ def has_fast_bf16() -> bool:
 
 
 def seconds_of_a_product(*dtypes: "torch.dtype") -> dict["torch.dtype", float]:
-    """Seconds of a matrix product of each type on the CPU, the least of ten that take turns."""
+    """Seconds of a matmul in each dtype on the CPU: the minimum of ten, interleaved."""
     import torch
 
     found = dict.fromkeys(dtypes, math.inf)
@@ -69,10 +69,10 @@ def peak_memory_bytes() -> int:
 
 @contextlib.contextmanager
 def suitable_threads(model: "torch.nn.Module") -> Iterator[None]:
-    """One CPU thread inside for a tiny model; as before afterwards.
+    """Run a tiny model on one CPU thread inside the context.
 
-    Its operations take microseconds, after each of which threads wait for the last of them: with other programs on the cores
-    for as long as these have their turn, which is ten times the work. OMP_NUM_THREADS, where it is set, decides instead.
+    Its operations take microseconds, and all threads synchronize after each; on busy cores the wait is ten times the work.
+    OMP_NUM_THREADS, where it is set, decides instead.
     """
     import torch
 

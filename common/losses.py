@@ -22,7 +22,7 @@ def answer_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tup
 def answer_logits(
     model: torch.nn.Module, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the model says before every answer token, from one forward pass with the head on these positions only.
+    """The logits that predict each answer token, from one forward pass with the head on these positions only.
 
     Returns:
         logits, float32 whatever the model's type, shape (answer tokens of the batch, vocabulary); the answer tokens; and

@@ -11,13 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.config import LoraSettings, ModelConfig
 from common.errors import UserError
@@ -62,7 +56,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainabl
     path = _checkpoint_path(config)
     if _is_adapter(path):
         return _load_adapter(config, path, tokenizer, trainable)
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "output_loading_info": True}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     try:
@@ -72,7 +66,6 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainabl
             options["quantization_config"] = GgufConfig(dequantize=True)
         else:
             options["use_safetensors"] = True
-        options["output_loading_info"] = True
         model, loading = AutoModelForCausalLM.from_pretrained(path, **_source(config), **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _not_loadable(config, "its weights", error) from error
@@ -145,12 +138,8 @@ def _checkpoint_path(config: ModelConfig) -> str:
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.revision:
-        options["revision"] = config.revision
-    if config.gguf_file:
-        options["gguf_file"] = config.gguf_file
-    return options
+    named = {key: getattr(config, key) for key in ("revision", "gguf_file") if getattr(config, key)}
+    return {"trust_remote_code": config.trust_remote_code, **named}
 
 
 def _model_config(config: ModelConfig, path: str):

@@ -4,13 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.config import NewModelConfig
 from common.errors import UserError, did_you_mean

@@ -71,7 +71,7 @@ def write_result(
     that it is the mean of.
 
     Args:
-        identity: the run's configuration, from `common.runs.identity`.
+        identity: the run's configuration, from `common.runs.comparable_config`.
         seconds: where the time went.
         started_from: the checkpoint that was trained further: a hub id, or a path relative to the run's folder.
     """

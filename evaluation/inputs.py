@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from common.config import ModelConfig, RunConfig, read_config
 from common.errors import UserError
-from common.runs import portable
+from common.runs import with_portable_paths
 from evaluation.context import Loader, Model, open_model
 from evaluation.metrics.registry import SETTINGS
 
@@ -71,7 +71,7 @@ def as_single(config: RunConfig, path: str) -> list[str]:
     kept = [
         override for override in overrides if override.partition("=")[0].lstrip("+~") not in ("models", "model.path")
     ]
-    return [*kept, f"model.path={portable(path, config.models_dir)}"]
+    return [*kept, f"model.path={with_portable_paths(path, config.models_dir)}"]
 
 
 def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:

@@ -23,7 +23,7 @@ from common.cli import job_errors, launch
 from common.errors import UserError
 from common.files import CONFIGS, is_first_process, looks_local, resolve_path, write_text
 from common.results import result_of, started_from, write_result
-from common.runs import RunFolder, identity, portable, run_folder
+from common.runs import RunFolder, comparable_config, run_folder, with_portable_paths
 from evaluation.context import EvaluationContext, Model
 from evaluation.inputs import OpenModels, as_single, fill_from_run, named_models, read_evaluation
 from evaluation.metrics import lm_eval_harness
@@ -97,9 +97,9 @@ class Job:
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
         self.others["base_model"] = self.others["base_model"] or started_from(self.path)
-        self.identity = identity(cfg, made_by.get("id"))
+        self.identity = comparable_config(cfg, made_by.get("id"))
         self.identity["compared_to"] = {
-            name: portable({"path": other, "id": (result_of(other) or {}).get("id")}, self.config.models_dir)
+            name: with_portable_paths({"path": other, "id": (result_of(other) or {}).get("id")}, self.config.models_dir)
             for name, other in self.others.items()
             if other
         }

@@ -25,7 +25,7 @@ from common.files import CONFIGS, resolve_path
 from common.model import load_model, load_tokenizer
 from common.prompts import PromptFormat, check_prompt_lengths
 from common.results import result_of
-from common.runs import RunFolder, identity, run_folder
+from common.runs import RunFolder, comparable_config, run_folder
 from common.trainer import ExampleTrainer, training_arguments
 from evaluation.during_training import Evaluator
 
@@ -39,7 +39,7 @@ def finetune(cfg: DictConfig) -> Path:
     config = read_config(cfg)
     checkpoint = resolve_path(config.model.path) if config.model.path else ""
     start = (result_of(checkpoint) or {}) if checkpoint else {}
-    run = RunFolder(run_folder("finetuned", config), identity(cfg, start.get("id")), checkpoint)
+    run = RunFolder(run_folder("finetuned", config), comparable_config(cfg, start.get("id")), checkpoint)
     if not config.overwrite and run.is_done():
         return run.folder
     rows = load_split(config.data, "train")

@@ -1,7 +1,7 @@
 """Compare the unlearning methods on one model and data set: every method, over several seeds, by one command.
 
-    python scripts/compare_methods.py -cn=compare-tiny
-    python scripts/compare_methods.py -cn=compare-smollm2-cpu data.path=FOLDER
+    python scripts/compare_methods.py -cn=compare/tiny
+    python scripts/compare_methods.py -cn=compare/smollm2-cpu data.path=FOLDER
 
 1. For each seed the stages that come before run (`comparison.before`), then each method's unlearning, then its evaluation:
    the same command lines that a user types, one after the other. What is finished is not run again.
@@ -11,7 +11,8 @@
 A run that fails is named, leaves a gap in the table, and does not keep the others from running; where a stage before fails,
 that seed is left out. Overrides on the command line that do not begin with `comparison.` or `seed` are given to every method's
 run, those of `models_dir`, `model.` and `data.` to the stages before, too; a top-level key needs two plus signs
-(++finetuned=FOLDER).
+(++finetuned=FOLDER). With overrides of `model.` or `data.` the last stage before writes to before/ in the comparison's folder,
+and every method starts from there.
 """
 
 import sys
@@ -98,9 +99,9 @@ class Runs:
             log.error("failed:\n%s", "\n".join(done.stdout.splitlines()[-12:]))
         return done.returncode == 0
 
-    def method(self, words: str, seed: int, folder: Path, metrics: list[str]) -> dict[str, float] | None:
+    def method(self, words: list[str], seed: int, folder: Path, metrics: list[str]) -> dict[str, float] | None:
         """Unlearn and evaluate; returns the scores with the minutes of unlearning, None where a command failed."""
-        of_run = [*shlex.split(words), f"seed={seed}", *self.shared, f"output_dir={folder}"]
+        of_run = [*words, f"seed={seed}", *self.shared, f"output_dir={folder}"]
         if not self.run("unlearning", *of_run):
             return None
         measured = folder / "evaluation"
@@ -178,16 +179,22 @@ def compare(cfg: DictConfig) -> Path:
     hydra_config = HydraConfig.get()
     own = ("comparison.", "seed", "hydra")
     shared = [word for word in hydra_config.overrides.task if not word.lstrip("+~").startswith(own)]
-    shaping = [word for word in shared if word.lstrip("+~").startswith(("models_dir", "model.", "data."))]
+    reshaping = [word for word in shared if word.lstrip("+~").startswith(("model.", "data."))]
+    shaping = reshaping + [word for word in shared if word.startswith("models_dir=")]
     runs = Runs(shared)
-    folder = Path(cfg.models_dir) / "comparisons" / hydra_config.job.config_name
+    folder = Path(cfg.models_dir) / "comparisons" / Path(hydra_config.job.config_name).name
     results: dict[str, list[dict[str, float]]] = {name: [] for name in settings.methods}
     for seed in settings.seeds:
-        before = [shlex.split(words) for words in settings.before]
+        before, start = [shlex.split(words) for words in settings.before], []
+        if (
+            reshaping and before
+        ):  # else the stage's folder, named after the overrides, is not the one that the recipes name
+            before[-1].append(f"output_dir={folder}/before/seed-{seed}")
+            start = [f"++finetuned={folder}/before/seed-{seed}"]
         if not all(runs.run(stage, *words, f"seed={seed}", *shaping) for stage, *words in before):
             continue
         for name, words in settings.methods.items():
-            scores = runs.method(words, seed, folder / name / f"seed-{seed}", settings.metrics)
+            scores = runs.method([*shlex.split(words), *start], seed, folder / name / f"seed-{seed}", settings.metrics)
             if scores:
                 results[name].append(scores)
     return report(results, settings, runs.failed, folder)
@@ -209,7 +216,7 @@ def report(
     return path
 
 
-@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="compare-tiny")
+@hydra.main(version_base=None, config_path=str(CONFIGS), config_name="compare/tiny")
 def main(cfg: DictConfig) -> None:
     with job_errors(cfg.models_dir):
         compare(cfg)

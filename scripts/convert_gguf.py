@@ -1,6 +1,6 @@
 """Turn a GGUF file into an ordinary safetensors checkpoint: dequantized weights, tokenizer and generation config.
 
-python -m scripts.convert_gguf FOLDER FILE.gguf models/base/NAME
+python scripts/convert_gguf.py FOLDER FILE.gguf models/base/NAME
 """
 
 import sys

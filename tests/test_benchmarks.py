@@ -46,14 +46,14 @@ def run(script: str, recipe: str, folder, *overrides: str):
 def config(*overrides: str):
     os.environ["PMC_ROOT"] = str(ROOT)
     with initialize_config_dir(str(CONFIGS), version_base=None):
-        return read(compose("benchmark-tiny", [*SMALL, *overrides]))[0]
+        return read(compose("benchmark/tiny", [*SMALL, *overrides]))[0]
 
 
 @pytest.mark.parametrize("side_by_side", [True, False])
 def test_both_ways_are_timed_and_their_ratios_written(tmp_path, side_by_side):
     steps = [f"benchmark.side_by_side={side_by_side}", "benchmark.steps=2", "benchmark.evaluation_questions=6"]
-    output = run("step.py", "benchmark-phi", tmp_path, *steps)
-    result = json.loads((tmp_path / "benchmarks" / "benchmark-phi.json").read_text())
+    output = run("step.py", "benchmark/phi", tmp_path, *steps)
+    result = json.loads((tmp_path / "benchmarks" / "phi.json").read_text())
     plain, ours = result["ways"]["plain"], result["ways"]["ours"]
     for name, ratio in result["ratios"].items():
         higher_is_better = name.endswith("per_second")
@@ -100,12 +100,11 @@ def test_the_plain_way_scores_an_answer_as_ours_does(tmp_path):
 
 @pytest.mark.parametrize("script", ["step.py", "scaling.py", "engines.py"])
 def test_a_run_starts_from_what_its_finetuning_recipe_writes(tmp_path, script):
-    """Overrides of the data set name the folder, as in the unlearning stage."""
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "-cn=benchmark-smollm2-run", "data.path=mine"]
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "-cn=benchmark/smollm2-run"]
     done = subprocess.run([*command, f"models_dir={tmp_path}"], capture_output=True, text=True, timeout=280, cwd=ROOT)
     assert done.returncode == 1
-    assert f"model.path={tmp_path}/finetuned/smollm2-cpu/seed-0+data.path-mine: no such folder" in done.stderr
-    assert "make it with: python finetuning/main.py -cd=configs -cn=smollm2-cpu seed=0 data.path=mine" in done.stderr
+    assert f"finetuned={tmp_path}/finetuned/smollm2-cpu/seed-0: no such folder" in done.stderr
+    assert f"python finetuning/main.py -cd=configs -cn=smollm2-cpu seed=0 models_dir={tmp_path}" in done.stderr
 
 
 def test_invented_rows_have_tofus_lengths():
@@ -134,13 +133,13 @@ def test_the_flop_of_a_step_follow_its_tokens():
 
 
 def test_cost_curves(tmp_path):
-    run("scaling.py", "benchmark-tiny", tmp_path, "training.per_device_train_batch_size=16")
-    result = json.loads((tmp_path / "benchmarks" / "cost-benchmark-tiny.json").read_text())
+    run("scaling.py", "benchmark/tiny", tmp_path, "training.per_device_train_batch_size=16")
+    result = json.loads((tmp_path / "benchmarks" / "cost-tiny.json").read_text())
     assert [record["num_samples"] for record in result["num_samples"]] == [1, 2, 5, 10, 20]
     assert [record["questions"] for record in result["questions"]] == [20, 40, 80]
     tokens = [record["sampled_tokens"] / record["num_samples"] for record in result["num_samples"]]
     assert max(tokens) < 1.25 * min(tokens), "an epoch's questions are each sampled once"
-    assert (tmp_path / "benchmarks" / "cost-benchmark-tiny.png").stat().st_size > 10_000
+    assert (tmp_path / "benchmarks" / "cost-tiny.png").stat().st_size > 10_000
 
 
 def test_engines_draw_as_many_tokens(tmp_path):

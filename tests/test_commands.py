@@ -199,7 +199,11 @@ def test_a_killed_run_continues_to_the_same_end(models_dir, tmp_path_factory, nu
             ["-cn=PMC-unlearn-tiny", "method.num_sample=3"],
             ["method.num_sample", "did you mean 'method.num_samples'"],
         ),
-        ("unlearning", ["-cn=PMC-unlearn-tny"], ["PMC-unlearn-tny", "PMC-unlearn-tiny"]),
+        (
+            "unlearning",
+            ["-cn=PMC-unlearn-tny"],
+            ["PMC-unlearn-tny", "PMC-unlearn-tiny", "benchmark/tiny", "compare/tiny"],
+        ),
         (
             "unlearning",
             ["-cn=PMC-unlearn-tiny", "method.num_samples=0", "method.top_p=2", "+training.lerning_rate=1"],
@@ -208,8 +212,9 @@ def test_a_killed_run_continues_to_the_same_end(models_dir, tmp_path_factory, nu
         (
             "unlearning",
             ["-cn=PMC-unlearn-tiny", "seed=7"],
-            ["no such folder", "python finetuning/main.py", "-cn=tiny seed=7"],
+            ["no such folder", "python finetuning/main.py", "-cn=tiny seed=7", "there: seed-0"],
         ),
+        ("unlearning", ["-cn=PMC-unlearn-tiny", "data.path=data"], ["data.path=./data/tiny there, data here"]),
         (
             "unlearning",
             ["-cn=PMC-unlearn-tiny", "method._target_=unlearning.pmc.PCM"],
@@ -303,11 +308,11 @@ def test_a_changed_configuration_redoes_the_run_and_keeps_the_old_figures(models
 
 def test_a_real_run_is_timed_both_ways(models_dir, tmp_path):
     """Both start from the finetuned model and train it; the plain way is the same algorithm."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "step.py"), "-cn=benchmark-tiny-run", "benchmark.steps=2"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "step.py"), "-cn=benchmark/tiny-run", "benchmark.steps=2"]
     command += [f"models_dir={tmp_path}", f"finetuned={models_dir}/finetuned/tiny/seed-0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / "benchmarks" / "benchmark-tiny-run.json").read_text())
+    result = json.loads((tmp_path / "benchmarks" / "tiny-run.json").read_text())
     recall = result["mean_recall"]
     assert recall["ours"] == pytest.approx(recall["plain"], abs=0.03), (
         "two steps from the same model, answers scored alike"

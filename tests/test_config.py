@@ -17,9 +17,10 @@ from evaluation.metrics.registry import FAMILIES
 from unlearning.main import method_class
 from unlearning.trainer import UnlearningTrainer
 
-COMPARISONS = sorted(path.stem for path in CONFIGS.glob("compare-*.yaml"))
-ALL = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ("run", "benchmark"))
-RECIPES = [name for name in ALL if name not in COMPARISONS]
+COMPARISONS = sorted(f"compare/{path.stem}" for path in CONFIGS.glob("compare/*.yaml"))
+BENCHMARKS = sorted(f"benchmark/{path.stem}" for path in CONFIGS.glob("benchmark/*.yaml") if path.stem != "default")
+STAGES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "run")
+RECIPES = STAGES + BENCHMARKS
 GROUPS = ("model", "data", "method", "evaluation")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 MADE_BY = {
@@ -80,7 +81,7 @@ def test_every_run_of_a_comparison_is_accepted(recipe):
             name, *(f"++{override}" if override.startswith("method.") else override for override in overrides)
         )
         names.add(type(config.settings).__name__ if name.startswith("PMC") else overrides[0])
-        assert f"finetuning -cn={compose(name).finetuned}" in comparison.before
+        assert f"finetuning -cn={Path(compose(name).finetuned).parent.name}" in comparison.before
     assert len(names) == len(list((CONFIGS / "method").glob("*.yaml"))), "every method once"
     assert set(comparison.metrics) <= set(FAMILIES)
 
@@ -104,10 +105,13 @@ def test_group_file_can_be_chosen(group, choice):
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if "unlearn-" in name])
 def test_unlearning_recipe_names_a_finetuning_recipe_of_the_same_model_and_data(recipe):
     cfg = compose(recipe)
-    finetuning = compose(cfg.finetuned)
+    path = Path(compose(recipe, ["models_dir=/m", "seed=3"]).finetuned)
+    assert path == Path("/m/finetuned") / path.parent.name / "seed-3"
+    finetuning = compose(path.parent.name)
     data, trained_on = (OmegaConf.to_container(node, resolve=True) for node in (cfg.data, finetuning.data))
     data["splits"]["train"] = trained_on["splits"]["train"]  # of no use to unlearning
     assert data == trained_on
+    assert cfg.model.path == finetuning.model.path
     assert cfg.model.prompt == finetuning.model.prompt
     assert cfg.model.get("lora") == finetuning.model.get("lora")
 
@@ -180,7 +184,7 @@ def test_every_knob_is_commented(file):
 def test_commands_and_groups_that_comments_name_exist(path):
     text = path.read_text(encoding="utf-8")
     for name in re.findall(r"-cn=(\S+)", text):
-        assert name in ALL, name
+        assert name in RECIPES + COMPARISONS, name
     for group, choice in re.findall(r"\b([a-z]+(?:/[a-z]+)*)=([\w-]+)\b", "\n".join(re.findall(r"#.*", text))):
         if group.split("/")[0] in GROUPS:
             assert (CONFIGS / group / f"{choice}.yaml").is_file(), f"{group}={choice}"

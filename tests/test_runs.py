@@ -17,7 +17,7 @@ from common.config import RunConfig
 from common.errors import UserError
 from common.files import ROOT
 from common.results import result_of
-from common.runs import RunFolder, differing_keys, finetuned_run, identity, run_folder, run_name
+from common.runs import RunFolder, comparable_config, differing_keys, run_folder, run_name
 
 # --- names --------------------------------------------------------------------------------------------------------------
 
@@ -138,37 +138,6 @@ def test_every_job_of_a_sweep_has_a_folder_below_output_dir(as_hydra):
     assert run_folder("unlearned", run_config(output_dir="/mine")) == Path("/mine/seed-4+a-1")
 
 
-def test_the_finetuned_run_has_the_same_seed_model_and_data(as_hydra):
-    as_hydra("method.num_samples=2", "model.dtype=float16", "data.splits.train='a b'", "model=llama3", "+data.x=1")
-    folder, command = finetuned_run(run_config(), "phi")
-    assert folder == Path("/models/finetuned/phi") / run_name(
-        4, ["model.dtype=float16", "data.splits.train='a b'", "model=llama3", "data.x=1"]
-    )
-    assert command == (
-        "python finetuning/main.py -cd=configs -cn=phi seed=4 "
-        "model.dtype=float16 'data.splits.train='\"'\"'a b'\"'\"'' model=llama3 data.x=1"
-    )
-
-
-@pytest.mark.parametrize(
-    ("recipe", "overrides", "folder"),
-    [
-        ("phi", ["model=phi", "data=tofu"], "phi/seed-4"),
-        ("phi", ["model=phi", "data=tiny"], "phi/seed-4+data-tiny"),
-        ("tiny-retain", ["model=tiny", "data=tiny"], "tiny-retain/seed-4"),  # as it inherits them
-        ("mine", ["model=phi"], "mine/seed-4+model-phi"),
-    ],
-)
-def test_what_the_finetuning_recipe_chooses_itself_names_no_other_run(as_hydra, recipe, overrides, folder):
-    as_hydra(*overrides)
-    assert finetuned_run(run_config(), recipe)[0] == Path("/models/finetuned") / folder
-
-
-def test_the_splits_of_other_stages_need_no_other_finetuned_model(as_hydra):
-    as_hydra("data.splits.forget=forget05", "data.splits.retain=retain95", "training.num_epochs=1")
-    assert finetuned_run(run_config(), "phi")[0] == Path("/models/finetuned/phi/seed-4")
-
-
 # --- what a result depends on -------------------------------------------------------------------------------------------
 
 
@@ -177,13 +146,13 @@ def configuration(**values):
     return OmegaConf.create({**base, "method": {"top_p": 0.9}, **values})
 
 
-def test_identity_leaves_out_how_to_run():
+def test_the_compared_configuration_leaves_out_how_to_run():
     changed = configuration(models_dir="/other", overwrite=True, keep_checkpoints=True, output_dir="/x")
-    assert identity(changed) == identity(configuration()) == {"seed": 0, "method": {"top_p": 0.9}}
+    assert comparable_config(changed) == comparable_config(configuration()) == {"seed": 0, "method": {"top_p": 0.9}}
 
 
-def test_identity_resolves_interpolations_and_takes_the_start_in():
-    assert identity(configuration(double="${seed}"), start="abc") == {
+def test_the_compared_configuration_resolves_interpolations_and_takes_the_start_in():
+    assert comparable_config(configuration(double="${seed}"), start_id="abc") == {
         "seed": 0,
         "method": {"top_p": 0.9},
         "double": 0,
@@ -191,21 +160,25 @@ def test_identity_resolves_interpolations_and_takes_the_start_in():
     }
 
 
-def test_identity_does_not_depend_on_where_repository_and_runs_lie():
-    found = identity(configuration(models_dir="/m/runs", path="/m/runs/tiny/seed-0", data=f"{ROOT}/data/tiny"))
+def test_the_compared_configuration_does_not_depend_on_where_repository_and_runs_lie():
+    found = comparable_config(configuration(models_dir="/m/runs", path="/m/runs/tiny/seed-0", data=f"{ROOT}/data/tiny"))
     assert (found["path"], found["data"]) == ("models/tiny/seed-0", "./data/tiny")
 
 
-def test_identity_keeps_the_folder_beside_them():
+def test_the_compared_configuration_keeps_the_folder_beside_them():
     """A name that only begins like theirs is another place."""
-    found = identity(configuration(models_dir="/m/runs", path="/m/runs-old/tiny", data=f"{ROOT}-old/data"))
+    found = comparable_config(configuration(models_dir="/m/runs", path="/m/runs-old/tiny", data=f"{ROOT}-old/data"))
     assert (found["path"], found["data"]) == ("/m/runs-old/tiny", f"{ROOT}-old/data")
 
 
 @pytest.mark.parametrize("models_dir", ["data", "out", "e", "method"])
-def test_identity_keeps_every_name_whatever_the_folder_of_runs_is_called(models_dir):
+def test_the_compared_configuration_keeps_every_name_whatever_the_folder_of_runs_is_called(models_dir):
     values = {"data": {"path": "locuslab/TOFU"}, "model": {"lora": {"dropout": 0.5}, "prompt": {"style": "plain"}}}
-    assert identity(configuration(models_dir=models_dir, **values)) == {"seed": 0, "method": {"top_p": 0.9}, **values}
+    assert comparable_config(configuration(models_dir=models_dir, **values)) == {
+        "seed": 0,
+        "method": {"top_p": 0.9},
+        **values,
+    }
 
 
 def test_differing_keys_are_dotted_with_both_values():

@@ -1,0 +1,122 @@
+"""Where unlearning starts: a checkpoint named by its path, which must fit the data, base model and prompt of the run."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from common.config import read_config
+from common.errors import UserError
+from common.files import CONFIGS, ROOT, write_json
+from common.runs import comparable_config
+from unlearning.main import finetuning_command, method_class, start_checkpoint
+
+FOREIGN = "name the folder of a finetuned model, or a hub id"
+
+
+@pytest.fixture(autouse=True)
+def configs():
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        yield
+
+
+def start(models_dir: Path, *overrides: str):
+    cfg = compose("PMC-unlearn-tiny", [f"models_dir={models_dir}", *overrides])
+    return start_checkpoint(read_config(cfg, method_class(cfg).Settings, also=("finetuned",)), cfg.finetuned)
+
+
+def error_of(*arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        start(*arguments)
+    return str(caught.value)
+
+
+def finetuned(models_dir: Path, name: str = "seed-0", *overrides: str) -> Path:
+    """A finetuned run's folder, with what start_checkpoint reads of it."""
+    folder = models_dir / "finetuned" / "tiny" / name
+    folder.mkdir(parents=True)
+    cfg = compose("tiny", [f"models_dir={models_dir}", *overrides])
+    write_json(folder / "result.json", {"config": comparable_config(cfg)})
+    return folder
+
+
+def test_the_recipe_s_path_names_the_checkpoint(tmp_path):
+    folder = finetuned(tmp_path)
+    found = start(tmp_path)
+    assert found.path == str(folder)
+    assert found.made_by == f"python finetuning/main.py -cd=configs -cn=tiny seed=0 models_dir={tmp_path}"
+
+
+def test_a_missing_folder_names_the_command_and_the_folders_beside_it(tmp_path):
+    assert "there:" not in error_of(tmp_path)
+    finetuned(tmp_path, "seed-0+data.path-x")
+    message = error_of(tmp_path)
+    assert message.startswith(
+        f"finetuned={tmp_path}/finetuned/tiny/seed-0: no such folder; make it with: python finetuning/"
+    )
+    assert message.endswith("(there: seed-0+data.path-x; name one with finetuned=FOLDER)")
+
+
+@pytest.mark.parametrize("word", ["tiny", "./tiny", "models/finetuned/none/seed-0", "finetuned/tiny/seed-0+x"])
+def test_a_missing_folder_that_no_recipe_writes_has_no_command(tmp_path, word):
+    assert error_of(tmp_path, f"finetuned={word}").startswith(f"finetuned={word}: no such folder; {FOREIGN}")
+
+
+def test_a_hub_id_is_left_to_the_hub(tmp_path):
+    assert start(tmp_path, "finetuned=owner/name").path == "owner/name"
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("models/finetuned/tiny/seed-2", "-cn=tiny seed=2"),
+        (f"{ROOT}/models/finetuned/phi/seed-0/", "-cn=phi seed=0"),
+        ("/mine/finetuned/phi/seed-0", "-cn=phi seed=0 models_dir=/mine"),
+        ("models/unlearned/tiny/seed-0", None),
+        ("models/finetuned/tiny/seed-0+a-1", None),
+    ],
+)
+def test_the_command_that_makes_a_path(path, command):
+    assert finetuning_command(path) == (command and f"python finetuning/main.py -cd=configs {command}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.path=/elsewhere", "data.path=./data/tiny there, /elsewhere here"),
+        ("model.path=some/other", "model.path=models/finetuned/pretrain-tiny/seed-0 there, some/other here"),
+        ("model.prompt.style=chat", "model.prompt.style=plain there, chat here"),
+        ("+model.prompt.system=S", "model.prompt.system=None there, S here"),
+    ],
+)
+def test_a_checkpoint_of_other_data_model_or_prompt_is_refused(tmp_path, override, message):
+    folder = finetuned(tmp_path)
+    assert error_of(tmp_path, override).startswith(
+        f"finetuned={folder}: was made with other settings than this run has: {message}"
+    )
+    mine = finetuned(tmp_path, "mine", override)
+    assert start(tmp_path, override, f"finetuned={mine}").path == str(mine)
+    assert "here" in error_of(tmp_path, f"finetuned={mine}")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["seed=4"],
+        [f"data.path={os.path.relpath(ROOT)}/data/tiny"],
+        ["data.splits.forget=retain"],
+        ["model.dtype=float16"],
+        ["model.lora={r:4}"],
+        ["+model.prompt.date_string=null"],
+    ],
+)
+def test_what_may_differ_is_accepted(tmp_path, overrides):
+    """Seeds, spellings of a path, splits of this stage, the number type, an adapter."""
+    folder = finetuned(tmp_path)
+    assert start(tmp_path, *overrides, f"finetuned={folder}").path == str(folder)
+
+
+def test_a_checkpoint_made_elsewhere_is_not_compared(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    assert start(tmp_path, f"finetuned={tmp_path}/theirs", "data.path=/elsewhere").path == f"{tmp_path}/theirs"
