@@ -32,7 +32,7 @@ from common.results import RESULT, result_of
 log = logging.getLogger(__name__)
 FIGURES = (RESULT, "generations.jsonl", "rows.jsonl", "samples.jsonl", "history.jsonl", "report.md", "report.png")
 # Keys that say how to run, not what: they do not name a folder and do not make a result stale.
-NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoints")
+NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoints", "generation")
 
 
 def run_name(seed: int, overrides: list[str]) -> str:
@@ -44,7 +44,7 @@ def run_name(seed: int, overrides: list[str]) -> str:
     kept = []
     for override in sorted(overrides):
         key = override.partition("=")[0].lstrip("+~")
-        if key not in (*NOT_PART_OF_THE_RUN, "seed") and not key.startswith("hydra"):
+        if key.split(".")[0] not in (*NOT_PART_OF_THE_RUN, "seed") and not key.startswith("hydra"):
             kept.append(_safe(override.lstrip("+~")))
     name = "+".join([f"seed-{seed}", *kept])
     if len(name) > 180:  # file systems stop at 255 bytes

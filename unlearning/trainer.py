@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field, ValidationInfo, field_validator
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.collate import answer_tokens, collate, sort_into_micro_batches
-from common.config import at_least
+from common.config import section
 from common.data import Row
 from common.errors import UserError
 from common.losses import answer_logits
@@ -30,27 +31,24 @@ from unlearning.token_losses import TokenLosses
 RETAIN_STREAM = 1  # keeps the draw of retain rows apart from the sampler's, which (seed, step, index) keys
 
 
-@dataclass
+@section
 class MethodSettings:
     """The knobs of nearly every method."""
 
-    gamma: float = 1.0
-    """Weight of the forget loss."""
-    lambda_unlearning: float = 1.0
-    """Weight of the retain loss; 0: retain rows are not looked at."""
+    gamma: float = Field(1.0, ge=0, description="weight of the forget loss")
+    lambda_unlearning: float = Field(1.0, ge=0, description="weight of the retain loss, 0: retain rows are not used")
 
-    def problems(self) -> list[str]:
-        if self.gamma == 0 and self.lambda_unlearning == 0:
-            return ["gamma=0, lambda_unlearning=0: nothing would be trained; give one of them a weight"]
-        return at_least(self, 0, "gamma", "lambda_unlearning")
+    @field_validator("lambda_unlearning")
+    @classmethod
+    def trains_something(cls, weight: float, info: ValidationInfo) -> float:
+        if weight == 0 == info.data.get("gamma"):
+            raise ValueError("with gamma=0 nothing would be trained; give one of them a weight")
+        return weight
 
 
-@dataclass
+@section
 class NoSettings:
     """Of a method that the learning rate and the number of epochs settle."""
-
-    def problems(self) -> list[str]:
-        return []
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class UnlearningTrainer(ExampleTrainer):
         UserError: when the method needs the model before unlearning and the weights are sharded.
     """
 
-    Settings: type = MethodSettings  # dataclass of the method's knobs, with `problems`
+    Settings: type = MethodSettings  # the method's knobs, a `common.config.section`
     needs_reference = False  # whether `TokenLosses.reference` is asked for
     logged_terms: tuple[
         str, ...
