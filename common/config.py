@@ -31,9 +31,7 @@ def section(cls: type) -> Any:
 
 @section
 class PromptConfig:
-    style: Literal["chat", "plain"] = Field(
-        description="format of the prompt, chat: the tokenizer's chat template, plain: the two templates question and answer"
-    )
+    style: Literal["chat", "plain"] = Field(description="chat: the tokenizer's chat template; plain: plain text")
     system: str | None = Field(None, description="system message of a chat")
     date_string: str | None = Field(None, description="date that a chat template prints, null: not passed")
     question: str = Field("Question: {question}\nAnswer:", description="plain style: the prompt")
@@ -248,21 +246,21 @@ def _validated(keys: dict[str, Any], values: dict[str, Any], problems: dict[str,
     return read
 
 
-def fields_of(hint: Any) -> dict[str, FieldInfo]:
-    """The keys of the section in `X` or `X | None`; none where X is no section."""
+def fields_of(hint: Any) -> dict[str, FieldInfo] | None:
+    """The keys of the section in `X` or `X | None`; None where X is no section."""
     for option in typing.get_args(hint) or (hint,):
         if hasattr(option, "__pydantic_fields__"):
             return option.__pydantic_fields__
         if is_typeddict(option) or dataclasses.is_dataclass(option):  # the latter: of a user's own method
             return {name: FieldInfo.from_annotation(kind) for name, kind in typing.get_type_hints(option).items()}
-    return {}
+    return None
 
 
 def _problem(schema: type, error: Any) -> tuple[str, str]:
     """The key of one of pydantic's errors, and what to say of it."""
     path, hint, field, fields = [], schema, FieldInfo(), {}
     for part in error["loc"]:
-        if found := fields_of(hint):
+        if (found := fields_of(hint)) is not None:
             fields, field = found, found.get(part, FieldInfo())
             hint = field.annotation
         elif typing.get_origin(hint) in (dict, list):
@@ -288,19 +286,20 @@ def _problem(schema: type, error: Any) -> tuple[str, str]:
 
 def _allowed(name: str, hint: Any, field: FieldInfo, error: str) -> str:
     """What a key of this type and range may be, in words."""
-    if fields_of(hint):
+    if fields_of(hint) is not None:
         return "a section with keys"
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(str(value).lower() for value in typing.get_args(hint))
     if not error.startswith(("greater_than", "less_than", "finite_number")):
         return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
     bounds = {sign: getattr(bound, sign) for bound in field.metadata for sign in SIGNS if hasattr(bound, sign)}
+    finite = ["a finite number"] if error == "finite_number" else []
     if len(bounds) == 2:
         (low, least), (high, most) = bounds.items()
-        return f"{least} {SIGNS[low]} {name} {SIGNS[high]} {most}"
-    for sign, least in bounds.items():
-        return f"more than {least}" if sign == "gt" else f"at least {least}" if least else "0 or more"
-    return "a finite number"
+        return ", ".join([*finite, f"{least} {SIGNS[low]} {name} {SIGNS[high]} {most}"])
+    words = {"gt": "more than {}", "ge": "at least {}"}
+    texts = [words[sign].format(least) if least or sign == "gt" else "0 or more" for sign, least in bounds.items()]
+    return ", ".join(finite + texts)
 
 
 SIGNS = {"gt": "<", "ge": "<=", "lt": "<", "le": "<="}

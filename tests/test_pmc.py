@@ -133,30 +133,9 @@ def test_initial_responses_are_the_greedy_answers(model, prompts, tmp_path):
     assert trainer.initial_responses[3] == prompts.text(expected)
 
 
-def test_collapse_warmup_lets_gamma_grow_over_its_epochs(model, prompts, tmp_path):
-    """Seven rows, two a step, so four steps an epoch, the last a short one: the first of eight has an eighth of gamma."""
-    settings = PMCSettings(num_samples=3, max_length=48, gamma=2.0, lambda_unlearning=3.0, collapse_warmup_epochs=2)
-    trainer = make_trainer(model, prompts, tmp_path, ROWS[:7], batch_size=1, accumulation=2, settings=settings)
-    weights = []
-    for step in range(10):
-        trainer.state.global_step = step
-        weights.append(trainer.loss_weights())
-    assert weights == [(min(2.0, 2.0 * (step + 1) / 8), 3.0) for step in range(10)]
-    trainer = make_trainer(model, prompts, tmp_path, settings=replace(settings, collapse_warmup_epochs=0))
-    assert trainer.loss_weights() == (2.0, 3.0), "off by default"
-
-
-def test_collapse_warmup_counts_the_steps_of_all_processes(model, prompts, tmp_path, monkeypatch):
-    """Seven rows, two a step on each of two processes: two steps an epoch."""
-    settings = PMCSettings(num_samples=3, max_length=48, collapse_warmup_epochs=2)
-    trainer = make_trainer(model, prompts, tmp_path, ROWS[:7], batch_size=1, accumulation=2, settings=settings)
-    monkeypatch.setattr(type(trainer.args), "world_size", 2)
-    assert trainer.loss_weights()[0] == 1 / 4
-
-
 def test_a_run_with_all_options_trains_with_the_weights_of_its_steps(memorized, prompts, tmp_path):
-    """Temperature, penalties and warm-up together, through the trainer, stopped and gone on with: gamma * step / 8."""
-    options = {"stalled_temperature_factor": 2.0, "fluency_weight": 0.05, "collapse_warmup_epochs": 2}
+    """Temperature and penalties together, through the trainer, stopped and gone on with."""
+    options = {"stalled_temperature_factor": 2.0, "fluency_weight": 0.05}
     settings = PMCSettings(num_samples=4, max_length=60, temperature=4.0, **options)
     weights, losses = [], []
 
@@ -179,7 +158,7 @@ def test_a_run_with_all_options_trains_with_the_weights_of_its_steps(memorized, 
         trainer = Noting(memorized, arguments(tmp_path, 1, 2, **more), data, settings)
         trainer.before_training()
         trainer.train(resume_from_checkpoint=resume)
-    assert weights == [min(1.0, step / 8) for step in range(1, 11)]
+    assert weights == [1.0] * 10
     assert all(loss == pytest.approx(float(expected), rel=1e-5) for loss, expected in losses)
     assert trainer.reference and trainer.memory, "the other options are on"
 

@@ -315,15 +315,6 @@ class PMC(UnlearningTrainer):
 
     # --- step 5 ---
 
-    def loss_weights(self) -> tuple[float, float]:
-        """gamma and lambda_unlearning of this optimizer step; gamma is smaller within `collapse_warmup_epochs`."""
-        gamma, lambda_unlearning = super().loss_weights()
-        if self.settings.collapse_warmup_epochs:
-            rows_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            steps = self.settings.collapse_warmup_epochs * math.ceil(len(self.data.forget) / rows_a_step)
-            gamma *= min(1.0, (self.state.global_step + 1) / steps)
-        return gamma, lambda_unlearning
-
     # --- the epoch's line ---
 
     def count(self, candidates: list[Candidate]) -> None:
