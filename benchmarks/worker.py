@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import groupby
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 from transformers import TrainerCallback, set_seed
 
 from benchmarks.baseline import PlainPMC, plain_answers
 from benchmarks.synthetic import ANSWER_TOKENS, draw_lengths, rows, word_tokenizer
 from benchmarks.timed_trainer import TimedPMC
 from common.cli import prepare_process
-from common.config import RunConfig, read_config
+from common.config import RunConfig, read_config, section
 from common.data import load_splits
 from common.errors import UserError
 from common.hardware import peak_memory_bytes
@@ -35,27 +36,18 @@ from unlearning.trainer import UnlearningData
 PLAIN_EVALUATION_BATCH = 256  # as the published recipes have it
 
 
-@dataclass
+@section
 class BenchmarkSettings:
-    steps: int = 3
-    """Optimizer steps of each way that are timed."""
-    warmup_steps: int = 1
-    """Steps of each way before these."""
-    evaluation_questions: int = 140
-    """Questions that are answered greedily; 0: none."""
-    side_by_side: bool = True
-    """Both ways in memory at once, taking turns; false: one after the other."""
-    questions: int = 0
-    """Forget questions of the whole run that the figures are extrapolated to; 0: no extrapolation."""
-    published_minutes: float | None = None
-    """What the paper's authors report for that run."""
-
-    def problems(self) -> list[str]:
-        found = []
-        for name, least in (("steps", 1), ("warmup_steps", 0), ("evaluation_questions", 0), ("questions", 0)):
-            if getattr(self, name) < least:
-                found.append(f"{name}={getattr(self, name)}: expected at least {least}")
-        return found
+    steps: int = Field(3, ge=1, description="optimizer steps of each way that are timed")
+    warmup_steps: int = Field(1, ge=0, description="steps of each way before these")
+    evaluation_questions: int = Field(140, ge=0, description="questions that are answered greedily; 0: none")
+    side_by_side: bool = Field(
+        True, description="both ways in memory at once, taking turns; false: one after the other"
+    )
+    questions: int = Field(
+        0, ge=0, description="forget questions of the whole run that the figures are extrapolated to; 0: none"
+    )
+    published_minutes: float | None = Field(None, description="what the paper's authors report for that run")
 
 
 def read(cfg: DictConfig) -> tuple[RunConfig, BenchmarkSettings]:

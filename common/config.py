@@ -1,216 +1,166 @@
-"""The configuration's fixed sections: names, types and checks. The values and their comments stand in configs/*.yaml.
+"""The configuration's fixed sections: names, types, ranges and what each key means. The values stand in configs/*.yaml.
 
 `read_config` turns a composed Hydra configuration into these dataclasses and reports every problem at once, before
 anything is loaded.
 """
 
 import dataclasses
-import math
-import types
+import json
 import typing
-from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
+from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
+from typing_extensions import TypedDict, is_typeddict
 
 from common.errors import UserError, did_you_mean
 
-DTYPES = ("float32", "bfloat16", "float16")
-PROMPT_STYLES = ("chat", "plain")
+# Of every section: no unknown keys; true and "5" are no numbers, nor are infinity and NaN.
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
 
 
-def at_least(settings: Any, least: float, *names: str) -> list[str]:
-    """What to say of the settings that are smaller than allowed, infinite or not a number; None is allowed."""
-    values = {name: getattr(settings, name) for name in names}
-    allowed = f"{least:g} or more" if least == 0 else f"at least {least:g}"
-    return [
-        f"{name}={value}: expected {allowed}"
-        for name, value in values.items()
-        if value is not None and not least <= value < math.inf
-    ]
+@typing.dataclass_transform(field_specifiers=(Field,))
+def section(cls: type) -> Any:
+    """Make the class a dataclass that refuses what does not fit its fields."""
+    return dataclass(cls, config=STRICT)
 
 
-def above_zero(settings: Any, *names: str) -> list[str]:
-    """What to say of the settings that are not positive, infinite or not a number."""
-    values = {name: getattr(settings, name) for name in names}
-    return [f"{name}={value}: expected more than 0" for name, value in values.items() if not 0 < value < math.inf]
-
-
-def share(settings: Any, *names: str) -> list[str]:
-    """What to say of the settings that are not above 0 and at most 1."""
-    values = {name: getattr(settings, name) for name in names}
-    return [f"{name}={value}: expected 0 < {name} <= 1" for name, value in values.items() if not 0 < value <= 1]
-
-
-@dataclass
+@section
 class PromptConfig:
-    style: str = MISSING
-    """chat: the tokenizer's chat template; plain: the two templates below."""
-    system: str | None = None
-    """System message of a chat."""
-    date_string: str | None = None
-    """Date that a chat template prints, pinned so that results reproduce; null: not passed."""
-    question: str = "Question: {question}\nAnswer:"
-    """Plain style: the prompt."""
-    answer: str = " {answer}"
-    """Plain style: what follows the prompt, before the EOS token."""
+    style: Literal["chat", "plain"] = Field(description="chat: the tokenizer's chat template; plain: plain text")
+    system: str | None = Field(None, description="system message of a chat")
+    date_string: str | None = Field(None, description="date that a chat template prints, null: not passed")
+    question: str = Field("Question: {question}\nAnswer:", description="plain style: the prompt")
+    answer: str = Field(" {answer}", description="plain style: what follows the prompt, before the EOS token")
 
-    def problems(self) -> list[str]:
-        found = []
-        if self.style not in PROMPT_STYLES:
-            found.append(f"style={self.style}: expected one of {', '.join(PROMPT_STYLES)}")
-        if "{question}" not in self.question:
-            found.append(f"question={self.question!r}: must contain {{question}}")
-        if "{answer}" not in self.answer:
-            found.append(f"answer={self.answer!r}: must contain {{answer}}")
-        return found
+    @field_validator("question", "answer")
+    @classmethod
+    def has_placeholder(cls, template: str, info: ValidationInfo) -> str:
+        if f"{{{info.field_name}}}" not in template:
+            raise ValueError(f"must contain {{{info.field_name}}}")
+        return template
 
 
-@dataclass
+@section
 class LoraSettings:
-    r: int = 16
-    """Rank of the adapter."""
-    alpha: int = 32
-    """Scale of the adapter: its output is multiplied by alpha / r."""
-    dropout: float = 0.0
-    """Dropout on the adapter's input, in [0, 1)."""
-    target_modules: Any = "all-linear"
-    """Names of the layers that get an adapter, or "all-linear"."""
-    merge: bool = False
-    """Save the merged model instead of the adapter."""
-
-    def problems(self) -> list[str]:
-        found = at_least(self, 1, "r")
-        if not 0 <= self.dropout < 1:
-            found.append(f"dropout={self.dropout}: expected 0 <= dropout < 1")
-        return found
+    r: int = Field(16, ge=1, description="rank of the adapter")
+    alpha: int = Field(32, description="scale of the adapter, its output is multiplied by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    target_modules: Any = Field("all-linear", description="names of the layers that get an adapter, or all-linear")
+    merge: bool = Field(False, description="save the merged model instead of the adapter")
 
 
-@dataclass
+@section
 class NewModelConfig:
     """A model made from nothing: random weights, and a byte-level BPE tokenizer trained on the data set's text."""
 
-    architecture: str = MISSING
-    """`model_type` of transformers, for instance llama."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Arguments of that architecture's configuration class."""
-    vocab_size: int = 2000
-    """Number of tokens of the tokenizer."""
-    tokenizer_splits: list[str] = field(default_factory=list)
-    """Splits whose questions and answers the tokenizer is trained on."""
-
-    def problems(self) -> list[str]:
-        return at_least(self, 300, "vocab_size")
+    architecture: str = Field(description="model_type of transformers, for instance llama")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the architecture's configuration class"
+    )
+    vocab_size: int = Field(2000, ge=300, description="number of tokens of the tokenizer")
+    tokenizer_splits: list[str] = Field(
+        default_factory=list, description="splits whose questions and answers the tokenizer is trained on"
+    )
 
 
-@dataclass
+@section
 class ModelConfig:
-    path: str | None = MISSING
-    """Hub id or local folder of the weights; null where `new` is given."""
-    prompt: PromptConfig = field(default_factory=PromptConfig)
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    gguf_file: str | None = None
-    """Name of a GGUF file inside `path`, dequantized on loading."""
-    dtype: str = "float32"
-    """Type that the parameters are kept in."""
-    attn_implementation: str | None = None
-    """Attention kernel of transformers (sdpa, flash_attention_2, eager); null: its default."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the weights."""
-    lora: LoraSettings | None = None
-    """Train a LoRA adapter instead of all parameters."""
-    new: NewModelConfig | None = None
-    """Make a new model instead of loading one."""
-    made_by: str | None = None
-    """Command that makes `path`, shown when it is missing."""
+    new: NewModelConfig | None = Field(None, kw_only=True, description="make a new model instead of loading one")
+    path: str | None = Field(description="hub id, or local folder of the weights")
+    prompt: PromptConfig = Field(description="how a question is put to the model")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    gguf_file: str | None = Field(None, description="name of a GGUF file inside the path, dequantized on loading")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of the parameters")
+    attn_implementation: str | None = Field(
+        None, description="attention kernel of transformers (sdpa, flash_attention_2, eager), null: its default"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the weights")
+    lora: LoraSettings | None = Field(None, description="train a LoRA adapter instead of all parameters")
+    made_by: str | None = Field(None, description="command that makes the path, shown when it is missing")
 
-    def problems(self) -> list[str]:
-        found = []
-        if self.dtype not in DTYPES:
-            found.append(f"dtype={self.dtype}: expected one of {', '.join(DTYPES)}")
-        if self.path is None and self.new is None:
-            found.append("path=null: expected a hub id or a folder")
-        return found
+    @field_validator("path")
+    @classmethod
+    def is_given(cls, path: str | None, info: ValidationInfo) -> str | None:
+        if path is None and info.data.get("new", "wrong") is None:
+            raise ValueError("expected a hub id or a folder")
+        return path
 
 
-@dataclass
+class Columns(TypedDict):
+    question: str
+    answer: str
+    paraphrased_question: NotRequired[str]
+    paraphrased_answer: NotRequired[str]
+    perturbed_answer: NotRequired[str]
+
+
+@section
 class DataConfig:
-    path: str = MISSING
-    """Hub id, or a local folder of `<split>.json` files in JSON lines."""
-    splits: dict[str, str | None] = field(default_factory=dict)
-    """Role -> split, null for a role that the data set does not have; slices and sums as in "forget01[:20] + retain99[:60]"."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Field -> column of the files. Needed: question, answer."""
-    max_length: int = 256
-    """Longest training example in tokens; longer answers are cut there."""
-    hub_configurations: bool = True
-    """On the hub the splits are configurations with one "train" split each (as TOFU has them), not splits."""
-
-    def problems(self) -> list[str]:
-        found = [f"columns.{name}: missing" for name in ("question", "answer") if name not in self.columns]
-        found += at_least(self, 2, "max_length")
-        known = {"question", "answer", "paraphrased_question", "paraphrased_answer", "perturbed_answer"}
-        found += [
-            f"columns.{name}: no such field{did_you_mean(name, known, 'data.columns.')} (known: {', '.join(sorted(known))})"
-            for name in self.columns
-            if name not in known
-        ]
-        return found
+    path: str = Field(description="hub id, or a local folder of <split>.json files in JSON lines")
+    splits: dict[str, str | None] = Field(description="role: split, null for a role that the data set lacks")
+    columns: Columns = Field(description="field: column of the files")
+    max_length: int = Field(256, ge=2, description="longest training example in tokens; longer answers are cut there")
+    hub_configurations: bool = Field(
+        True, description="on the hub every split is a configuration of its own, as in TOFU"
+    )
 
 
-@dataclass
+@section
 class EvaluationConfig:
-    max_length: int = 200
-    """Longest prompt and greedy answer together, in tokens."""
-    batch_size: int | None = None
-    """TokenLosses generated side by side, at most; null: as many as a tenth of the memory holds."""
-    full_eval: bool = False
-    """Score all retain rows instead of 400 drawn with a fixed seed."""
-    bf16: Any = False
-    """Generate answers with a bfloat16 copy of a float32 model: true, false, or auto, where the hardware has it."""
-    every_epochs: int = 0
-    """Also evaluate after every so many epochs of training; 0: only at the end."""
-    start: bool = True
-    """Also evaluate the model that training starts from."""
-
-    def problems(self) -> list[str]:
-        found = at_least(self, 1, "max_length", "batch_size")
-        if self.bf16 not in ("auto", True, False):
-            found.append(f"bf16={self.bf16}: expected auto, true or false")
-        return found + at_least(self, 0, "every_epochs")
+    max_length: int = Field(200, ge=1, description="prompt and greedy answer together, in tokens")
+    batch_size: int | None = Field(
+        None, ge=1, description="answers generated side by side, at most; null: as many as a tenth of the memory holds"
+    )
+    full_eval: bool = Field(False, description="score all retain rows instead of 400 drawn with a fixed seed")
+    bf16: Literal[False, True, "auto"] = Field(
+        False, description="generate answers with a bfloat16 copy of a float32 model, auto: where the hardware has it"
+    )
+    every_epochs: int = Field(
+        0, ge=0, description="also evaluate after every so many epochs of training; 0: only at the end"
+    )
+    start: bool = Field(True, description="also evaluate the model that training starts from")
 
 
-@dataclass
+@section
+class GenerationConfig:
+    cuda_graphs: Literal[False, "auto"] = Field(
+        False, description="record the decode step as CUDA graphs: false, or auto on an NVIDIA GPU"
+    )
+
+
+@dataclasses.dataclass
 class RunConfig:
     """Everything that a stage's command line and recipe settle, read and checked."""
 
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of data order, sampling and new weights")]
     model: ModelConfig
     data: DataConfig
     evaluation: EvaluationConfig
     training: dict[str, Any]
-    save_model: bool
-    overwrite: bool
-    keep_checkpoints: bool
-    output_dir: str | None
-    models_dir: str
+    save_model: Annotated[bool, Field(description="keep the weights beside the results")]
+    overwrite: Annotated[bool, Field(description="redo a run whose result is there")]
+    keep_checkpoints: Annotated[bool, Field(description="keep the trainer's checkpoints after the run")]
+    output_dir: Annotated[
+        str | None, Field(description="folder of the run; null: models/<stage>/<recipe>/<seed and overrides>")
+    ]
+    models_dir: Annotated[str, Field(description="folder of all runs")]
+    generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     settings: Any = None
     """The unlearning method's own knobs (its `Settings` dataclass); None in the other stages."""
-    sections: dict[str, Any] = field(default_factory=dict)
+    sections: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further sections that only one stage has, by their names."""
 
 
-SECTIONS = {"model": ModelConfig, "data": DataConfig, "evaluation": EvaluationConfig}
-TOP_LEVEL = {
-    "seed": int,
-    "save_model": bool,
-    "overwrite": bool,
-    "keep_checkpoints": bool,
-    "output_dir": str | None,
-    "models_dir": str,
+# The keys that every stage has, with their types; `training` is added by `_training_schema`.
+KEYS = {
+    name: hint
+    for name, hint in typing.get_type_hints(RunConfig, include_extras=True).items()
+    if name not in ("training", "settings", "sections")
 }
 
 
@@ -230,26 +180,34 @@ def read_config(
     Raises:
         UserError: listing every problem, each with its key, its value and what is allowed.
     """
-    problems: list[str] = []
-    sections = sections or {}
-    known = {*TOP_LEVEL, *SECTIONS, "training", *also, *sections} | ({"method"} if settings_class else set())
-    problems += [f"{key}: no such key{did_you_mean(str(key), known)}" for key in cfg if key not in known]
-    values = {key: _scalar(cfg, key, kind, problems) for key, kind in TOP_LEVEL.items()}
-    if isinstance(values["seed"], int) and not 0 <= values["seed"] < 2**32:
-        problems.append(f"seed={values['seed']}: expected 0 or more, and less than 2**32")
-    for name, schema in SECTIONS.items():
-        values[name] = read_section(name, schema, cfg.get(name), problems)
-    values["training"] = _training(cfg.get("training"), problems)
-    if settings_class:
-        method = OmegaConf.masked_copy(cfg.method, [key for key in cfg.method if key != "_target_"])
-        method._set_parent(cfg)
-        values["settings"] = read_section("method", settings_class, method, problems)
-    values["sections"] = {
-        name: read_section(name, schema, cfg.get(name), problems) for name, schema in sections.items()
-    }
-    if problems:
-        raise UserError(problem_list(problems))
-    return RunConfig(**values)
+    sections, method = sections or {}, {"method": settings_class} if settings_class else {}
+    problems: dict[str, str] = {}
+    values = _plain(cfg, problems)
+    if isinstance(values.get("method"), dict):
+        values["method"].pop("_target_", None)
+    training = values.get("training")
+    for key in REFUSED.keys() & training if isinstance(training, dict) else ():
+        problems[f"training.{key}"] = f"training.{key}: {REFUSED[key]}"
+    optional = {"training": (_training_schema() | None, None), **dict.fromkeys(also, (Any, None))}
+    required = {name: (hint, ...) for name, hint in {**KEYS, **method, **sections}.items()}
+    read = _validated(required | optional, values, problems)
+    return RunConfig(
+        **{name: getattr(read, name) for name in KEYS},
+        training=training or {},
+        settings=getattr(read, "method", None),
+        sections={name: getattr(read, name) for name in sections},
+    )
+
+
+def read_section(name: str, schema: type, node: Any) -> Any:
+    """A single section as its dataclass.
+
+    Raises:
+        UserError: listing every problem.
+    """
+    problems: dict[str, str] = {}
+    values = {} if node is None else {name: _plain(node, problems, f"{name}.")}
+    return getattr(_validated({name: (schema, ...)}, values, problems), name)
 
 
 def problem_list(problems: list[str]) -> str:
@@ -258,89 +216,97 @@ def problem_list(problems: list[str]) -> str:
     return f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)
 
 
-def read_section(name: str, schema: type, node: Any, problems: list[str]) -> Any:
-    """Fit a configuration node to a dataclass, key by key; append what does not fit to `problems`.
-
-    Returns the dataclass, or None where something was wrong.
-    """
-    before = len(problems)
-    if not isinstance(node, DictConfig):
-        problems.append(f"{name}: expected a section with keys, got {node!r}")
-        return None
-    fields = {f.name: f for f in dataclasses.fields(schema)}
-    hints = typing.get_type_hints(schema)
-    values: dict[str, Any] = {}
+def _plain(node: Any, problems: dict[str, str], prefix: str = "") -> Any:
+    """A configuration node as plain data without its missing values; what does not resolve is added to `problems`."""
+    if not OmegaConf.is_dict(node):
+        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    values = {}
     for key in node:
-        if key not in fields:
-            problems.append(
-                f"{name}.{key}: no such key{did_you_mean(str(key), fields, f'{name}.')} (known: {', '.join(fields)})"
-            )
-            continue
         try:
-            value = node[key]
-            nested = _dataclass_of(hints[key])
-            if nested and value is not None:
-                values[key] = read_section(f"{name}.{key}", nested, value, problems)
-            else:
-                values[key] = _typed(schema, key, value)
+            if not OmegaConf.is_missing(node, key):
+                values[str(key)] = _plain(node[key], problems, f"{prefix}{key}.")
         except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
-            problems.append(f"{name}.{key}={_raw(node, key)}: expected {_type_name(hints[key])} ({reason})")
-    missing = [key for key, spec in fields.items() if spec.default is MISSING and key not in node]
-    problems += [f"{name}.{key}: missing; give it a value" for key in missing]
-    complete = all(key in values for key, spec in fields.items() if spec.default is MISSING)
-    section = schema(**values) if complete else None
-    if section:  # keys that did not fit have their defaults here, so the others are still checked
-        problems += [f"{name}.{problem}" for problem in section.problems()]
-    return section if len(problems) == before else None
+            raw = OmegaConf.to_container(node, resolve=False)[key]
+            problems[f"{prefix}{key}"] = f"{prefix}{key}={raw}: {str(error).splitlines()[0]}"
+    return values
 
 
-def _typed(schema: type, key: str, value: Any) -> Any:
-    """`value` as the type that the schema's field declares; OmegaConf refuses what does not convert."""
-    structured = OmegaConf.structured(schema)
-    structured[key] = value
-    typed = structured[key]
-    return OmegaConf.to_container(typed, resolve=True) if OmegaConf.is_config(typed) else typed
+def _validated(keys: dict[str, Any], values: dict[str, Any], problems: dict[str, str]) -> Any:
+    """The values as a model of these keys; raises a UserError with `problems` and all that pydantic finds."""
+    schema = create_model("Configuration", __config__=STRICT, **keys)
+    read = None
+    try:  # as JSON: strict about numbers and texts, while a dictionary becomes a section
+        read = schema.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as errors:
+        for error in errors.errors(include_url=False):
+            key, problem = _problem(schema, error)
+            problems.setdefault(key, problem)
+    if problems:
+        raise UserError(problem_list(list(problems.values())))
+    return read
 
 
-def _dataclass_of(hint: Any) -> type | None:
-    """The dataclass in `X` or `X | None`, None for other types."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+def fields_of(hint: Any) -> dict[str, FieldInfo] | None:
+    """The keys of the section in `X` or `X | None`; None where X is no section."""
+    for option in typing.get_args(hint) or (hint,):
+        if hasattr(option, "__pydantic_fields__"):
+            return option.__pydantic_fields__
+        if is_typeddict(option) or dataclasses.is_dataclass(option):  # the latter: of a user's own method
+            return {name: FieldInfo.from_annotation(kind) for name, kind in typing.get_type_hints(option).items()}
+    return None
 
 
-def _raw(node: DictConfig, key: str) -> Any:
-    return OmegaConf.to_container(node, resolve=False).get(key)
+def _problem(schema: type, error: Any) -> tuple[str, str]:
+    """The key of one of pydantic's errors, and what to say of it."""
+    path, hint, field, fields = [], schema, FieldInfo(), {}
+    for part in error["loc"]:
+        if (found := fields_of(hint)) is not None:
+            fields, field = found, found.get(part, FieldInfo())
+            hint = field.annotation
+        elif typing.get_origin(hint) in (dict, list):
+            hint = typing.get_args(hint)[-1]
+        else:  # the option of a union that was tried
+            break
+        path.append(str(part))
+    *above, name = path
+    key, text = ".".join(path), error["msg"]
+    if error["type"] == "missing":
+        return key, f"{key}: missing; give it a value"
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        prefix = "".join(f"{part}." for part in above)
+        known = f" (known: {', '.join(fields)})" if len(fields) < 30 else " (see TrainingArguments)"
+        return key, f"{key}: no such key{did_you_mean(name, fields, prefix)}{known}"
+    if error["type"] == "value_error":
+        text = str(error["ctx"]["error"])
+    else:
+        meaning = f" ({field.description})" if field.description else ""
+        text = f"expected {_allowed(name, hint, field, error['type'])}{meaning}"
+    return key, f"{key}={error['input']}: {text}"
 
 
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+def _allowed(name: str, hint: Any, field: FieldInfo, error: str) -> str:
+    """What a key of this type and range may be, in words."""
+    if fields_of(hint) is not None:
+        return "a section with keys"
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(value).lower() for value in typing.get_args(hint))
+    if not error.startswith(("greater_than", "less_than", "finite_number")):
+        return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    bounds = {sign: getattr(bound, sign) for bound in field.metadata for sign in SIGNS if hasattr(bound, sign)}
+    finite = ["a finite number"] if error == "finite_number" else []
+    if len(bounds) == 2:
+        (low, least), (high, most) = bounds.items()
+        return ", ".join([*finite, f"{least} {SIGNS[low]} {name} {SIGNS[high]} {most}"])
+    words = {"gt": "more than {}", "ge": "at least {}"}
+    texts = [words[sign].format(least) if least or sign == "gt" else "0 or more" for sign, least in bounds.items()]
+    return ", ".join(finite + texts)
 
 
-def _scalar(cfg: DictConfig, key: str, kind: Any, problems: list[str]) -> Any:
-    """A top-level value of the given type; true is not taken for a number."""
-    value = cfg.get(key)
-    if not fits(value, kind):
-        problems.append(f"{key}={value}: expected {_type_name(kind)}")
-    return value
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain YAML value is of a type such as int, float, bool, str, or a union of them."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return any(fits(value, option) for option in typing.get_args(hint))
-    if hint in (int, float):
-        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
-    if hint in (bool, str):
-        return isinstance(value, hint)
-    if hint is type(None):
-        return value is None
-    return True  # dictionaries, enumerations and the like: their owner checks them
+SIGNS = {"gt": "<", "ge": "<=", "lt": "<", "le": "<="}
 
 
 # --- training: Hugging Face TrainingArguments, by their own names ------------------------------------------------------
 
-OURS = ("num_epochs", "warmup_epochs")
 REFUSED = {
     "output_dir": "set the top-level output_dir instead",
     "hub_token": "put the token into environment.env: what stands here is written to the results",
@@ -351,56 +317,25 @@ REFUSED = {
 }
 
 
-def _training(node: Any, problems: list[str]) -> dict[str, Any]:
-    """The `training` section as a dictionary, its names checked against TrainingArguments."""
+def _installed(trackers: Any) -> Any:
+    for tracker in [trackers] if isinstance(trackers, str) else trackers or []:
+        if tracker in ("wandb", "tensorboard", "trackio") and find_spec(tracker) is None:
+            raise ValueError(f"{tracker} is not installed; pip install {tracker}")
+    return trackers
+
+
+def _training_schema() -> type:
+    """TrainingArguments with our own keys, and the ranges that it would notice late or not at all."""
     from transformers import TrainingArguments
 
-    if node is None:  # a stage that does not train
-        return {}
-    if not isinstance(node, DictConfig):
-        problems.append(f"training: expected a section with keys, got {node!r}")
-        return {}
     hints = typing.get_type_hints(TrainingArguments)
-    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} | set(OURS)
-    values = {}
-    for key in node:
-        try:
-            value = node[key]
-        except OmegaConfBaseException as error:
-            problems.append(f"training.{key}={_raw(node, key)}: {str(error).splitlines()[0]}")
-            continue
-        value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        if key in REFUSED:
-            problems.append(f"training.{key}: {REFUSED[key]}")
-        elif key not in known:
-            problems.append(
-                f"training.{key}: no such key{did_you_mean(str(key), known, 'training.')} (see TrainingArguments)"
-            )
-        elif not (key == "bf16" and value == "auto") and not fits(value, hints.get(key, float)):
-            problems.append(f"training.{key}={value}: expected {_type_name(hints.get(key, float))}")
-        else:
-            values[key] = value
-    problems += _training_ranges(values)
-    return values
-
-
-def _training_ranges(values: dict[str, Any]) -> list[str]:
-    """What TrainingArguments itself would notice late or not at all."""
-    at_least_one = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    found = [
-        f"training.{key}={values[key]}: expected at least 1"
-        for key in at_least_one
-        if key in values and values[key] < 1
-    ]
-    found += [
-        f"training.{key}={values[key]}: expected more than 0"
-        for key in ("num_epochs", "num_train_epochs", "learning_rate")
-        if key in values and values[key] <= 0
-    ]
-    trackers = values.get("report_to") or []
-    for tracker in [trackers] if isinstance(trackers, str) else trackers:
-        if tracker in ("wandb", "tensorboard", "trackio") and find_spec(tracker) is None:
-            found.append(f"training.report_to={tracker}: not installed; pip install {tracker}")
-    if values.get("warmup_epochs", 0) < 0:
-        found.append(f"training.warmup_epochs={values['warmup_epochs']}: expected 0 or more")
-    return found
+    types = {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments) if field.init}
+    types |= dict.fromkeys(REFUSED, Any)
+    types |= dict.fromkeys(("num_epochs", "num_train_epochs", "learning_rate"), Annotated[float, Field(gt=0)])
+    types |= dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), Annotated[int, Field(ge=1)])
+    types["warmup_epochs"] = Annotated[float, Field(ge=0)]
+    types["bf16"] = Literal[False, True, "auto"]
+    trackers = hints["report_to"]
+    types["report_to"] = Annotated[trackers, AfterValidator(_installed)]
+    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    return create_model("Training", __config__=config, **{name: (hint, None) for name, hint in types.items()})

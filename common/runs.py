@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 FIGURES = (RESULT, "generations.jsonl", "rows.jsonl", "samples.jsonl", "history.jsonl", "report.md", "report.png")
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "adapter_config.json")
 # Keys that say how to run, not what: they do not name a folder and do not make a result stale.
-NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoints")
+NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoints", "generation")
 
 
 def run_name(seed: int, overrides: list[str]) -> str:
@@ -43,7 +43,7 @@ def run_name(seed: int, overrides: list[str]) -> str:
     """
     words = [override.lstrip("+~") for override in sorted(overrides)]
     shaping = [word for word in words if not word.startswith("hydra")]
-    kept = [word for word in shaping if word.partition("=")[0] not in (*NOT_PART_OF_THE_RUN, "seed")]
+    kept = [word for word in shaping if re.split("[.=]", word)[0] not in (*NOT_PART_OF_THE_RUN, "seed")]
     name = "+".join([f"seed-{seed}", *map(_as_file_name, kept)])
     if len(name) > 180:  # file systems stop at 255 bytes
         name = f"{name[:160]}+{hashlib.sha256(name.encode()).hexdigest()[:12]}"

@@ -1,26 +1,21 @@
 """What an evaluation command names: the models, their configuration, and what they are compared to."""
 
-from dataclasses import dataclass
-
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
+from pydantic import Field
 
-from common.config import ModelConfig, RunConfig, read_config
+from common.config import ModelConfig, RunConfig, read_config, section
 from common.errors import UserError
 from common.runs import with_portable_paths
 from evaluation.context import Loader, Model, open_model
 from evaluation.metrics.registry import SETTINGS
 
 
-@dataclass
+@section
 class OtherModel:
     """A model that the evaluated one is compared to."""
 
-    path: str | None = None
-    """Folder of a run or any checkpoint, or hub id; null: none is named."""
-
-    def problems(self) -> list[str]:
-        return []
+    path: str | None = Field(None, description="folder of a run or any checkpoint, or hub id")
 
 
 SECTIONS = {**SETTINGS, "retain_model": OtherModel, "base_model": OtherModel}
@@ -88,13 +83,13 @@ def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
             cfg.data[key] = {**made_by["data"][key], **(cfg.data[key] or {})}
     if cfg.evaluation.bf16 is None:
         cfg.evaluation.bf16 = made_by["evaluation"].get("bf16", "auto") if made_by else "auto"
-    for section, keys in needed.items():
-        empty = [key for key in keys if cfg[section].get(key) is None]
+    for name, keys in needed.items():
+        empty = [key for key in keys if cfg[name].get(key) is None]
         if empty and made_by is None:
             raise UserError(
-                f"{section}.{', '.join(empty)}: not given, and {cfg.model.path} has no result.json of a run to take it from; "
+                f"{name}.{', '.join(empty)}: not given, and {cfg.model.path} has no result.json of a run to take it from; "
                 "name a model and a data set, for instance model=phi data=tofu"
             )
         with open_dict(cfg):
             for key in empty:
-                cfg[section][key] = made_by[section][key]
+                cfg[name][key] = made_by[name][key]

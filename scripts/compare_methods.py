@@ -26,16 +26,16 @@ import math
 import shlex
 import statistics
 import subprocess
-from dataclasses import dataclass
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
+from pydantic import Field, field_validator
 
 from common.cli import job_errors, launch
-from common.config import problem_list, read_section
+from common.config import read_section, section
 from common.errors import UserError
 from common.files import CONFIGS, ROOT, write_text
 from common.results import result_of
@@ -56,25 +56,19 @@ COLUMNS = {
 }
 
 
-@dataclass
+@section
 class ComparisonSettings:
-    seeds: list[int]
-    """Seeds that every method runs with."""
-    before: list[str]
-    """Stages that make the model which is unlearned: a stage's folder and its arguments."""
-    methods: dict[str, str]
-    """Name in the table -> arguments of unlearning/main.py."""
-    metrics: list[str]
-    """Families of evaluation/main.py that every unlearned model is measured by."""
+    seeds: list[int] = Field(min_length=1, description="every method runs with each")
+    before: list[str] = Field(description="stages that make the model to be unlearned, each with its arguments")
+    methods: dict[str, str] = Field(min_length=1, description="name in the table: arguments of unlearning/main.py")
+    metrics: list[str] = Field(min_length=1, description="metric groups of evaluation/main.py")
 
-    def problems(self) -> list[str]:
-        found = [f"{name}: is empty" for name in ("seeds", "methods", "metrics") if not getattr(self, name)]
-        found += [
-            f"methods.{name}={words}: expected arguments of unlearning/main.py, -cn=RECIPE among them"
-            for name, words in self.methods.items()
-            if "-cn=" not in words
-        ]
-        return found
+    @field_validator("methods")
+    @classmethod
+    def name_recipes(cls, methods: dict[str, str]) -> dict[str, str]:
+        if without := [name for name, words in methods.items() if "-cn=" not in words]:
+            raise ValueError(f"{', '.join(without)}: expected arguments of unlearning/main.py, -cn=RECIPE among them")
+        return methods
 
 
 class Runs:
@@ -172,10 +166,7 @@ def compare(cfg: DictConfig) -> Path:
     Raises:
         UserError: when the recipe is wrong; after the table, when a command failed.
     """
-    problems: list[str] = []
-    settings = read_section("comparison", ComparisonSettings, cfg.get("comparison"), problems)
-    if problems:
-        raise UserError(problem_list(problems))
+    settings = read_section("comparison", ComparisonSettings, cfg.get("comparison"))
     hydra_config = HydraConfig.get()
     own = ("comparison.", "seed", "hydra")
     shared = [word for word in hydra_config.overrides.task if not word.lstrip("+~").startswith(own)]

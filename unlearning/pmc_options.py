@@ -3,14 +3,15 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from hydra.utils import get_method
+from pydantic import Field, ValidationInfo, field_validator
 
 from common.collate import collate
-from common.config import above_zero, at_least, share
+from common.config import section
 from common.data import Row
 from common.losses import answer_losses
 from common.prompts import Example
@@ -22,57 +23,66 @@ MAX_TEMPERATURE_MULTIPLIER = 10.0  # nearly uniform draws of the top_k tokens
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@section
 class PMCSettings(MethodSettings):
-    lambda_unlearning: float = 1.5
-    """Weight of the retain loss."""
-    num_samples: int = 5
-    """TokenLosses drawn for each forget question and step."""
-    temperature: float = 1.25
-    """The logits are divided by it; 0 is greedy."""
-    stalled_temperature_factor: float = 1.0
-    """A question whose samples all equal its initial response is next drawn at so many times its last temperature; 1: off."""
-    top_p: float = 0.95
-    """Draw from the smallest set of likeliest tokens with at least this probability."""
-    top_k: int = 50
-    """Draw from the k likeliest tokens; 0: all."""
-    max_length: int = 200
-    """Prompt and sampled answer together, in tokens."""
-    min_len: int = 0
-    """TokenLosses of fewer words score worse, by exp(-words); 0: off."""
-    fluency_weight: float = 0.0
-    """Added to a score so many times: the answer's mean -log p per token under the model before unlearning; 0: off.
+    gamma: float = Field(1.0, gt=0, description="weight of the collapse loss")
+    lambda_unlearning: float = Field(1.5, ge=0, description="weight of the retain loss, 0: retain rows are not used")
+    num_samples: int = Field(5, ge=1, description="samples drawn for each forget question and step")
+    temperature: float = Field(1.25, ge=0, description="the logits are divided by it; 0 is greedy")
+    stalled_temperature_factor: float = Field(
+        1.0,
+        ge=1,
+        description="multiplies the temperature of a question whose samples all equal its initial response, "
+        "at each attempt and up to ten times in all; 1: off",
+    )
+    top_p: float = Field(
+        0.95, gt=0, le=1, description="draw from the smallest set of likeliest tokens with at least this probability"
+    )
+    top_k: int = Field(50, ge=0, description="draw from the k likeliest tokens; 0: all")
+    max_length: int = Field(200, ge=1, description="prompt and sampled answer together, in tokens")
+    min_len: int = Field(0, ge=0, description="samples of fewer words lose exp(-words) of their reward; 0: off")
+    fluency_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of a sample's mean NLL per token under the model before unlearning, subtracted from its reward; 0: off",
+    )
+    early_stopping: bool = Field(
+        True, description="stop samples that can no longer be selected, for rewards that never rise as a sample grows"
+    )
+    sampling_batch_size: int | None = Field(
+        None, ge=1, description="samples drawn side by side, at most; null: as many as a tenth of the memory holds"
+    )
+    reward: Any = Field(
+        default_factory=lambda: {"_target_": "unlearning.rewards.rouge_l"},
+        description="function (reference, samples) -> list of rewards in [0, 1]",
+    )
 
-    A question is closed, as without it, when its pick has the score 0.
-    """
-    early_stopping: bool = True
-    """Stop samples that can no longer be picked; for rewards that never rise as a sample grows."""
-    sampling_batch_size: int | None = None
-    """TokenLosses drawn side by side, at most; null: as many as a tenth of the memory holds."""
-    reward: Any = field(default_factory=lambda: {"_target_": "unlearning.rewards.rouge_l"})
-    """Function (reference, samples) -> list of rewards in [0, 1]."""
-
-    def problems(self) -> list[str]:
-        found = super().problems() + above_zero(self, "gamma")
-        found += at_least(self, 1, "num_samples", "max_length", "sampling_batch_size", "stalled_temperature_factor")
-        found += at_least(self, 0, "temperature", "top_k", "min_len", "fluency_weight")
-        if self.temperature == 0 and self.num_samples > 1:
-            found.append(
-                f"temperature=0: all {self.num_samples} samples would be the same greedy answer; "
+    @field_validator("temperature")
+    @classmethod
+    def samples_differ(cls, temperature: float, info: ValidationInfo) -> float:
+        if temperature == 0 and info.data.get("num_samples", 1) > 1:
+            raise ValueError(
+                f"all {info.data['num_samples']} samples would be the same greedy answer; "
                 "expected more than 0, or num_samples=1"
             )
-        if self.temperature == 0 and self.stalled_temperature_factor > 1:
-            found.append(
-                f"stalled_temperature_factor={self.stalled_temperature_factor:g}: temperature=0 cannot be raised; "
-                "give it a temperature above 0"
-            )
-        found += share(self, "top_p")
-        target = self.reward.get("_target_") if isinstance(self.reward, dict) else self.reward
+        return temperature
+
+    @field_validator("stalled_temperature_factor")
+    @classmethod
+    def can_be_raised(cls, factor: float, info: ValidationInfo) -> float:
+        if factor > 1 and info.data.get("temperature") == 0:
+            raise ValueError("temperature=0 cannot be raised; give it a temperature above 0")
+        return factor
+
+    @field_validator("reward")
+    @classmethod
+    def exists(cls, reward: Any) -> Any:
+        target = reward.get("_target_") if isinstance(reward, dict) else reward
         try:
             get_method(target)
         except (ValueError, ImportError, TypeError, AttributeError) as error:
-            found.append(f"reward._target_={target}: no such function ({str(error).splitlines()[0]})")
-        return found
+            raise ValueError(f"{target}: no such function ({str(error).splitlines()[0]})") from error
+        return reward
 
 
 class FluencyPenalty:

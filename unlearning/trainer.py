@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field, ValidationInfo, field_validator
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.collate import collate, count_answer_tokens, sort_into_micro_batches
-from common.config import at_least
+from common.config import section
 from common.data import Row
 from common.errors import UserError
 from common.losses import answer_logits
@@ -30,27 +31,24 @@ from unlearning.token_losses import TokenLosses
 RETAIN_KEY = 1  # rng key of retain rows; the sampler uses (seed, step, index) alone
 
 
-@dataclass
+@section
 class MethodSettings:
     """The settings of nearly every method."""
 
-    gamma: float = 1.0
-    """Weight of the forget loss."""
-    lambda_unlearning: float = 1.0
-    """Weight of the retain loss; 0: retain rows are not used."""
+    gamma: float = Field(1.0, ge=0, description="weight of the forget loss")
+    lambda_unlearning: float = Field(1.0, ge=0, description="weight of the retain loss, 0: retain rows are not used")
 
-    def problems(self) -> list[str]:
-        if self.gamma == 0 and self.lambda_unlearning == 0:
-            return ["gamma=0, lambda_unlearning=0: nothing would be trained; give one of them a weight"]
-        return at_least(self, 0, "gamma", "lambda_unlearning")
+    @field_validator("lambda_unlearning")
+    @classmethod
+    def trains_something(cls, weight: float, info: ValidationInfo) -> float:
+        if weight == 0 == info.data.get("gamma"):
+            raise ValueError("with gamma=0 nothing would be trained; give one of them a weight")
+        return weight
 
 
-@dataclass
+@section
 class NoSettings:
     """A method without settings of its own: the learning rate and the number of epochs decide."""
-
-    def problems(self) -> list[str]:
-        return []
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,24 @@
 """General benchmarks through EleutherAI's lm-evaluation-harness, an optional extra (requirements-eval.txt)."""
 
-from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
-from common.config import problem_list
+from pydantic import Field
+
+from common.config import problem_list, section
 from common.errors import UserError, did_you_mean
 from evaluation.context import EvaluationContext
 from evaluation.scores import Scores
 
 
-@dataclass
+@section
 class Harness:
-    tasks: list[str] = field(default_factory=list)
-    """Names of its tasks or groups of tasks."""
-    include_path: str | None = None
-    """Folder with task files of one's own."""
-    num_fewshot: int | None = None
-    """Examples before each question; null: as each task says."""
-    limit: int | None = None
-    """Questions of a task; null: all."""
-    batch_size: int = 16
-    """Rows side by side."""
-
-    def problems(self) -> list[str]:
-        return []
+    tasks: list[str] = Field(default_factory=list, description="names of its tasks or groups of tasks")
+    include_path: str | None = Field(None, description="folder with task files of one's own")
+    num_fewshot: int | None = Field(None, ge=0, description="examples before each question; null: as each task says")
+    limit: int | None = Field(None, ge=1, description="questions per task; null: all")
+    batch_size: int = Field(16, ge=1, description="rows in a batch")
 
 
 def check(settings: Harness) -> None:

@@ -4,14 +4,16 @@ Unlearning that moves the weights only a little can be undone by rounding (Zhang
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from accelerate import PartialState
+from pydantic import Field, field_validator
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from common.config import section
 from common.errors import UserError
 from common.files import resolve_path
 from evaluation.context import EvaluationContext
@@ -19,25 +21,23 @@ from evaluation.metrics.headline import HIGHER_IS_BETTER, Question, load_questio
 from evaluation.scores import Scores
 
 BLOCK = 64  # weights of a row that share a scale
-BITS = (8, 4)
-METHODS = ("round", "bitsandbytes")
 SCORES = ("unlearn_quality", "utility", "rougeL_recall/forget")
 
 
-@dataclass
+@section
 class Quantization:
-    bits: list[int] = field(default_factory=lambda: list(BITS))
-    """Widths of a weight, of 8 and 4."""
-    method: str = "round"
-    """round: to the nearest; bitsandbytes: LLM.int8() and NF4, with that library's own kernels."""
+    bits: list[Literal[8, 4]] = Field(default_factory=lambda: [8, 4], description="bits of a weight: 8, 4 or both")
+    method: Literal["round", "bitsandbytes"] = Field(
+        "round",
+        description="round: to the nearest; bitsandbytes (to be installed): LLM.int8() and NF4 with its own kernels",
+    )
 
-    def problems(self) -> list[str]:
-        found = [] if set(self.bits) <= set(BITS) else [f"bits={self.bits}: expected 8, 4 or both"]
-        if self.method not in METHODS:
-            found.append(f"method={self.method}: expected one of {', '.join(METHODS)}")
-        elif self.method == "bitsandbytes" and find_spec("bitsandbytes") is None:
-            found.append("method=bitsandbytes: not installed; pip install bitsandbytes, or method=round")
-        return found
+    @field_validator("method")
+    @classmethod
+    def is_installed(cls, method: str) -> str:
+        if method == "bitsandbytes" and find_spec("bitsandbytes") is None:
+            raise ValueError("not installed; pip install bitsandbytes, or method=round")
+        return method
 
 
 def measure(context: EvaluationContext, scores: Scores) -> None:

@@ -5,15 +5,16 @@ that never saw them: so the same is done to the retain-only model where there is
 """
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 from accelerate import PartialState
+from pydantic import Field
 from transformers import set_seed
 
-from common.config import above_zero, at_least, share
+from common.config import section
 from common.data import Row
 from common.errors import UserError
 from common.trainer import ExampleTrainer, training_arguments
@@ -23,20 +24,17 @@ from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Scores
 
 
-@dataclass
+@section
 class Relearning:
-    fraction: float = 1.0
-    """Share of the forget rows that are relearned; less than 1: the others are also scored by themselves."""
-    num_epochs: int = 1
-    """Passes over them."""
-    learning_rate: float = 1e-5
-    """Peak learning rate of AdamW, decaying linearly."""
-    batch_size: int = 16
-    """Rows of an optimizer step."""
-
-    def problems(self) -> list[str]:
-        found = at_least(self, 1, "num_epochs", "batch_size") + share(self, "fraction")
-        return found + above_zero(self, "learning_rate")
+    fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="fraction of the forget rows that is relearned, less than 1: the others are also scored by themselves",
+    )
+    num_epochs: int = Field(1, ge=1, description="passes over these rows")
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW, decaying linearly")
+    batch_size: int = Field(16, ge=1, description="rows in an optimizer step")
 
 
 def measure(context: EvaluationContext, scores: Scores) -> None:

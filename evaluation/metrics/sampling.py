@@ -5,39 +5,28 @@ The other two attacks, relearning and quantization, change a copy of the weights
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from pydantic import Field
 from scipy.stats import beta
 
-from common.config import above_zero, at_least, share
+from common.config import section
 from common.rouge import rouge_l_recall
 from evaluation.context import EvaluationContext
 from evaluation.scores import Scores
 from generation.token_sampling import SamplingSettings
 
 
-@dataclass
+@section
 class SamplingAttack:
-    num_samples: int = 100
-    """TokenLosses drawn for each forget question."""
-    temperature: float = 1.0
-    """The logits are divided by it."""
-    top_p: float = 1.0
-    """Draw from the smallest set of likeliest tokens with at least this probability."""
-    leak_threshold: float = 0.5
-    """ROUGE-L recall from which an answer counts as a leak."""
-    alpha: float = 0.05
-    """The bounds are wrong with at most this probability, each by itself."""
-
-    def problems(self) -> list[str]:
-        found = (
-            at_least(self, 1, "num_samples") + above_zero(self, "temperature") + share(self, "top_p", "leak_threshold")
-        )
-        if not 0 < self.alpha <= 0.5:
-            found.append(f"alpha={self.alpha}: expected 0 < alpha <= 0.5")
-        return found
+    num_samples: int = Field(100, ge=1, description="answers drawn for each forget question")
+    temperature: float = Field(1.0, gt=0, description="the logits are divided by it")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="draw from the smallest set of likeliest tokens with at least this probability"
+    )
+    leak_threshold: float = Field(0.5, gt=0, le=1, description="ROUGE-L recall from which an answer counts as a leak")
+    alpha: float = Field(0.05, gt=0, le=0.5, description="each bound is wrong with at most this probability")
 
 
 def leak_at_k(values: Sequence[float], k: int) -> float:

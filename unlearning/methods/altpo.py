@@ -7,10 +7,11 @@ The loss is that of DPO (`unlearning.methods.dpo`); a sampled alternative, drawn
 
 import logging
 import time
-from dataclasses import dataclass
 from typing import Any
 
-from common.config import above_zero, at_least, share
+from pydantic import Field
+
+from common.config import section
 from common.data import Row
 from common.model import eos_token_ids
 from common.prompts import Example
@@ -28,27 +29,26 @@ ATTEMPTS = 5  # times that a question is asked while it has too few alternatives
 HOTTER = 1.25  # times the temperature of the last attempt
 
 
-@dataclass
+@section
 class AltPOSettings(MethodSettings):
-    beta: float = 0.1
-    """Inverse temperature: how far a pair may move away from the model before unlearning."""
-    num_alternatives: int = 5
-    """TokenLosses to each forget question that are preferred to the forget answer."""
-    max_recall: float = 0.7
-    """Samples with a higher ROUGE-L recall of the forget answer are no alternatives; 1: only its copies are not."""
-    temperature: float = 1.0
-    """The logits are divided by it; raised for questions that have too few alternatives."""
-    top_p: float = 0.95
-    """Draw from the smallest set of likeliest tokens with at least this probability."""
-    top_k: int = 50
-    """Draw from the k likeliest tokens; 0: all."""
-    max_length: int = 200
-    """Prompt and sampled answer together, in tokens."""
-
-    def problems(self) -> list[str]:
-        found = super().problems() + above_zero(self, "beta", "temperature")
-        found += at_least(self, 1, "num_alternatives", "max_length") + at_least(self, 0, "top_k")
-        return found + share(self, "top_p", "max_recall")
+    beta: float = Field(0.1, gt=0, description="inverse temperature, how far a pair may move from the start")
+    num_alternatives: int = Field(
+        5, ge=1, description="answers to each forget question that are preferred to the forget answer"
+    )
+    max_recall: float = Field(
+        0.7,
+        gt=0,
+        le=1,
+        description="samples with a higher ROUGE-L recall of the forget answer are left out; 1: only copies",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="the logits are divided by it; raised for questions that have too few alternatives"
+    )
+    top_p: float = Field(
+        0.95, gt=0, le=1, description="draw from the smallest set of likeliest tokens with at least this probability"
+    )
+    top_k: int = Field(50, ge=0, description="draw from the k likeliest tokens; 0: all")
+    max_length: int = Field(200, ge=1, description="prompt and sampled answer together, in tokens")
 
 
 class AltPO(DPO):

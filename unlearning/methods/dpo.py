@@ -5,12 +5,11 @@ forget loss = -(2/beta) log sigmoid(beta * [log pi/pi0 (refusal) - log pi/pi0 (f
 python unlearning/main.py -cd=configs -cn=unlearn-tiny method=dpo
 """
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import Field
 from torch.nn.functional import logsigmoid
 
-from common.config import above_zero
+from common.config import section
 from common.data import Row
 from common.prompts import Example
 from unlearning.methods.refusals import RefusalSettings, refusal_examples
@@ -18,13 +17,9 @@ from unlearning.token_losses import TokenLosses
 from unlearning.trainer import UnlearningTrainer
 
 
-@dataclass
+@section
 class DPOSettings(RefusalSettings):
-    beta: float = 0.1
-    """Inverse temperature: how far a pair may move away from the model before unlearning."""
-
-    def problems(self) -> list[str]:
-        return super().problems() + above_zero(self, "beta")
+    beta: float = Field(0.1, gt=0, description="inverse temperature, how far a pair may move from the start")
 
 
 class DPO(UnlearningTrainer):

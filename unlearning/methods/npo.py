@@ -5,23 +5,18 @@ forget loss = -(2/beta) log sigmoid(beta * (NLL_pi - NLL_pi0)), the mean over ro
 python unlearning/main.py -cd=configs -cn=unlearn-tiny method=npo
 """
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import Field
 from torch.nn.functional import logsigmoid
 
-from common.config import above_zero
+from common.config import section
 from unlearning.token_losses import TokenLosses
 from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 
-@dataclass
+@section
 class NPOSettings(MethodSettings):
-    beta: float = 0.1
-    """Inverse temperature: the smaller, the nearer to gradient ascent."""
-
-    def problems(self) -> list[str]:
-        return super().problems() + above_zero(self, "beta")
+    beta: float = Field(0.1, gt=0, description="inverse temperature, the smaller, the nearer to gradient ascent")
 
 
 class NPO(UnlearningTrainer):

@@ -1,9 +1,12 @@
 """TokenLosses that say that the model does not know, for the methods that train on them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from pydantic import Field, field_validator
+
+from common.config import section
 from common.data import Row
 from common.files import resolve_path
 from common.prompts import Example
@@ -12,19 +15,22 @@ from unlearning.trainer import MethodSettings, UnlearningTrainer
 REFUSAL_KEY = 3  # of `UnlearningTrainer.draw_index`
 
 
-@dataclass
+@section
 class RefusalSettings(MethodSettings):
-    refusals: str = "data/refusals.txt"
-    """File with a refusal a line; for each question and step one is drawn."""
+    refusals: str = Field(
+        "data/refusals.txt", description="file with a refusal per line; one is drawn for each question and step"
+    )
 
-    def problems(self) -> list[str]:
-        found = super().problems()
+    @field_validator("refusals")
+    @classmethod
+    def has_refusals(cls, path: str) -> str:
         try:
-            if not read_refusals(self.refusals):
-                found.append(f"refusals={self.refusals}: the file is empty; expected a refusal a line")
+            empty = not read_refusals(path)
         except (OSError, UnicodeDecodeError) as error:
-            found.append(f"refusals={self.refusals}: cannot be read ({error}); expected a text file, a refusal a line")
-        return found
+            raise ValueError(f"cannot be read ({error}); expected a text file, a refusal per line") from error
+        if empty:
+            raise ValueError("the file is empty; expected a refusal per line")
+        return path
 
 
 @cache

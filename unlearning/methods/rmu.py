@@ -16,35 +16,38 @@ from functools import cached_property
 
 import torch
 from peft import PeftModel
+from pydantic import Field, field_validator
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.collate import IGNORED
-from common.config import above_zero, at_least
+from common.config import section
 from common.errors import UserError
 from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer, parts
 
 TRAINED_LAYERS = 3  # the steered layer and the two below it
 
 
-@dataclass
+@section
 class RMUSettings(MethodSettings):
-    steering_coeff: float = 10.0
-    """Length of the vector that the activations are steered to."""
-    layer: int | None = None
-    """Layer whose activations are steered, counted from 0; null: the one a third of the way up."""
-    layers: str = r"\.(layers|h|blocks)\.\d+$"
-    """Regular expression that the names of the model's layers match."""
-    trained: str = r"\.mlp\.(down_proj|fc2|c_proj)\b"
-    """Regular expression that the names of the trained parameters match."""
+    steering_coeff: float = Field(10.0, gt=0, description="length of the vector that activations are steered to")
+    layer: int | None = Field(
+        None, ge=0, description="steered layer, counted from 0; null: the one a third of the way up"
+    )
+    layers: str = Field(
+        r"\.(layers|h|blocks)\.\d+$", description="regular expression of the names of the model's layers"
+    )
+    trained: str = Field(
+        r"\.mlp\.(down_proj|fc2|c_proj)\b", description="regular expression of the names of the trained parameters"
+    )
 
-    def problems(self) -> list[str]:
-        found = super().problems() + above_zero(self, "steering_coeff") + at_least(self, 0, "layer")
-        for name in ("layers", "trained"):
-            try:
-                re.compile(getattr(self, name))
-            except re.error as error:
-                found.append(f"{name}={getattr(self, name)}: not a regular expression ({error})")
-        return found
+    @field_validator("layers", "trained")
+    @classmethod
+    def compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"not a regular expression ({error})") from error
+        return pattern
 
 
 @dataclass

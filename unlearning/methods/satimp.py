@@ -5,26 +5,19 @@ forget loss = -p^beta1 * (1 - p)^beta2 * NLL of a token, the mean over tokens; t
 python unlearning/main.py -cd=configs -cn=unlearn-tiny method=satimp
 """
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import Field
 
-from common.config import at_least
+from common.config import section
 from unlearning.token_losses import TokenLosses
 from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 
-@dataclass
+@section
 class SatImpSettings(MethodSettings):
-    gamma: float = 0.1
-    """Weight of the forget loss."""
-    beta1: float = 5.0
-    """Exponent of p: the larger, the sooner a token that has become unlikely is let alone."""
-    beta2: float = 1.0
-    """Exponent of 1 - p: the larger, the less a token counts that is known by heart."""
-
-    def problems(self) -> list[str]:
-        return super().problems() + at_least(self, 0, "beta1", "beta2")
+    gamma: float = Field(0.1, ge=0, description="weight of the forget loss")
+    beta1: float = Field(5.0, ge=0, description="exponent of p, the larger, the sooner unlikely tokens are let alone")
+    beta2: float = Field(1.0, ge=0, description="exponent of 1 - p, the larger, the less tokens known by heart count")
 
 
 class SatImp(UnlearningTrainer):

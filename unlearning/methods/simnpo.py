@@ -7,27 +7,24 @@ The paper writes its margin outside the product; delta is that margin divided by
     python unlearning/main.py -cd=configs -cn=unlearn-tiny method=simnpo
 """
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import Field
 from torch.nn.functional import logsigmoid
 
-from common.config import above_zero
+from common.config import section
 from unlearning.token_losses import TokenLosses
 from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 
-@dataclass
+@section
 class SimNPOSettings(MethodSettings):
-    gamma: float = 0.125
-    """Weight of the forget loss."""
-    beta: float = 4.5
-    """Inverse temperature: the larger, the sooner a forgotten answer is let alone."""
-    delta: float = 0.0
-    """NLL a token at which the loss has its middle; the larger, the further the answers are pushed."""
-
-    def problems(self) -> list[str]:
-        return super().problems() + above_zero(self, "beta")
+    gamma: float = Field(0.125, ge=0, description="weight of the forget loss")
+    beta: float = Field(
+        4.5, gt=0, description="inverse temperature, the larger, the sooner forgotten answers are let alone"
+    )
+    delta: float = Field(
+        0.0, description="NLL per token at the middle of the loss, the larger, the further answers are pushed"
+    )
 
 
 class SimNPO(UnlearningTrainer):

@@ -5,22 +5,17 @@ forget loss = CE(forget) against softmax(logits of pi0, less beta at the true to
 python unlearning/main.py -cd=configs -cn=unlearn-tiny method=undial
 """
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import Field
 
-from common.config import at_least
+from common.config import section
 from unlearning.token_losses import TokenLosses
 from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 
-@dataclass
+@section
 class UNDIALSettings(MethodSettings):
-    beta: float = 10.0
-    """What is taken off the true token's logit."""
-
-    def problems(self) -> list[str]:
-        return super().problems() + at_least(self, 0, "beta")
+    beta: float = Field(10.0, ge=0, description="what is subtracted from the true token's logit")
 
 
 class UNDIAL(UnlearningTrainer):

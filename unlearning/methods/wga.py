@@ -5,22 +5,17 @@ forget loss = -p^beta * NLL of a token, the mean over tokens; the weight has no 
 python unlearning/main.py -cd=configs -cn=unlearn-tiny method=wga
 """
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import Field
 
-from common.config import at_least
+from common.config import section
 from unlearning.token_losses import TokenLosses
 from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 
-@dataclass
+@section
 class WGASettings(MethodSettings):
-    beta: float = 1.0
-    """Exponent of the token's probability; 0: plain gradient ascent."""
-
-    def problems(self) -> list[str]:
-        return super().problems() + at_least(self, 0, "beta")
+    beta: float = Field(1.0, ge=0, description="exponent of a token's probability, 0: plain gradient ascent")
 
 
 class WGA(UnlearningTrainer):
