@@ -33,7 +33,6 @@ def result_of(folder: Path | str) -> dict | None:
     return result if isinstance(result, dict) and "config" in result else None
 
 
-
 def package_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in RECORDED_PACKAGES:

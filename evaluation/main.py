@@ -39,7 +39,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Path]:
         UserError: for whatever is wrong with the configuration, the data or a model.
     """
     loader = Loader()
-    jobs = {name: Job(cfg, path, loader) for name, path in named_models(cfg).items()}  # all are checked before the first runs
+    jobs = {
+        name: Job(cfg, path, loader) for name, path in named_models(cfg).items()
+    }  # all are checked before the first runs
     folders = {name: job.run() for name, job in jobs.items()}
     if is_first_process():
         (job, *_) = jobs.values()

@@ -33,9 +33,9 @@ def test_tokens_of_known_probabilities():
     assert found.deviation == pytest.approx(deviations, abs=1e-6)
     assert found.ends
     assert found.mean_log_prob == pytest.approx(np.mean([log[step] for step in steps]), abs=1e-6)
-    words = found.words()
+    words = found.without_eos()
     assert words.log_probs.tolist() == found.log_probs[:2].tolist() and words.deviation[1] == found.deviation[1]
-    assert not words.ends and words.words() is words
+    assert not words.ends and words.without_eos() is words
 
 
 def test_log_probabilities_are_float32_whatever_the_model_s_type():
@@ -61,7 +61,7 @@ def test_a_token_that_cannot_come_leaves_no_nan():
 def test_an_answer_without_room_has_no_token():
     outputs, _ = bigram_outputs(random_table(), max_length=3)
     empty, cut, whole = outputs.tokens_of_answers([("abc", "d"), ("ab", "cd"), ("a", "b")])
-    assert len(empty.log_probs) == 0 and empty.mean_log_prob is None and empty.words() is empty
+    assert len(empty.log_probs) == 0 and empty.mean_log_prob is None and empty.without_eos() is empty
     assert len(cut.log_probs) == 1 and not cut.ends
     assert len(whole.log_probs) == 2 and whole.ends
     assert outputs.tokens([Example([1, 2, 3], [])])[0].mean_log_prob is None, "a batch of such rows alone"
