@@ -1,6 +1,6 @@
 """TOFU's own scores (Maini et al. 2024, arXiv 2401.06121), from token probabilities and greedy answers.
 
-Paraphrases and wrong answers of the forget set are in the split forget_paraphrased, those of the retain set in retain_perturbed.
+Paraphrases and wrong answers are in the splits forget_paraphrased (of the forget set) and retain_perturbed.
 An answer's EOS token counts as one of its tokens, as in TOFU.
 """
 
