@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from fnmatch import fnmatch
 
 import pytest
 
@@ -98,6 +99,15 @@ def test_every_score_is_complete(evaluated):
         assert result["config"]["compared_to"]["retain_model"]["path"] == "models/finetuned/pretrain-tiny/seed-0"
     names = evaluated[1]["vanilla"]["scores"]
     assert {name.split("/")[0] for name in names if "/" in name} >= set(METRIC_GROUPS) - {"headline", "lm_eval"}
+
+
+def test_every_score_is_described_by_its_metric_group(evaluated):
+    for name in evaluated[1]["vanilla"]["scores"]:
+        patterns = [score.pattern for group in METRIC_GROUPS.values() for score in group.scores]
+        assert sum(fnmatch(name, pattern) for pattern in patterns) == 1, name
+    for name, group in METRIC_GROUPS.items():
+        assert name == "headline" or all(score.pattern.startswith(f"{name}/") for score in group.scores)
+        assert set(group.models) <= {"retain_model", "base_model"}
 
 
 def test_values_of_single_rows_are_kept(evaluated):
