@@ -22,8 +22,6 @@ from tempfile import TemporaryDirectory
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from transformers import TrainerCallback
 
@@ -34,6 +32,7 @@ from common.config import RunConfig
 from common.files import CONFIGS, write_json
 from common.hardware import device_name
 from common.results import package_versions
+from evaluation.plots import BLUE, GRAY, RED, new_figure
 
 log = logging.getLogger(__name__)
 
@@ -84,18 +83,15 @@ def table(records: list[dict[str, float]], varied: str) -> str:
 
 def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Seconds of sampling and training against what was varied, with the line that sampling must stay below."""
-    figure = Figure(figsize=(9, 3.6), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (varied, records) in zip(figure.subplots(1, 2), curves.items(), strict=True):
+    figure, panels = new_figure(9, 3.6, panels=len(curves), grid="y")
+    for axes, (varied, records) in zip(panels, curves.items(), strict=True):
         x = [record[varied] for record in records]
         first = records[0]["sampling"] / x[0]
-        axes.plot(x, [first * value for value in x], color="#999999", linestyle="--", label="sampling, if linear")
-        axes.plot(x, [record["sampling"] for record in records], marker="o", color="#b5432e", label="sampling")
-        axes.plot(x, [record["training"] for record in records], marker="o", color="#2f6f9f", label="training")
+        axes.plot(x, [first * value for value in x], color=GRAY, linestyle="--", label="sampling, if linear")
+        axes.plot(x, [record["sampling"] for record in records], marker="o", color=RED, label="sampling")
+        axes.plot(x, [record["training"] for record in records], marker="o", color=BLUE, label="training")
         axes.set(xlabel=varied.replace("_", " "), ylabel="seconds an epoch", xlim=(0, None), ylim=(0, None))
         axes.set_xticks(x)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(path)
 

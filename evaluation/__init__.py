@@ -1,1 +1,1 @@
-"""Stage 3: measure what a model still knows. One file a family of metrics."""
+"""Stage 3: evaluate what a model still knows. One file per metric group."""

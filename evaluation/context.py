@@ -16,61 +16,66 @@ from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Missing
 
 
-class Loader:
-    """Loads models, and forgets the one that it gave out before: what was found out of it is kept elsewhere."""
-
-    def __init__(self):
-        self.of: ModelConfig | None = None
-        self.model: PreTrainedModel | None = None
-
-    def shared(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """The model as it is on disk; nobody may change it."""
-        if self.of != config:
-            self.model = self.fresh(config, tokenizer)
-            self.of = config
-        return self.model
-
-    def fresh(
-        self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainable: bool = False
-    ) -> PreTrainedModel:
-        """A copy of one's own, to be changed at will."""
-        self.clear()
-        return load_model(config, tokenizer, trainable).to(PartialState().device)
-
-    def clear(self) -> None:
-        """Make room, also of what only reference cycles hold: a Trainer's hold weights and optimizer."""
-        self.of = self.model = None
-        gc.collect()
-
-
 @dataclass
-class Model:
-    """A checkpoint that is asked: where it is, its tokenizer, what it said, and what else was found out of it."""
+class EvaluatedModel:
+    """A checkpoint: where it is, its tokenizer, its outputs, and what else a metric group keeps of it in `cache`."""
 
     config: ModelConfig
     tokenizer: PreTrainedTokenizerBase
     outputs: ModelOutputs
-    found: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
 
 
-def open_model(config: RunConfig, model: ModelConfig, loader: Loader) -> Model:
-    """A checkpoint ready to be asked; its weights are loaded by the first pass.
+class Loader:
+    """The models of a command. Each is opened once and keeps its outputs; loading weights frees the previous model's."""
 
-    Raises:
-        UserError: when it is no checkpoint.
-    """
-    tokenizer = load_tokenizer(model)
-    prompts = PromptFormat(tokenizer, model.prompt)
-    outputs = ModelOutputs(lambda: loader.shared(model, tokenizer), prompts, config.evaluation, config.data.max_length)
-    return Model(model, tokenizer, outputs)
+    def __init__(self):
+        self._opened: dict[str, EvaluatedModel] = {}
+        self._loaded: tuple[ModelConfig, PreTrainedModel] | None = None
+
+    def open(self, config: RunConfig, model: ModelConfig) -> EvaluatedModel:
+        """A checkpoint whose weights are loaded when outputs are first needed.
+
+        Raises:
+            UserError: when it is no checkpoint.
+        """
+        key = repr((model, config.evaluation, config.data))
+        if key not in self._opened:
+            tokenizer = load_tokenizer(model)
+            outputs = ModelOutputs(
+                lambda: self.shared(model, tokenizer),
+                PromptFormat(tokenizer, model.prompt),
+                config.evaluation,
+                config.data.max_length,
+            )
+            self._opened[key] = EvaluatedModel(model, tokenizer, outputs)
+        return self._opened[key]
+
+    def shared(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The model as it is on disk; it must not be changed."""
+        if self._loaded is None or self._loaded[0] != config:
+            self._loaded = (config, self.fresh(config, tokenizer))
+        return self._loaded[1]
+
+    def fresh(
+        self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainable: bool = False
+    ) -> PreTrainedModel:
+        """A copy that the caller may change."""
+        self.clear()
+        return load_model(config, tokenizer, trainable).to(PartialState().device)
+
+    def clear(self) -> None:
+        """Free the weights, also those that only reference cycles hold: a Trainer's hold weights and optimizer."""
+        self._loaded = None
+        gc.collect()
 
 
 @dataclass
 class EvaluationContext:
-    """What every family of metrics measures.
+    """What a metric group measures.
 
     Attributes:
-        config: of the run; `config.sections` has the families' own settings.
+        config: of the run; `config.sections` has the settings of the metric groups.
         loader: where fresh copies of the model come from.
         model: under evaluation.
         find_retain_model, find_base_model: give the model finetuned without the forget set, and the model before
@@ -79,9 +84,9 @@ class EvaluationContext:
 
     config: RunConfig
     loader: Loader
-    model: Model
-    find_retain_model: Callable[[], Model]
-    find_base_model: Callable[[], Model]
+    model: EvaluatedModel
+    find_retain_model: Callable[[], EvaluatedModel]
+    find_base_model: Callable[[], EvaluatedModel]
     _rows: dict[str, list[Row]] = field(default_factory=dict)
 
     @property
@@ -89,11 +94,11 @@ class EvaluationContext:
         return self.model.outputs
 
     def rows(self, role: str) -> list[Row]:
-        """The rows of the split that plays a role.
+        """The rows of the split that has a role.
 
         Raises:
-            Missing: when no split does.
-            UserError: when the split is not there.
+            Missing: when none has it.
+            UserError: when the split does not exist.
         """
         if self.config.data.splits.get(role) is None:
             raise Missing(f"data.splits.{role} is not given")

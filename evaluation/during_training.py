@@ -1,4 +1,4 @@
-"""result.json and the files beside it: what a run found, and everything that the finding depends on."""
+"""The headline scores that the training stages compute: of the model they start from, while training, and at the end."""
 
 import logging
 import os
@@ -12,27 +12,21 @@ from common.checkpoints import save_trained
 from common.config import RunConfig
 from common.files import resolve_path, write_json_lines
 from common.prompts import PromptFormat, check_prompt_lengths
-from common.results import (
-    HISTORY,
-    copy_result,
-    result_of,
-    stored_result,
-    write_result,
-)
+from common.results import HISTORY, copy_result, result_of, stored_result, write_result
 from common.trainer import ExampleTrainer
-from evaluation.metrics.headline import load_questions, note_scores
+from evaluation.metrics.headline import add_scores, load_questions
 from evaluation.model_outputs import ModelOutputs
-from evaluation.scores import Evaluation, Scores
+from evaluation.scores import Scores
 
 log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Evaluates models on one run's questions: the start, the model during training, and the final one.
+    """Evaluates models on one run's questions.
 
     Args:
         config: the run's configuration.
-        prompts: how the models are asked.
+        prompts: the models' prompt format.
         identity: the run's configuration as it is written into results.
     Raises:
         UserError: when a split is missing or a prompt leaves no room for an answer.
@@ -46,17 +40,18 @@ class Evaluator:
         ids = [prompts.prompt(question.question) for question in self.questions]
         check_prompt_lengths(ids, config.evaluation.max_length, "evaluation.max_length")
 
-    def evaluate(self, model: PreTrainedModel) -> Evaluation:
+    def evaluate(self, model: PreTrainedModel) -> Scores:
         """Answer every question greedily and score the answers."""
         started = time.perf_counter()
         scores = Scores()
         outputs = ModelOutputs(lambda: model, self.prompts, self.config.evaluation, self.config.data.max_length)
-        note_scores(scores, outputs, self.questions)
-        return Evaluation(scores, {"evaluation": time.perf_counter() - started})
+        add_scores(scores, outputs, self.questions)
+        scores.seconds = {"evaluation": time.perf_counter() - started}
+        return scores
 
     def headline(self, model: PreTrainedModel) -> dict[str, float]:
-        """The two headline scores alone, for a look while training."""
-        values = self.evaluate(model).scores.values
+        """The two headline scores alone, for a check while training."""
+        values = self.evaluate(model).values
         return {name: values[name] for name in ("unlearn_quality", "utility")}
 
     def start(self, folder: Path, checkpoint: str | Path, model: PreTrainedModel) -> None:
@@ -70,21 +65,23 @@ class Evaluator:
             copy_result(checkpoint, folder)
             return
         log.info("evaluating the model that training starts from")
-        evaluation = self.evaluate(model)
-        write_result(folder, evaluation.scores, self.identity, evaluation.seconds)
-        _log_scores(folder.name, evaluation.scores)
+        scores = self.evaluate(model)
+        write_result(folder, scores.as_result(), scores.row_files(), self.identity)
+        _log_scores(folder.name, scores)
 
     def finish(self, trainer: ExampleTrainer, folder: Path, stage: str) -> None:
         """Evaluate the trained model and write weights, history and result into `folder`."""
-        evaluation = self.evaluate(trainer.model)
+        scores = self.evaluate(trainer.model)
         if self.config.save_model:
             save_trained(trainer, folder, merge=bool(self.config.model.lora and self.config.model.lora.merge))
         write_json_lines(folder / HISTORY, trainer.history)
-        seconds = dict(trainer.seconds)
-        seconds[stage] = seconds["training"] + seconds.get("sampling", 0.0)
-        seconds["evaluation"] = seconds.get("evaluation", 0.0) + evaluation.seconds["evaluation"]
-        write_result(folder, evaluation.scores, self.identity, seconds, self._start_as_seen_from(folder.parent))
-        _log_scores(stage, evaluation.scores)
+        spent = trainer.seconds
+        stage_seconds = spent["training"] + spent.get("sampling", 0.0)
+        evaluation_seconds = spent.get("evaluation", 0.0) + scores.seconds["evaluation"]
+        scores.seconds = {**spent, stage: stage_seconds, "evaluation": evaluation_seconds}
+        start = self._start_as_seen_from(folder.parent)
+        write_result(folder, scores.as_result(), scores.row_files(), self.identity, start)
+        _log_scores(stage, scores)
 
     def _start_as_seen_from(self, folder: Path) -> str | None:
         """The checkpoint that training started from, a folder relative to the run's, so that both can move together."""

@@ -4,10 +4,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pydantic import Field
 
-from common.config import ModelConfig, RunConfig, read_config, section
+from common.config import RunConfig, read_config, section
 from common.errors import UserError
 from common.runs import with_portable_paths
-from evaluation.context import Loader, Model, open_model
 from evaluation.metrics.registry import SETTINGS
 
 
@@ -27,7 +26,7 @@ def read_evaluation(cfg: DictConfig) -> RunConfig:
 
 
 def named_models(cfg: DictConfig) -> dict[str, str]:
-    """Name -> path of the models to be measured: `models`, a list or a dictionary, or `model.path`.
+    """Name -> path of the models to evaluate: `models`, a list or a dictionary, or `model.path`.
 
     Raises:
         UserError: when none is named, or both.
@@ -46,33 +45,17 @@ def named_models(cfg: DictConfig) -> dict[str, str]:
     return named
 
 
-class OpenModels:
-    """The models of a command, each opened once: what was asked of one is not asked again when another is compared to it."""
-
-    def __init__(self):
-        self.loader = Loader()
-        self.opened: dict[str, Model] = {}
-
-    def get(self, config: RunConfig, model: ModelConfig) -> Model:
-        key = repr((model, config.evaluation, config.data))
-        if key not in self.opened:
-            self.opened[key] = open_model(config, model, self.loader)
-        return self.opened[key]
-
-
-def as_single(config: RunConfig, path: str) -> list[str]:
-    """The overrides of a command that would evaluate this one of several models by itself."""
-    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    kept = [
-        override for override in overrides if override.partition("=")[0].lstrip("+~") not in ("models", "model.path")
-    ]
+def overrides_for(path: str, config: RunConfig) -> list[str]:
+    """The overrides of a command that would evaluate this one of several models alone: they name its folder."""
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    kept = [word for word in overrides if word.partition("=")[0].lstrip("+~") not in ("models", "model.path")]
     return [*kept, f"model.path={with_portable_paths(path, config.models_dir)}"]
 
 
 def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
     """Give the keys that are null in `model`, `data` and `evaluation` the values of the run that made the checkpoint, in place.
 
-    Single splits and columns of that run's data that the command names stand beside the others.
+    Where the data is that run's, splits and columns that the command names are added to the run's.
 
     Raises:
         UserError: when a value is needed and no run of ours made the checkpoint.

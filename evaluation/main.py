@@ -1,10 +1,10 @@
-"""Measure what checkpoints still know.
+"""Evaluate checkpoints: what they still know.
 
     python evaluation/main.py -cd=configs -cn=evaluate model.path=models/unlearned/PMC-unlearn-tiny/seed-0
     python evaluation/main.py -cd=configs -cn=evaluate metrics=full "models=[models/finetuned/tiny/seed-0,FOLDER]"
 
 Writes models/evaluated/<recipe>/<seed and overrides>/ for each model: result.json, generations.jsonl, samples.jsonl,
-rows.jsonl and report.md; several models side by side get a report of their own. The prompt format and the data are those of
+rows.jsonl and report.md; several models also get a report that compares them. The prompt format and the data are those of
 the run that made the checkpoint unless the command names others.
 """
 
@@ -24,13 +24,12 @@ from common.errors import UserError
 from common.files import CONFIGS, is_first_process, looks_local, resolve_path, write_text
 from common.results import result_of, started_from, write_result
 from common.runs import RunFolder, comparable_config, run_folder, with_portable_paths
-from evaluation.context import EvaluationContext, Model
-from evaluation.inputs import OpenModels, as_single, fill_from_run, named_models, read_evaluation
-from evaluation.metrics import lm_eval_harness
+from evaluation.context import EvaluatedModel, EvaluationContext, Loader
+from evaluation.inputs import fill_from_run, named_models, overrides_for, read_evaluation
 from evaluation.metrics.headline import HIGHER_IS_BETTER
-from evaluation.metrics.registry import check_data, chosen, measure
+from evaluation.metrics.registry import check_inputs, chosen_groups, measure_groups
 from evaluation.scores import Missing
-from evaluation.tables import full_table, table
+from evaluation.tables import headline_table, score_table
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Path]:
@@ -39,9 +38,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Path]:
     Raises:
         UserError: for whatever is wrong with the configuration, the data or a model.
     """
-    models = named_models(cfg)
-    opened = OpenModels()
-    jobs = {name: Job(cfg, path, opened) for name, path in models.items()}  # all are checked before one is measured
+    loader = Loader()
+    jobs = {
+        name: Job(cfg, path, loader) for name, path in named_models(cfg).items()
+    }  # all are checked before the first runs
     folders = {name: job.run() for name, job in jobs.items()}
     if is_first_process():
         (job, *_) = jobs.values()
@@ -52,8 +52,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Path]:
 def show_report(folder: Path, folders: dict[str, Path]) -> None:
     """Write the models' scores side by side into report.md, and print them."""
     results = {name: result_of(of_model) for name, of_model in folders.items()}
-    headline_alone = all(result["scores"].keys() <= HIGHER_IS_BETTER.keys() for result in results.values())
-    shown = table(results) if headline_alone else full_table(results)
+    only_headline = all(result["scores"].keys() <= HIGHER_IS_BETTER.keys() for result in results.values())
+    shown = headline_table(results) if only_headline else score_table(results)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "report.md", f"# Evaluation\n\n{shown}\n")
     print(f"{shown}\n")
@@ -68,12 +68,12 @@ class Job:
     Args:
         cfg: of the command.
         path: of the model.
-        opened: the models of the command.
+        loader: of the command's models.
     Raises:
-        UserError: for whatever is wrong with its configuration, or a model that is named and not there.
+        UserError: for whatever is wrong with its configuration, or for a named model that does not exist.
     """
 
-    def __init__(self, cfg: DictConfig, path: str, opened: OpenModels):
+    def __init__(self, cfg: DictConfig, path: str, loader: Loader):
         several, cfg = cfg.models is not None, cfg.copy()
         cfg.models, cfg.model.path = None, path
         self.path = resolve_path(path)
@@ -82,18 +82,17 @@ class Job:
         made_by = result_of(self.path) or {}
         fill_from_run(cfg, made_by.get("config"))
         self.config = read_evaluation(cfg)
-        self.families = chosen(cfg.metrics)
-        if "lm_eval" in self.families:
-            lm_eval_harness.check(self.config.sections["lm_eval"])
-        check_data(self.config, self.families)
-        self.folder = run_folder("evaluated", self.config, as_single(self.config, path) if several else None)
-        self.opened = opened
-        self.model = opened.get(self.config, dataclasses.replace(self.config.model, path=self.path))
-        named = {name: self.config.sections[name].path for name in ("retain_model", "base_model")}
-        self.others = {name: other and resolve_path(other) for name, other in named.items()}
-        for name, other in self.others.items():
+        self.groups = chosen_groups(cfg.metrics)
+        check_inputs(self.config, self.groups)
+        self.folder = run_folder("evaluated", self.config, overrides_for(path, self.config) if several else None)
+        self.loader = loader
+        self.model = loader.open(self.config, dataclasses.replace(self.config.model, path=self.path))
+        self.others: dict[str, str | None] = {}
+        for name in ("retain_model", "base_model"):
+            other = self.config.sections[name].path
+            self.others[name] = other and resolve_path(other)
             try:
-                _ = other and self.other(other)
+                _ = other and self.open_other(name)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
         self.others["base_model"] = self.others["base_model"] or started_from(self.path)
@@ -109,29 +108,29 @@ class Job:
         run = RunFolder(self.folder, self.identity, self.path)
         if not self.config.overwrite and run.is_done():
             return run.folder
-        context = EvaluationContext(self.config, self.opened.loader, self.model, self.retain_model, self.base_model)
-        evaluation = measure(context, self.families)
-        write_result(run.open(fresh=True), evaluation.scores, self.identity, evaluation.seconds)
+        context = EvaluationContext(self.config, self.loader, self.model, self.retain_model, self.base_model)
+        scores = measure_groups(context, self.groups)
+        write_result(run.open(fresh=True), scores.as_result(), scores.row_files(), self.identity)
         return run.publish()
 
-    def other(self, path: str) -> Model:
-        """Another checkpoint, loaded and asked as the evaluated one is."""
+    def open_other(self, name: str) -> EvaluatedModel:
+        """A model to compare to, opened with the settings of the evaluated one."""
         of_its_own = {"revision": None, "gguf_file": None, "lora": None, "made_by": None}
-        return self.opened.get(self.config, dataclasses.replace(self.config.model, path=path, **of_its_own))
+        return self.loader.open(
+            self.config, dataclasses.replace(self.config.model, path=self.others[name], **of_its_own)
+        )
 
-    def retain_model(self) -> Model:
-        path = self.others["retain_model"]
-        if path is None:
+    def retain_model(self) -> EvaluatedModel:
+        if self.others["retain_model"] is None:
             raise Missing("no retain-only model is given (retain_model.path)")
-        return self.other(path)
+        return self.open_other("retain_model")
 
-    def base_model(self) -> Model:
-        path = self.others["base_model"]
-        if path is None:
+    def base_model(self) -> EvaluatedModel:
+        if self.others["base_model"] is None:
             raise Missing("the model before unlearning is not known (base_model.path)")
         try:
-            return self.other(path)
-        except UserError as error:  # it was not named but found in the result of the run that trained it further
+            return self.open_other("base_model")
+        except UserError as error:  # the path is not the user's but from the result of the run that trained it further
             raise Missing(f"the model before unlearning is not there any more (base_model.path): {error}") from error
 
 

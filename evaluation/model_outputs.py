@@ -1,7 +1,7 @@
-"""The passes that metrics share: a model answers, samples and is asked for token probabilities, each question once.
+"""The outputs of one model that metrics share: greedy answers, samples and token log-probabilities.
 
-A metric asks a `ModelOutputs` for what it needs; what another metric asked for before is not computed again. On several
-processes (torchrun, accelerate) each takes a part of the rows, and all of them get all results.
+Greedy answers and token log-probabilities are cached: no metric computes again what another one has computed. On several
+processes (torchrun, accelerate) each handles a part of the rows, and all of them get all results.
 """
 
 import time
@@ -29,34 +29,34 @@ from generation.sampler import evaluation_mode, generate
 from generation.token_sampling import SamplingSettings
 
 T = TypeVar("T")
-TOKENS_A_PASS = 4096  # of a batch that goes through the model at once, padding included
-TOKENS_A_PART = 256  # whose probabilities over the whole vocabulary are in memory at once
+MAX_BATCH_TOKENS = 4096  # of a forward pass, padding included
+VOCABULARY_CHUNK = 256  # tokens whose probabilities over the whole vocabulary are in memory at once
 
 
 @dataclass(frozen=True)
 class TokenLogProbs:
-    """What a model makes of the tokens of one text. All arrays have shape (tokens,); float32 whatever the model's type.
+    """Log-probabilities of the tokens of one text, and what attacks compare them to. All arrays have shape (tokens,).
 
     Attributes:
-        log_probs: log-probability of each token after those before it.
-        is_argmax: whether no other token was likelier there.
-        expected: mean of log p under the model's own distribution p over the next token, at each place.
-        deviation: standard deviation of log p under p.
-        ends: whether the last token is the EOS token.
+        log_probs: log-probability of each token after those before it; float32 whatever the model's type.
+        is_argmax: whether no other token was likelier at its position.
+        logp_mean: mean of log p under the model's own distribution p over the next token, at each position.
+        logp_std: standard deviation of log p under p.
+        has_eos: whether the last token is the EOS token.
     """
 
     log_probs: np.ndarray
     is_argmax: np.ndarray
-    expected: np.ndarray
-    deviation: np.ndarray
-    ends: bool
+    logp_mean: np.ndarray
+    logp_std: np.ndarray
+    has_eos: bool
 
-    def words(self) -> "TokenLogProbs":
-        """The same without the EOS token, which says nothing of what the text is about."""
-        if not self.ends:
+    def without_eos(self) -> "TokenLogProbs":
+        """The same without the EOS token, which carries nothing of what the text says."""
+        if not self.has_eos:
             return self
-        kept = (array[:-1] for array in (self.log_probs, self.is_argmax, self.expected, self.deviation))
-        return TokenLogProbs(*kept, ends=False)
+        kept = (array[:-1] for array in (self.log_probs, self.is_argmax, self.logp_mean, self.logp_std))
+        return TokenLogProbs(*kept, has_eos=False)
 
     @property
     def mean_log_prob(self) -> float | None:
@@ -65,16 +65,16 @@ class TokenLogProbs:
 
 
 class ModelOutputs:
-    """A model under evaluation, and everything that was asked of it so far.
+    """A model's outputs, computed when they are first needed.
 
     Args:
-        load: gives the model when a pass needs it.
-        prompts: how it is asked.
-        evaluation: longest answer, rows side by side, and whether a bfloat16 copy generates.
-        max_length: tokens of a question with its given answer, at most; longer answers are cut as in training.
+        load: gives the model.
+        prompts: its prompt format.
+        evaluation: longest answer, batch size, and whether a bfloat16 copy generates.
+        max_length: maximum tokens of a question with its given answer; longer answers are cut as in training.
 
     Attributes:
-        seconds: kind of pass -> time that it took.
+        seconds: kind of output -> time that it took.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ModelOutputs:
         self._tokens: dict[tuple[tuple[int, ...], tuple[int, ...]], TokenLogProbs] = {}
 
     def with_weights(self, model: PreTrainedModel) -> "ModelOutputs":
-        """Another model that is asked in the same way: a copy whose weights were changed."""
+        """The outputs, still to be computed, of a copy whose weights were changed."""
         return ModelOutputs(lambda: model, self.prompts, self.evaluation, self.max_length)
 
     # --- text ---
@@ -103,7 +103,7 @@ class ModelOutputs:
         """The greedy answer to every question.
 
         Args:
-            beginning: words that are put into the model's mouth; the answer is what it says after them.
+            beginning: text that the response is made to begin with; the answer is what follows it.
         """
         begun = self.prompts.answer(beginning)[:-1] if beginning else []
         asked = [(*self.prompts.prompt(question), *begun) for question in questions]
@@ -116,7 +116,7 @@ class ModelOutputs:
         return [self._answers[ids] for ids in asked]
 
     def samples(self, questions: Sequence[str], settings: SamplingSettings, seed: int) -> list[list[str]]:
-        """`settings.num_samples` sampled answers to every question, drawn with random numbers of their own."""
+        """`settings.num_samples` sampled answers to every question, each question with its own rng key."""
         asked = [tuple(self.prompts.prompt(question)) for question in questions]
         with self._timed("samples"):
             return self._generate(asked, settings, [(seed, index) for index in range(len(asked))])
@@ -128,61 +128,62 @@ class ModelOutputs:
         model = self.load()
         if self._in_bf16 and model.dtype == torch.float32:
             model = Replica(model, torch.bfloat16).model
-        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
 
-        def of_places(places: list[int]) -> list[list[str]]:
-            ends = eos_token_ids(model, self.prompts.eos_token_id)
-            own = [keys[place] for place in places] if keys else None
-            ids = [list(prompts[place]) for place in places]
-            found = generate(model, ids, settings, ends, keys=own, description="answering")
-            return [[self.prompts.text(answer) for answer in answers] for answers in found]
+        def texts_of(indices: list[int]) -> list[list[str]]:
+            eos_ids = eos_token_ids(model, self.prompts.eos_token_id)
+            own = [keys[index] for index in indices] if keys else None
+            ids = [list(prompts[index]) for index in indices]
+            generated = generate(model, ids, settings, eos_ids, keys=own, description="answering")
+            return [[self.prompts.text(answer) for answer in answers] for answers in generated]
 
-        return _by_place(order, of_places)
+        return _distributed(order, texts_of)
 
-    # --- token probabilities ---
+    # --- token log-probabilities ---
 
     def tokens_of_answers(self, pairs: Sequence[tuple[str, str]]) -> list[TokenLogProbs]:
-        """Token probabilities of given answers, the EOS token's last, after (question, answer) pairs' questions."""
+        """Token log-probabilities of the answers, including the EOS token, of (question, answer) pairs."""
         return self.tokens([self.prompts.example(Row(0, *pair), self.max_length) for pair in pairs])
 
     def tokens(self, examples: Sequence[Example]) -> list[TokenLogProbs]:
-        """Token probabilities of the answers of examples; an answer without a token has empty arrays."""
+        """Token log-probabilities of the answers of examples; an answer without a token has empty arrays."""
         asked = [(tuple(example.prompt), tuple(example.answer)) for example in examples]
         new = [key for key in dict.fromkeys(asked) if key not in self._tokens]
         if new:
             with self._timed("token probabilities"):
-                self._tokens.update(zip(new, self._read(new), strict=True))
+                self._tokens.update(zip(new, self._token_log_probs(new), strict=True))
         return [self._tokens[key] for key in asked]
 
-    def _read(self, keys: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[TokenLogProbs]:
+    def _token_log_probs(self, keys: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[TokenLogProbs]:
         model = self.load()
         examples = [Example(list(prompt), list(answer)) for prompt, answer in keys]
         batches = batches_by_length([len(example) for example in examples], self.evaluation.batch_size)
-        rows = [[examples[i] for i in batch] for batch in batches]
-        end = self.prompts.eos_token_id
-        with suitable_threads(model):
-            read = _by_place(
-                list(range(len(rows))), lambda own: [read_tokens(model, rows[place], end) for place in own]
-            )
-        found = dict(zip(chain(*batches), chain(*read), strict=True))
-        return [found[i] for i in range(len(examples))]
 
-    def each(self, what: str, examples: Sequence[Example], measure: Callable[[PreTrainedModel, Example], T]) -> list[T]:
-        """What `measure` says of the model and each example, one at a time, timed as `what`."""
+        def of_batches(indices: list[int]) -> list[list[TokenLogProbs]]:
+            eos = self.prompts.eos_token_id
+            return [token_log_probs(model, [examples[i] for i in batches[index]], eos) for index in indices]
+
+        with suitable_threads(model):
+            of_batch = _distributed(list(range(len(batches))), of_batches)
+        of_example = dict(zip(chain(*batches), chain(*of_batch), strict=True))
+        return [of_example[i] for i in range(len(examples))]
+
+    def each(self, kind: str, examples: Sequence[Example], output: Callable[[PreTrainedModel, Example], T]) -> list[T]:
+        """Another output of the model for each example, one at a time; not cached."""
         model = self.load()
-        with self._timed(what), suitable_threads(model):
-            places = list(range(len(examples)))
-            return _by_place(places, lambda own: [measure(model, examples[place]) for place in own])
+        with self._timed(kind), suitable_threads(model):
+            indices = list(range(len(examples)))
+            return _distributed(indices, lambda own: [output(model, examples[index]) for index in own])
 
     @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
+    def _timed(self, kind: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+        self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - started
 
 
-def batches_by_length(lengths: Sequence[int], most_rows: int | None) -> list[list[int]]:
-    """Places of rows that go through the model together, of like length: at most TOKENS_A_PASS with their padding.
+def batches_by_length(lengths: Sequence[int], max_rows: int | None) -> list[list[int]]:
+    """Batches of row indices, of similar length: at most MAX_BATCH_TOKENS including padding.
 
     >>> batches_by_length([4000, 3, 2000, 2000], None)
     [[1, 2], [3], [0]]
@@ -191,7 +192,7 @@ def batches_by_length(lengths: Sequence[int], most_rows: int | None) -> list[lis
     batches: list[list[int]] = []
     for i in order:
         rows = len(batches[-1]) + 1 if batches else 0
-        if batches and rows * lengths[i] <= TOKENS_A_PASS and (most_rows is None or rows <= most_rows):
+        if batches and rows * lengths[i] <= MAX_BATCH_TOKENS and (max_rows is None or rows <= max_rows):
             batches[-1].append(i)
         else:
             batches.append([i])
@@ -199,40 +200,39 @@ def batches_by_length(lengths: Sequence[int], most_rows: int | None) -> list[lis
 
 
 @torch.no_grad()
-def read_tokens(model: PreTrainedModel, examples: Sequence[Example], eos_token_id: int) -> list[TokenLogProbs]:
-    """Token probabilities of a batch of examples, from one forward pass."""
+def token_log_probs(model: PreTrainedModel, examples: Sequence[Example], eos_token_id: int) -> list[TokenLogProbs]:
+    """Token log-probabilities of the answers of a batch, from one forward pass."""
     batch = {name: tensor.to(model.device) for name, tensor in collate(examples).items()}
     if not any(example.answer for example in examples):
         empty = np.zeros(0, dtype=np.float32)
-        return [TokenLogProbs(empty, empty.astype(bool), empty, empty, ends=False) for _ in examples]
+        return [TokenLogProbs(empty, empty.astype(bool), empty, empty, has_eos=False) for _ in examples]
     with evaluation_mode(model):
         logits, targets, rows = answer_logits(model, batch)
-    # In parts: each intermediate is as large as the logits, gigabytes with a vocabulary of 100,000 tokens.
-    parts = zip(logits.split(TOKENS_A_PART), targets.split(TOKENS_A_PART), strict=True)
-    arrays = [
-        torch.cat(of_parts).cpu().numpy() for of_parts in zip(*(_of_logits(*part) for part in parts), strict=True)
-    ]
+    # In chunks: each intermediate is as large as the logits, gigabytes with a vocabulary of 100,000 tokens.
+    chunks = zip(logits.split(VOCABULARY_CHUNK), targets.split(VOCABULARY_CHUNK), strict=True)
+    columns = zip(*(_of_logits(*chunk) for chunk in chunks), strict=True)
+    arrays = [torch.cat(column).cpu().numpy() for column in columns]
     rows = rows.cpu().numpy()
     return [
-        TokenLogProbs(*(array[rows == row] for array in arrays), ends=example.answer[-1:] == [eos_token_id])
+        TokenLogProbs(*(array[rows == row] for array in arrays), has_eos=example.answer[-1:] == [eos_token_id])
         for row, example in enumerate(examples)
     ]
 
 
 def _of_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The first four attributes of `TokenLogProbs` from logits, shape (tokens, vocabulary)."""
-    # A token that can never come has log-probability -inf, and 0 times -inf is not a number.
+    # An impossible token has log-probability -inf, and 0 times -inf is not a number.
     log_probs = logits.log_softmax(-1).clamp(min=-1e4)
     probabilities = log_probs.exp()
-    expected = (probabilities * log_probs).sum(-1)
-    deviation = (probabilities * (log_probs - expected[:, None]).square()).sum(-1).sqrt()
+    mean = (probabilities * log_probs).sum(-1)
+    std = (probabilities * (log_probs - mean[:, None]).square()).sum(-1).sqrt()
     of_target = log_probs.gather(1, targets[:, None]).squeeze(1)
-    return of_target, of_target == log_probs.amax(-1), expected, deviation
+    return of_target, of_target == log_probs.amax(-1), mean, std
 
 
-def _by_place(places: list[int], work: Callable[[list[int]], list[T]]) -> list[T]:
-    """`work` done on all places, in their numerical order; each process does a share and gets everything."""
+def _distributed(indices: list[int], work: Callable[[list[int]], list[T]]) -> list[T]:
+    """The results of `work` in the order of the indices; each process computes a part of them and gets all."""
     state = PartialState()
-    own = places[state.process_index :: state.num_processes]
+    own = indices[state.process_index :: state.num_processes]
     done = gather_object(list(zip(own, work(own), strict=True)))
     return [result for _, result in sorted(done, key=lambda pair: pair[0])]

@@ -1,6 +1,30 @@
-"""Plots of the report."""
+"""The look of all plots, and the plot of a run's report."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RED, BLUE, GRAY = "#b5432e", "#2f6f9f", "#999999"
+
+
+def new_figure(width: float, height: float, panels: int = 1, grid: str = "both") -> tuple["Figure", list["Axes"]]:
+    """A figure and its panels, side by side; `figure.savefig(path)` writes it.
+
+    Args:
+        width, height: in inches.
+        grid: axis whose grid lines are drawn: x, y or both.
+    """
+    from matplotlib.figure import Figure  # importing it takes a while, and most commands draw nothing
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    all_axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis=grid, alpha=0.3)
+    return figure, all_axes
 
 
 def quality_over_time(finetuned: dict | None, history: list[dict]) -> list[tuple[float, float, float]]:
@@ -16,27 +40,19 @@ def quality_over_time(finetuned: dict | None, history: list[dict]) -> list[tuple
     return curve
 
 
-def plot(curve: list[tuple[float, float, float]], path: Path) -> None:
-    """Draw the curve as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def plot_quality_over_time(curve: list[tuple[float, float, float]], path: Path) -> None:
+    """Draw the curve of `quality_over_time` as a PNG."""
     minutes, quality, utility = zip(*curve, strict=True)
     unit, factor = ("minutes", 1) if minutes[-1] >= 2 else ("seconds", 60)
     times = [value * factor for value in minutes]
-    figure = Figure(figsize=(7, 4), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    # The two labels at the right end must not lie on one another.
+    figure, (axes,) = new_figure(7, 4, grid="y")
+    # The labels at the right end are moved apart where they would overlap.
     apart = 4 if quality[-1] >= utility[-1] else -4
     shift = apart if abs(quality[-1] - utility[-1]) < 8 else 0
-    lines = ((quality, "unlearn quality", "#b5432e", shift), (utility, "utility", "#2f6f9f", -shift))
-    for values, label, color, up in lines:
+    for values, label, color, up in ((quality, "unlearn quality", RED, shift), (utility, "utility", BLUE, -shift)):
         axes.plot(times, values, marker="o", markersize=4, linewidth=2, color=color)
-        place = {"textcoords": "offset points", "va": "center", "color": color}
-        axes.annotate(f"{label} {values[-1]:.1f}", (times[-1], values[-1]), (8, 1.5 * up), **place)
+        style = {"textcoords": "offset points", "va": "center", "color": color}
+        axes.annotate(f"{label} {values[-1]:.1f}", (times[-1], values[-1]), (8, 1.5 * up), **style)
     axes.set(xlabel=f"{unit} of unlearning (sampling and training)", ylabel="percent, higher is better", ylim=(0, 102))
     axes.set_xlim(0, times[-1] * 1.32)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
     figure.savefig(path)

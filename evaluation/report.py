@@ -1,6 +1,6 @@
-"""A run's report for people: a table, a plot over time and example answers, as report.md and report.png.
+"""A run's report: a table, a plot over time and example answers, as report.md and report.png.
 
-It is made from the files in the run's folder alone: result.json, generations.jsonl and history.jsonl of the run, and the
+It needs only the files in the run's folder: result.json, generations.jsonl and history.jsonl of the run, and the
 results of the models before it in vanilla/ and finetuned/.
 """
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from common.files import read_json_lines, write_text
 from common.results import GENERATIONS, HISTORY, result_of
-from evaluation.plots import plot, quality_over_time
-from evaluation.tables import table
+from evaluation.plots import plot_quality_over_time, quality_over_time
+from evaluation.tables import headline_table
 
 EXAMPLES = 5
 BEFORE = ("vanilla", "finetuned")
@@ -24,9 +24,9 @@ def write_report(folder: Path, method: str) -> None:
     results = {name: result_of(folder / name) for name in BEFORE}
     results = {name: result for name, result in results.items() if result} | {method: result_of(folder)}
     curve = quality_over_time(results.get("finetuned"), read_json_lines(folder / HISTORY))
-    parts = [f"# Unlearning with {method}", table(results)]
+    parts = [f"# Unlearning with {method}", headline_table(results)]
     if len(curve) > 1:
-        plot(curve, folder / "report.png")
+        plot_quality_over_time(curve, folder / "report.png")
         parts += ["## Over time", "![Unlearn quality and utility over time](report.png)"]
     parts += [examples(folder, split, name) for split, name in (("forget", "forgotten"), ("retain", "kept"))]
     write_text(folder / "report.md", "\n\n".join(part for part in parts if part) + "\n")

@@ -1,8 +1,8 @@
 """Scores of several models as Markdown tables."""
 
 
-def table(results: dict[str, dict]) -> str:
-    """The models side by side: headline scores, empty forget answers, minutes of the stage that made each."""
+def headline_table(results: dict[str, dict]) -> str:
+    """A row per model: headline scores, empty forget answers, minutes of the stage that made it."""
     lines = [
         "| model | unlearn quality | utility | forget recall | retain recall | empty forget answers | minutes |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -19,8 +19,8 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n\n" + legend
 
 
-def full_table(results: dict[str, dict]) -> str:
-    """The models side by side, a row a score, and below it why some are missing."""
+def score_table(results: dict[str, dict]) -> str:
+    """A row per score with a column per model, and below the table why some are missing."""
     names = list(dict.fromkeys(name for result in results.values() for name in result["scores"]))
     lines = [f"| score | better | {' | '.join(results)} |", "|---|---|" + "---:|" * len(results)]
     for name in names:
@@ -41,7 +41,7 @@ def full_table(results: dict[str, dict]) -> str:
 
 
 def _better(name: str, results: dict[str, dict]) -> str:
-    """Which way a score is better: a direction, or the value that it should have."""
+    """The better direction of a score, or its ideal value."""
     for result in results.values():
         if name in result["ideal"]:
             return f"{result['ideal'][name]:.3g}"

@@ -4,15 +4,15 @@
     python scripts/compare_methods.py -cn=compare/smollm2-cpu data.path=FOLDER
 
 1. For each seed the stages that come before run (`comparison.before`), then each method's unlearning, then its evaluation:
-   the same command lines that a user types, one after the other. What is finished is not run again.
+   the same command lines that a user types, one after the other. Finished runs are not repeated.
 2. The table (means over the seeds, with their deviation) and a plot of unlearn quality against utility are written to
    models/comparisons/<recipe>/, beside the runs themselves.
 
-A run that fails is named, leaves a gap in the table, and does not keep the others from running; where a stage before fails,
-that seed is left out. Overrides on the command line that do not begin with `comparison.` or `seed` are given to every method's
-run, those of `models_dir`, `model.` and `data.` to the stages before, too; a top-level key needs two plus signs
-(++finetuned=FOLDER). With overrides of `model.` or `data.` the last stage before writes to before/ in the comparison's folder,
-and every method starts from there.
+A run that fails is reported and leaves a gap in the table; the others still run. Where a stage before fails, that seed is left
+out. Overrides on the command line that do not begin with `comparison.` or `seed` are passed to every method's run, those of
+`models_dir`, `model.` and `data.` to the stages before as well; a top-level key needs two plus signs (++finetuned=FOLDER).
+With overrides of `model.` or `data.` the last stage before writes to before/ in the comparison's folder, and every method
+starts from there.
 """
 
 import sys
@@ -29,8 +29,6 @@ import subprocess
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from pydantic import Field, field_validator
 
@@ -39,6 +37,7 @@ from common.config import read_section, section
 from common.errors import UserError
 from common.files import CONFIGS, ROOT, write_text
 from common.results import result_of
+from evaluation.plots import RED, new_figure
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ class ComparisonSettings:
 
 
 class Runs:
-    """Runs the stages' command lines and remembers which failed.
+    """Runs the stages' command lines and keeps those that failed.
 
     Args:
         shared: overrides that every command gets.
@@ -83,7 +82,7 @@ class Runs:
         self.failed: list[str] = []
 
     def run(self, stage: str, *words: str) -> bool:
-        """Whether the stage's command ended well."""
+        """Whether the stage's command succeeded."""
         command = [sys.executable, f"{stage}/main.py", "-cd=configs", *words]
         shown = shlex.join(["python", *command[1:]])
         log.info("%s", shown)
@@ -106,24 +105,21 @@ class Runs:
         return {**result_of(measured)["scores"], "minutes": seconds / 60}
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
-    """A row a method, the best unlearn quality first: means over the seeds, with their standard deviation."""
+def methods_table(results: dict[str, list[dict[str, float]]]) -> str:
+    """A row per method, the best unlearn quality first: means over the seeds, with their standard deviation."""
     measured = {score for runs in results.values() for run in runs for score in run}
     columns = {title: column for title, column in COLUMNS.items() if column[0] in measured}
     lines = [f"| method | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    for name in ordered(results):
+    for name in by_quality(results):
         cells = [cell([run.get(score) for run in results[name]], digits) for score, digits in columns.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def ordered(results: dict[str, list[dict[str, float]]]) -> list[str]:
+def by_quality(results: dict[str, list[dict[str, float]]]) -> list[str]:
     """The methods by unlearn quality, those without a result last."""
-
-    def quality(name: str) -> float:
-        return statistics.fmean(run["unlearn_quality"] for run in results[name]) if results[name] else -math.inf
-
-    return sorted(results, key=quality, reverse=True)
+    quality = {name: [run["unlearn_quality"] for run in runs] or [-math.inf] for name, runs in results.items()}
+    return sorted(results, key=lambda name: statistics.fmean(quality[name]), reverse=True)
 
 
 def cell(values: list[float | None], digits: int) -> str:
@@ -135,7 +131,7 @@ def cell(values: list[float | None], digits: int) -> str:
 
 
 def number(value: float, digits: int) -> str:
-    """With so many digits after the point; large numbers shortly.
+    """With this many digits after the point; large numbers in scientific notation.
 
     >>> number(2.345, 1), number(1234567.0, 1)
     ('2.3', '1.2e+06')
@@ -143,19 +139,15 @@ def number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.1e}"
 
 
-def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Unlearn quality against utility, a point a run, named once a method."""
-    figure = Figure(figsize=(8, 5.5), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+def plot_methods(results: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Unlearn quality against utility, a point per run, a color and marker per method."""
+    figure, (axes,) = new_figure(8, 5.5)
     markers = "osD^vP*X<>ph8d"
-    for place, name in enumerate(name for name in ordered(results) if results[name]):
+    for index, name in enumerate(name for name in by_quality(results) if results[name]):
         x, y = ([run[score] for run in results[name]] for score in ("unlearn_quality", "utility"))
-        color = "#b5432e" if name == "PMC" else f"C{place % 10}"
-        axes.scatter(x, y, s=36, color=color, marker=markers[place % len(markers)], label=name, alpha=0.8)
+        color = RED if name == "PMC" else f"C{index % 10}"
+        axes.scatter(x, y, s=36, color=color, marker=markers[index % len(markers)], label=name, alpha=0.8)
     axes.set(xlabel="unlearn quality, percent", ylabel="utility, percent")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path)
 
@@ -195,10 +187,10 @@ def report(
     results: dict[str, list[dict[str, float]]], settings: ComparisonSettings, failed: list[str], folder: Path
 ) -> Path:
     """Write and print the table, the plot and what each method was run with."""
-    plot(results, folder / "comparison.png")
+    plot_methods(results, folder / "comparison.png")
     arguments = "\n".join(f"- {name}: `{words}`" for name, words in settings.methods.items())
     seeds = ", ".join(map(str, settings.seeds))
-    text = f"{table(results)}\n\nSeeds {seeds}. Arguments of unlearning/main.py:\n\n{arguments}\n"
+    text = f"{methods_table(results)}\n\nSeeds {seeds}. Arguments of unlearning/main.py:\n\n{arguments}\n"
     path = folder / "comparison.md"
     write_text(path, f"# Unlearning methods\n\n![Unlearn quality and utility](comparison.png)\n\n{text}")
     print(f"\n{text}\nWritten to {path} and comparison.png")

@@ -1,8 +1,8 @@
-"""Unlearn quality and utility over the epochs of several runs, side by side.
+"""Unlearn quality and utility of several runs over their epochs.
 
-    python -m scripts.plot_curves curves.png paper=models/unlearned/A "with warmup=models/unlearned/B"
+    python scripts/plot_curves.py curves.png paper=models/unlearned/A "with warmup=models/unlearned/B"
 
-The runs were made with evaluation.every_epochs=1 or so. Prints a table of their worst utility and of where they end.
+The runs need evaluation.every_epochs=1 or a few. Prints a table of their lowest utility and their last scores.
 """
 
 import sys
@@ -16,12 +16,13 @@ import argparse
 from common.errors import UserError
 from common.files import read_json_lines
 from common.results import HISTORY
+from evaluation.plots import new_figure
 
 SCORES = {"unlearn_quality": "unlearn quality", "utility": "utility"}
 
 
 def read_curve(folder: Path) -> list[dict[str, float]]:
-    """The epochs of a run that were evaluated, from its history.jsonl.
+    """The evaluated epochs of a run, from its history.jsonl.
 
     Raises:
         UserError: when there is no history, or no epoch of it was evaluated.
@@ -35,8 +36,8 @@ def read_curve(folder: Path) -> list[dict[str, float]]:
     return evaluated
 
 
-def table(curves: dict[str, list[dict[str, float]]]) -> str:
-    """A line a run: its lowest utility with the epoch that has it, and both scores of its last evaluated epoch."""
+def worst_and_last(curves: dict[str, list[dict[str, float]]]) -> str:
+    """A row per run: its lowest utility with that epoch, and both scores of its last evaluated epoch."""
     lines = ["| run | worst utility | at epoch | last utility | last unlearn quality |", "|---|---:|---:|---:|---:|"]
     for name, curve in curves.items():
         worst, last = min(curve, key=lambda record: record["utility"]), curve[-1]
@@ -46,21 +47,16 @@ def table(curves: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Two panels, one a score, with a line a run."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axes, (score, label) in zip(figure.subplots(1, 2), SCORES.items(), strict=True):
+def plot_epochs(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """One panel per score, with a line per run."""
+    figure, panels = new_figure(9, 3.5, panels=len(SCORES))
+    for axes, (score, label) in zip(panels, SCORES.items(), strict=True):
         for name, curve in curves.items():
-            axes.plot(
-                [record["epoch"] for record in curve], [record[score] for record in curve], marker=".", label=name
-            )
+            x, y = ([record[key] for record in curve] for key in ("epoch", score))
+            axes.plot(x, y, marker=".", label=name)
         axes.set(xlabel="epoch", ylabel=label)
-        axes.grid(alpha=0.3)
-    axes.legend()
-    FigureCanvasAgg(figure).print_png(path)
+    axes.legend(frameon=False)
+    figure.savefig(path)
 
 
 def named_folders(words: list[str]) -> dict[str, Path]:
@@ -91,9 +87,9 @@ def main() -> None:
         curves = {name: read_curve(folder) for name, folder in named_folders(arguments.runs).items()}
     except UserError as error:
         sys.exit(f"\nError: {error}")
-    print(table(curves))
+    print(worst_and_last(curves))
     arguments.png.parent.mkdir(parents=True, exist_ok=True)
-    plot(curves, arguments.png)
+    plot_epochs(curves, arguments.png)
 
 
 if __name__ == "__main__":

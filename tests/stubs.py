@@ -55,8 +55,8 @@ def random_table(seed=0):
     return table / table.sum(1, keepdims=True)
 
 
-def tokens(log_probs, likeliest=None, expected=None, deviation=None, ends=True):
+def tokens(log_probs, likeliest=None, logp_mean=None, logp_std=None, has_eos=True):
     """TokenLogProbs with given log-probabilities."""
     n = len(log_probs)
-    fill = [np.asarray(values, dtype=np.float32) for values in (log_probs, expected or [0] * n, deviation or [1] * n)]
-    return TokenLogProbs(fill[0], np.asarray(likeliest or [False] * n, dtype=bool), fill[1], fill[2], ends)
+    fill = [np.asarray(values, dtype=np.float32) for values in (log_probs, logp_mean or [0] * n, logp_std or [1] * n)]
+    return TokenLogProbs(fill[0], np.asarray(likeliest or [False] * n, dtype=bool), fill[1], fill[2], has_eos)

@@ -112,7 +112,7 @@ def context_of(outputs, rows, **sections):
 def test_sampling_scores_come_from_one_set_of_samples(model, prompts):
     scores = Scores()
     context = context_of(outputs_of(model, prompts), ROWS[:3], sampling=sampling.SamplingAttack(num_samples=6))
-    sampling.measure_sampling(context, scores)
+    sampling.measure(context, scores)
     assert [name for name in scores.values if "@" in name] == [f"sampling/leak@{k}" for k in (1, 2, 4, 6)]
     assert [len(row["samples"]) for row in scores.samples] == [6] * 3
     recalls = [
@@ -131,7 +131,7 @@ def test_prefill_scores_what_comes_after_the_beginning(model, prompts, monkeypat
     outputs = outputs_of(model, prompts)
     said = {"The answer is:": [ROWS[0].answer, "nothing"]}
     monkeypatch.setattr(outputs, "answers", lambda questions, beginning: said[beginning])
-    prefill.measure_prefill(context_of(outputs, ROWS[:2]), scores)
+    prefill.measure(context_of(outputs, ROWS[:2]), scores)
     assert scores.rows["prefill/rougeL_recall"]["values"] == [1.0, 0.0]
     assert [row["split"] for row in scores.generations] == ["forget_prefill"] * 2
 
@@ -139,10 +139,10 @@ def test_prefill_scores_what_comes_after_the_beginning(model, prompts, monkeypat
 # --- target suppression -------------------------------------------------------------------------------------------------
 
 
-def test_extreme_share():
-    assert target_suppression.extreme_share(-3.0, [-1.0, -2.0], least=True) == 1
-    assert target_suppression.extreme_share(-3.0, [-1.0, -2.0], least=False) == 0
-    assert target_suppression.extreme_share(-1.0, [-1.0, -1.0, -2.0], least=False) == pytest.approx(1 / 3)
+def test_extreme_credit():
+    assert target_suppression.extreme_credit(-3.0, [-1.0, -2.0], least=True) == 1
+    assert target_suppression.extreme_credit(-3.0, [-1.0, -2.0], least=False) == 0
+    assert target_suppression.extreme_credit(-1.0, [-1.0, -1.0, -2.0], least=False) == pytest.approx(1 / 3)
 
 
 def options(*wrong, paraphrase="b"):
@@ -154,7 +154,7 @@ def test_target_suppression_of_known_logits():
     table[1] = [0.05, 0.1, 0.3, 0.2, 0.2, 0.05, 0.05, 0.05]  # after a: b is likeliest, then c and d, e least
     scores = Scores()
     rows = [options("c", "d", "e"), options("b", "c", paraphrase="e"), options("d", paraphrase="c")]
-    target_suppression.measure_target_suppression(context_of(bigram_outputs(table)[0], rows), scores)
+    target_suppression.measure(context_of(bigram_outputs(table)[0], rows), scores)
     values = {name.rpartition("/")[2]: row["values"] for name, row in scores.rows.items()}
     assert values == {
         "least_likely": [0.0, 1.0, 0.5],
@@ -166,14 +166,12 @@ def test_target_suppression_of_known_logits():
 def test_options_that_tie_are_at_chance():
     scores = Scores()
     rows = [options("c", "d", "e")]
-    target_suppression.measure_target_suppression(context_of(bigram_outputs(np.full((8, 8), 1 / 8))[0], rows), scores)
+    target_suppression.measure(context_of(bigram_outputs(np.full((8, 8), 1 / 8))[0], rows), scores)
     assert set(scores.values.values()) == {0.25}
 
 
 def test_target_suppression_needs_paraphrases():
     scores = Scores()
-    target_suppression.measure_target_suppression(
-        context_of(bigram_outputs(random_table())[0], [options("c", paraphrase=None)]), scores
-    )
+    target_suppression.measure(context_of(bigram_outputs(random_table())[0], [options("c", paraphrase=None)]), scores)
     assert set(scores.values.values()) == {None}
-    assert "without a paraphrased answer" in scores.notes["target_suppression/chance"]
+    assert "without a paraphrased answer" in scores["target_suppression/chance"].note

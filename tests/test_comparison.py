@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from common.files import ROOT, read_json_lines
-from scripts.compare_methods import cell, table
+from scripts.compare_methods import cell, methods_table
 
 
 def scores(quality, utility=90.0, **more):
@@ -14,7 +14,7 @@ def scores(quality, utility=90.0, **more):
 
 def test_the_table_has_means_with_deviations_the_best_first():
     results = {"A": [scores(50.0), scores(60.0)], "none": [], "B": [scores(80.0, forget_answers_empty=0.5)]}
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(results).splitlines()]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in methods_table(results).splitlines()]
     assert [row[0] for row in rows] == ["method", "---", "B", "A", "none"]
     columns = rows[0]
     quality, empty = columns.index("unlearn quality"), columns.index("empty")

@@ -24,7 +24,7 @@ from common.config import (
 from common.errors import UserError
 from common.files import CONFIGS, ROOT
 from evaluation.inputs import SECTIONS, fill_from_run, read_evaluation
-from evaluation.metrics.registry import FAMILIES
+from evaluation.metrics.registry import METRIC_GROUPS
 from unlearning.main import method_class
 from unlearning.trainer import UnlearningTrainer
 
@@ -94,7 +94,7 @@ def test_every_run_of_a_comparison_is_accepted(recipe):
         names.add(type(config.settings).__name__ if name.startswith("PMC") else overrides[0])
         assert f"finetuning -cn={Path(compose(name).finetuned).parent.name}" in comparison.before
     assert len(names) == len(list((CONFIGS / "method").glob("*.yaml"))), "every method once"
-    assert set(comparison.metrics) <= set(FAMILIES)
+    assert set(comparison.metrics) <= set(METRIC_GROUPS)
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)

@@ -9,7 +9,7 @@ from torch import nn
 
 from common.config import DataConfig, EvaluationConfig, ModelConfig, PromptConfig, RunConfig
 from common.errors import UserError
-from evaluation.context import EvaluationContext, Loader, open_model
+from evaluation.context import EvaluationContext, Loader
 from evaluation.metrics import quantization, relearning
 from evaluation.metrics.quantization import Quantization, round_linear_layers, round_to_nearest
 from evaluation.metrics.relearning import Relearning, select_relearn_rows
@@ -45,8 +45,8 @@ def context(model, tokenizer, tmp_path):
         sections=sections,
     )
     loader = Loader()
-    retain = open_model(config, ModelConfig(str(tmp_path / "retain"), PromptConfig("plain")), loader)
-    return EvaluationContext(config, loader, open_model(config, config.model, loader), lambda: retain, no_model)
+    retain = loader.open(config, ModelConfig(str(tmp_path / "retain"), PromptConfig("plain")))
+    return EvaluationContext(config, loader, loader.open(config, config.model), lambda: retain, no_model)
 
 
 def no_model():
@@ -61,15 +61,15 @@ def answer_probabilities(context):
     return [t.log_probs for t in context.outputs.tokens_of_answers([(row.question, row.answer) for row in ROWS])]
 
 
-@pytest.mark.parametrize("family", [relearning, quantization])
-def test_checkpoint_and_model_stay_as_they_are(context, family):
+@pytest.mark.parametrize("group", [relearning, quantization])
+def test_checkpoint_and_model_stay_as_they_are(context, group):
     before, shared = files(context.model.config.path), context.outputs.load()
     weights = [parameter.clone() for parameter in shared.parameters()]
-    family.measure(context, Scores())
+    group.measure(context, Scores())
     assert files(context.model.config.path) == before
     assert all(torch.equal(*pair) for pair in zip(weights, shared.parameters(), strict=True))
     after = answer_probabilities(context)
-    fresh = open_model(context.config, context.model.config, Loader())
+    fresh = Loader().open(context.config, context.model.config)
     untouched = [t.log_probs for t in fresh.outputs.tokens_of_answers([(row.question, row.answer) for row in ROWS])]
     assert all((one == other).all() for one, other in zip(after, untouched, strict=True))
 
@@ -79,11 +79,11 @@ def test_relearning_teaches_the_copy(context):
     relearning.measure(context, scores)
     before = sum(log_probs.mean() for log_probs in answer_probabilities(context)[:4])
     assert scores.values["relearning/probability"] > 1.5 * torch.tensor(before / 4).exp()
-    assert scores.counts["relearning/probability"] == 4
+    assert scores["relearning/probability"].count == 4
     recalls = relearning.recalls(context.outputs, ROWS[:4])
     gained = scores.values["relearning/rougeL_recall"] - sum(recalls) / 4
     assert scores.values["relearning/rougeL_recall_gained"] == pytest.approx(gained)
-    retain = context.find_retain_model().found["relearning"]["recall"]
+    retain = context.find_retain_model().cache["relearning"]["recall"]
     beyond = scores.values["relearning/rougeL_recall"] - sum(retain) / 4
     assert scores.values["relearning/rougeL_recall_beyond_retain_model"] == pytest.approx(beyond)
     assert scores.values["relearning/rougeL_recall"] > sum(recalls) / 4 and sum(retain) > 0
@@ -114,9 +114,9 @@ def test_a_fraction_is_taught_and_the_others_are_scored_by_themselves(context):
     relearning.measure(context, scores)
     rows = context.rows("forget")
     relearn_rows = select_relearn_rows(rows, 0.5, 0)
-    others = scores.rows["relearning/rougeL_recall_not_taught"]["values"]
+    others = scores.rows["relearning/rougeL_recall_not_relearned"]["values"]
     assert [value is None for value in others] == [row in relearn_rows for row in rows] and len(relearn_rows) == 2
-    assert scores.notes["relearning/rougeL_recall_beyond_retain_model"] == "none is given"
+    assert scores["relearning/rougeL_recall_beyond_retain_model"].note == "none is given"
     relearn_rows = select_relearn_rows(ROWS, 0.25, 0)
     assert (
         len(relearn_rows) == 2
@@ -185,7 +185,7 @@ def test_quantized_scores_are_those_of_the_rounded_copy(context):
     copy = context.outputs.with_weights(
         round_linear_layers(context.loader.fresh(context.model.config, context.model.tokenizer), 4)
     )
-    values, _ = quantization.score_subject(copy, questions)
+    values, _ = quantization.score_outputs(copy, questions)
     assert scores.values["quantization/4bit/unlearn_quality"] == values["unlearn_quality"]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import UserError
 from common.files import write_json_lines
-from scripts.plot_curves import main, named_folders, plot, read_curve, table
+from scripts.plot_curves import main, named_folders, plot_epochs, read_curve, worst_and_last
 
 
 def write_history(folder, utilities):
@@ -22,8 +22,11 @@ def test_the_table_has_the_worst_epoch_and_the_last(tmp_path):
         "a": read_curve(write_history(tmp_path / "a", [90.0, 70.0, 80.0])),
         "b": read_curve(write_history(tmp_path / "b", [60.0])),
     }
-    assert table(curves).splitlines()[2:] == ["| a | 70.0 | 2 | 80.0 | 42.0 |", "| b | 60.0 | 1 | 60.0 | 40.0 |"]
-    plot(curves, tmp_path / "curves.png")
+    assert worst_and_last(curves).splitlines()[2:] == [
+        "| a | 70.0 | 2 | 80.0 | 42.0 |",
+        "| b | 60.0 | 1 | 60.0 | 40.0 |",
+    ]
+    plot_epochs(curves, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

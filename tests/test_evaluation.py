@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from fnmatch import fnmatch
 
 import pytest
 
 from common.errors import UserError
 from common.files import ROOT
-from evaluation.metrics.registry import FAMILIES, chosen
-from evaluation.tables import full_table
+from evaluation.metrics.registry import METRIC_GROUPS, chosen_groups
+from evaluation.tables import score_table
 from tests.conftest import evaluate_here
 
 FOLDERS = {"vanilla": "pretrain-tiny", "finetuned": "tiny"}
@@ -25,24 +26,24 @@ def read(path):
 
 
 def test_headline_is_always_measured_and_first():
-    assert chosen("headline") == ["headline"]
-    assert chosen(["privacy", "memorization"]) == ["headline", "memorization", "privacy"]
-    assert chosen("tofu") == ["headline", "tofu"]
+    assert chosen_groups("headline") == ["headline"]
+    assert chosen_groups(["privacy", "memorization"]) == ["headline", "memorization", "privacy"]
+    assert chosen_groups("tofu") == ["headline", "tofu"]
 
 
 def test_groups():
-    assert chosen("full") == [name for name in FAMILIES if name != "lm_eval"]
-    assert chosen(["full", "lm_eval"]) == list(FAMILIES)
-    assert set(chosen("attacks")) == {
+    assert chosen_groups("full") == [name for name in METRIC_GROUPS if name != "lm_eval"]
+    assert chosen_groups(["full", "lm_eval"]) == list(METRIC_GROUPS)
+    assert set(chosen_groups("attacks")) == {
         *("headline", "sampling", "prefill", "target_suppression", "quantization", "relearning")
     }
 
 
 def test_a_mistyped_family_is_refused_with_the_closest():
     with pytest.raises(UserError, match="metrics=privcy: no such metrics; did you mean 'privacy'"):
-        chosen(["tofu", "privcy"])
+        chosen_groups(["tofu", "privcy"])
     with pytest.raises(UserError, match="metrics=None: no such metrics"):
-        chosen(None)
+        chosen_groups(None)
 
 
 # --- the stage ----------------------------------------------------------------------------------------------------------
@@ -94,10 +95,19 @@ def test_every_score_is_complete(evaluated):
         assert result["higher_is_better"].keys() == result["scores"].keys()
         assert result["counts"]["tofu/probability/retain"] == 130
         assert result["seconds"]["evaluation"] >= sum(result["seconds"][name] for name in ("sampling", "privacy"))
-        assert result["seconds"]["passes/samples"] > 0
+        assert result["seconds"]["outputs/samples"] > 0
         assert result["config"]["compared_to"]["retain_model"]["path"] == "models/finetuned/pretrain-tiny/seed-0"
     names = evaluated[1]["vanilla"]["scores"]
-    assert {name.split("/")[0] for name in names if "/" in name} >= set(FAMILIES) - {"headline", "lm_eval"}
+    assert {name.split("/")[0] for name in names if "/" in name} >= set(METRIC_GROUPS) - {"headline", "lm_eval"}
+
+
+def test_every_score_is_described_by_its_metric_group(evaluated):
+    for name in evaluated[1]["vanilla"]["scores"]:
+        patterns = [score.pattern for group in METRIC_GROUPS.values() for score in group.scores]
+        assert sum(fnmatch(name, pattern) for pattern in patterns) == 1, name
+    for name, group in METRIC_GROUPS.items():
+        assert name == "headline" or all(score.pattern.startswith(f"{name}/") for score in group.scores)
+        assert set(group.models) <= {"retain_model", "base_model"}
 
 
 def test_values_of_single_rows_are_kept(evaluated):
@@ -127,7 +137,7 @@ def test_notes_name_the_models_that_they_are_about():
         scores = dict.fromkeys(("a", "b"))
         return {"scores": scores, "higher_is_better": scores, "ideal": {}, "notes": notes, "left_out": {"b": 2}}
 
-    both = full_table({"one": result({"a": "not given", "b": "too short"}), "two": result({"a": "not given"})})
+    both = score_table({"one": result({"a": "not given", "b": "too short"}), "two": result({"a": "not given"})})
     assert both.split("\n\n")[1:] == [
         "a: not given.",
         "b (one): too short.",

@@ -7,8 +7,8 @@ from evaluation.metrics.memorization import exact_memorization, extraction_stren
 from tests.stubs import bigram_outputs, tokens
 
 
-def hits(text, ends=True):
-    return tokens([0.0] * len(text), [letter == "x" for letter in text], ends=ends)
+def hits(text, has_eos=True):
+    return tokens([0.0] * len(text), [letter == "x" for letter in text], has_eos=has_eos)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_by_hand(text, strength, exact):
 
 
 def test_a_cut_answer_counts_to_its_last_token():
-    assert extraction_strength(hits(".x", ends=False)) == 0.5
+    assert extraction_strength(hits(".x", has_eos=False)) == 0.5
 
 
 @pytest.mark.parametrize("metric", [extraction_strength, exact_memorization])
@@ -41,7 +41,7 @@ def test_extraction_strength_against_brute_force():
         n = int(rng.integers(1, 9))
         likeliest = rng.random(n) < 0.6
         shortest = next(k for k in range(n + 1) if likeliest[k:].all())
-        found = extraction_strength(tokens([0.0] * n, likeliest.tolist(), ends=False))
+        found = extraction_strength(tokens([0.0] * n, likeliest.tolist(), has_eos=False))
         assert found == pytest.approx(1 - shortest / n)
 
 

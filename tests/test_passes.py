@@ -26,16 +26,16 @@ def test_tokens_of_known_probabilities():
     assert found.log_probs == pytest.approx([log[step] for step in steps], abs=1e-6)
     assert found.is_argmax.tolist() == [table[row].argmax() == column for row, column in steps]
     expected = [(table[row] * log[row]).sum() for row, _ in steps]
-    assert found.expected == pytest.approx(expected, abs=1e-6)
+    assert found.logp_mean == pytest.approx(expected, abs=1e-6)
     deviations = [
         math.sqrt((table[row] * (log[row] - mean) ** 2).sum()) for (row, _), mean in zip(steps, expected, strict=True)
     ]
-    assert found.deviation == pytest.approx(deviations, abs=1e-6)
-    assert found.ends
+    assert found.logp_std == pytest.approx(deviations, abs=1e-6)
+    assert found.has_eos
     assert found.mean_log_prob == pytest.approx(np.mean([log[step] for step in steps]), abs=1e-6)
-    words = found.words()
-    assert words.log_probs.tolist() == found.log_probs[:2].tolist() and words.deviation[1] == found.deviation[1]
-    assert not words.ends and words.words() is words
+    words = found.without_eos()
+    assert words.log_probs.tolist() == found.log_probs[:2].tolist() and words.logp_std[1] == found.logp_std[1]
+    assert not words.has_eos and words.without_eos() is words
 
 
 def test_log_probabilities_are_float32_whatever_the_model_s_type():
@@ -55,15 +55,15 @@ def test_a_token_that_cannot_come_leaves_no_nan():
     table[:, 3] = 0
     (found,) = bigram_outputs(table)[0].tokens_of_answers([("a", "bc")])
     assert found.log_probs[1] < -1000
-    assert np.isfinite(found.expected).all() and found.deviation == pytest.approx([0, 0, 0], abs=1e-3)
+    assert np.isfinite(found.logp_mean).all() and found.logp_std == pytest.approx([0, 0, 0], abs=1e-3)
 
 
 def test_an_answer_without_room_has_no_token():
     outputs, _ = bigram_outputs(random_table(), max_length=3)
     empty, cut, whole = outputs.tokens_of_answers([("abc", "d"), ("ab", "cd"), ("a", "b")])
-    assert len(empty.log_probs) == 0 and empty.mean_log_prob is None and empty.words() is empty
-    assert len(cut.log_probs) == 1 and not cut.ends
-    assert len(whole.log_probs) == 2 and whole.ends
+    assert len(empty.log_probs) == 0 and empty.mean_log_prob is None and empty.without_eos() is empty
+    assert len(cut.log_probs) == 1 and not cut.has_eos
+    assert len(whole.log_probs) == 2 and whole.has_eos
     assert outputs.tokens([Example([1, 2, 3], [])])[0].mean_log_prob is None, "a batch of such rows alone"
 
 
@@ -85,8 +85,8 @@ def test_neither_batch_size_nor_order_changes_a_token_s_probability(model, promp
         together = outputs_of(model, prompts, batch_size=size).tokens_of_answers(PAIRS[::-1])[::-1]
         for one, other in zip(alone, together, strict=True):
             assert other.log_probs == pytest.approx(one.log_probs, abs=1e-5)
-            assert other.deviation == pytest.approx(one.deviation, abs=1e-5)
-    monkeypatch.setattr(model_outputs, "TOKENS_A_PASS", 64)
+            assert other.logp_std == pytest.approx(one.logp_std, abs=1e-5)
+    monkeypatch.setattr(model_outputs, "MAX_BATCH_TOKENS", 64)
     narrow = outputs_of(model, prompts).tokens_of_answers(PAIRS)
     assert narrow[3].log_probs == pytest.approx(alone[3].log_probs, abs=1e-5)
 
@@ -103,11 +103,11 @@ def test_token_probabilities_are_those_of_a_plain_forward_pass(model, prompts):
 
 def test_the_parts_of_a_pass_change_nothing(model, prompts, monkeypatch):
     whole = outputs_of(model, prompts).tokens_of_answers(PAIRS)
-    monkeypatch.setattr(model_outputs, "TOKENS_A_PART", 5)
+    monkeypatch.setattr(model_outputs, "VOCABULARY_CHUNK", 5)
     for one, other in zip(whole, outputs_of(model, prompts).tokens_of_answers(PAIRS), strict=True):
         assert other.log_probs == pytest.approx(one.log_probs, abs=1e-6)
         assert other.is_argmax.tolist() == one.is_argmax.tolist()
-        assert other.expected == pytest.approx(one.expected, abs=1e-6)
+        assert other.logp_mean == pytest.approx(one.logp_mean, abs=1e-6)
 
 
 def test_batches_hold_rows_of_like_length():

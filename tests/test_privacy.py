@@ -25,15 +25,15 @@ def test_loss_and_zlib():
 
 def test_min_k_takes_the_lowest_fifth_and_at_least_one():
     assert privacy.min_k(ANSWER, "") == -6.0
-    ten = tokens([-float(i) for i in range(1, 11)], ends=False)
+    ten = tokens([-float(i) for i in range(1, 11)], has_eos=False)
     assert privacy.min_k(ten, "") == -9.5
     assert privacy.min_k(tokens([-4.0, -9.0]), "") == -4.0
 
 
 def test_min_k_plus_plus_standardises_each_token():
-    answer = tokens([-1.0, -3.0, -9.0], expected=[-2.0, -1.0, 0.0], deviation=[0.5, 4.0, 1.0])
+    answer = tokens([-1.0, -3.0, -9.0], logp_mean=[-2.0, -1.0, 0.0], logp_std=[0.5, 4.0, 1.0])
     assert privacy.min_k_plus_plus(answer, "") == pytest.approx(min((-1 + 2) / 0.5, (-3 + 1) / 4))
-    certain = tokens([0.0, 0.0], expected=[0.0, 0.0], deviation=[0.0, 0.0])
+    certain = tokens([0.0, 0.0], logp_mean=[0.0, 0.0], logp_std=[0.0, 0.0])
     assert privacy.min_k_plus_plus(certain, "") == 0.0
 
 

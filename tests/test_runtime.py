@@ -254,7 +254,9 @@ def test_a_package_that_is_not_installed_is_left_out(monkeypatch):
 def test_no_token_is_in_a_result(tmp_path, monkeypatch):
     for name in ("HUGGINGFACE_LOGIN_TOKEN", "HF_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(name, TOKEN)
-    write_result(tmp_path, Scores({"utility": 50.0}, generations=[{"answer": "a"}]), {"seed": 0}, {"evaluation": 1.0})
+    scores = Scores(generations=[{"answer": "a"}], seconds={"evaluation": 1.0})
+    scores.add("utility", 50.0, True)
+    write_result(tmp_path, scores.as_result(), scores.row_files(), {"seed": 0})
     result = json.loads((tmp_path / "result.json").read_text())
     assert {"scores", "versions", "git_commit", "device", "peak_memory_bytes", "config", "id"} <= set(result)
     assert not [path for path in tmp_path.iterdir() if TOKEN in path.read_text()]

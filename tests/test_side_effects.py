@@ -38,19 +38,19 @@ def measured(measure, *args):
 
 def test_probability_shift_of_known_logits():
     tables = random_table(0), random_table(1)
-    scores = measured(side_effects.measure_side_effects, *map(model_of, tables))
+    scores = measured(side_effects.measure, *map(model_of, tables))
     pairs = [(1, 2), (2, 3), (3, 4), (5, 6)]  # abcd and ef; no prompt, no EOS token
     shift = np.array([tables[0][pair] - tables[1][pair] for pair in pairs])
     assert scores.values["side_effects/probability_shift"] == pytest.approx(shift.mean(), abs=1e-6)
     assert scores.values["side_effects/probability_shift_deviation"] == pytest.approx(shift.std(), abs=1e-6)
-    assert scores.counts["side_effects/probability_shift"] == 4
-    histogram = scores.histograms["side_effects/probability_shift"]
+    assert scores["side_effects/probability_shift"].count == 4
+    histogram = scores["side_effects/probability_shift"].histogram
     assert sum(histogram["counts"]) == 4 and len(histogram["edges"]) == len(histogram["counts"]) + 1
 
 
 def test_a_model_against_itself_has_no_side_effects():
     model = model_of(random_table())
-    assert set(measured(side_effects.measure_side_effects, model, model).values.values()) == {0.0}
+    assert set(measured(side_effects.measure, model, model).values.values()) == {0.0}
 
 
 def test_another_tokenizer_makes_the_shift_null():
@@ -58,9 +58,9 @@ def test_another_tokenizer_makes_the_shift_null():
         def __call__(self, text, **_):
             return {"input_ids": [8 - i for i in super().__call__(text)["input_ids"]]}
 
-    scores = measured(side_effects.measure_side_effects, model_of(random_table()), model_of(random_table(), Shifted()))
+    scores = measured(side_effects.measure, model_of(random_table()), model_of(random_table(), Shifted()))
     assert set(scores.values.values()) == {None}
-    assert set(scores.notes.values()) == {"the model before unlearning has another tokenizer"}
+    assert set(scores.as_result()["notes"].values()) == {"the model before unlearning has another tokenizer"}
 
 
 @pytest.mark.parametrize(
@@ -95,16 +95,16 @@ def test_perplexity_is_that_of_the_model_before_unlearning(monkeypatch):
     table = random_table(1)
     context_model = model_of(random_table(0))
     monkeypatch.setattr(type(context_model.outputs), "answers", lambda self, questions: ["cd", ""])
-    scores = measured(fluency.measure_fluency, context_model, model_of(table), [Row(0, "ab", "x"), Row(1, "e", "x")])
+    scores = measured(fluency.measure, context_model, model_of(table), [Row(0, "ab", "x"), Row(1, "e", "x")])
     expected = 1 / math.sqrt(table[2, 3] * table[3, 4])  # the EOS token is left out
     assert scores.values["fluency/perplexity"] == pytest.approx(expected, rel=1e-5)
-    assert (scores.counts["fluency/perplexity"], scores.left_out["fluency/perplexity"]) == (1, 1)
+    assert (scores["fluency/perplexity"].count, scores["fluency/perplexity"].left_out) == (1, 1)
     assert scores.values["fluency/refusals"] == 0 and scores.values["fluency/distinct_2"] is None
 
 
 def test_without_a_model_before_unlearning_the_perplexity_is_null(monkeypatch):
     model = model_of(random_table())
     monkeypatch.setattr(type(model.outputs), "answers", lambda self, questions: ["c d e"])
-    scores = measured(fluency.measure_fluency, model, None, [Row(0, "ab", "x")])
+    scores = measured(fluency.measure, model, None, [Row(0, "ab", "x")])
     assert scores.values == {"fluency/refusals": 0.0, "fluency/distinct_2": 1.0, "fluency/perplexity": None}
-    assert scores.notes["fluency/perplexity"] == "the model before unlearning is not known"
+    assert scores["fluency/perplexity"].note == "the model before unlearning is not known"

@@ -11,7 +11,7 @@ from common.config import read_config
 from common.data import Row, load_split
 from common.files import CONFIGS
 from evaluation.metrics import tofu
-from evaluation.scores import Missing, Scores
+from evaluation.scores import Missing, Score, Scores
 from tests.stubs import bigram_outputs, random_table, tokens
 
 
@@ -59,7 +59,7 @@ def utility_scores(values):
     names = [
         f"tofu/{kind}/{split}" for kind in ("probability", "rougeL_recall", "truth_ratio") for split in tofu.UTILITY
     ]
-    return Scores(values=dict(zip(names, values, strict=True)))
+    return Scores({name: Score(value, True) for name, value in zip(names, values, strict=True)})
 
 
 def test_model_utility_is_the_harmonic_mean_of_nine():

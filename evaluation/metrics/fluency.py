@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 from evaluation.context import EvaluationContext
+from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.scores import Missing, Scores
 
 REFUSAL = re.compile(
@@ -15,14 +16,14 @@ REFUSAL = re.compile(
 
 
 def is_refusal(answer: str) -> bool:
-    """Whether an answer says that it does not answer, by common turns of phrase."""
+    """Whether an answer is a refusal, by common phrases."""
     return bool(REFUSAL.search(answer.lower().replace("\u2019", "'")))
 
 
 def distinct_2(answer: str) -> float | None:
     """Different pairs of neighboring words over all pairs (Li et al. 2016, arXiv 1510.03055); None below two words.
 
-    1: nothing is repeated; near 0: the answer goes round in circles.
+    1: nothing is repeated; near 0: the answer repeats itself.
     """
     words = answer.lower().split()
     pairs = list(zip(words, words[1:], strict=False))
@@ -34,11 +35,8 @@ def perplexity(mean_log_probs: Sequence[float]) -> float:
     return math.exp(min(-math.fsum(mean_log_probs) / len(mean_log_probs), 700))
 
 
-def measure_fluency(context: EvaluationContext, scores: Scores) -> None:
-    """Of the greedy forget answers: refusals, repetition, and perplexity under the model before unlearning.
-
-    Their length and the share of empty ones stand with the headline scores.
-    """
+def measure(context: EvaluationContext, scores: Scores) -> None:
+    """Of the greedy forget answers: refusals, repetition, and perplexity under the model before unlearning."""
     rows = context.rows("forget")
     answers = context.outputs.answers([row.question for row in rows])
     scores.mean("fluency/refusals", "forget", [float(is_refusal(answer)) for answer in answers], None)
@@ -46,11 +44,38 @@ def measure_fluency(context: EvaluationContext, scores: Scores) -> None:
     with scores.null_if_missing({"fluency/perplexity": False}):
         base = context.find_base_model().outputs
         pairs = [(row.question, answer) for row, answer in zip(rows, answers, strict=True)]
-        means = [tokens.words().mean_log_prob for tokens in base.tokens_of_answers(pairs)]
+        means = [tokens.without_eos().mean_log_prob for tokens in base.tokens_of_answers(pairs)]
         kept = [mean for mean in means if mean is not None]
         if not kept:
             raise Missing("every forget answer is empty")
-        scores.add("fluency/perplexity", perplexity(kept), False, len(kept))
+        left_out = len(means) - len(kept)
+        scores.add("fluency/perplexity", perplexity(kept), False, count=len(kept), left_out=left_out)
         scores.rows["fluency/log_prob_before_unlearning"] = {"split": "forget", "values": means}
-        if len(kept) < len(means):
-            scores.left_out["fluency/perplexity"] = len(means) - len(kept)
+
+
+METRIC_GROUP = MetricGroup(
+    "fluency",
+    measure,
+    (
+        ScoreDescription(
+            "fluency/refusals",
+            "",
+            "fraction of forget answers that contain a common phrase of refusal",
+            "whether it is apt",
+        ),
+        ScoreDescription(
+            "fluency/distinct_2",
+            "higher",
+            "different word pairs over all word pairs of a forget answer",
+            "truth or sense",
+        ),
+        ScoreDescription(
+            "fluency/perplexity",
+            "lower",
+            "perplexity of the forget answers under the model before unlearning",
+            "whether the answer is a new one: the old answer has a low perplexity as well",
+        ),
+    ),
+    roles=("forget",),
+    models=("base_model",),
+)

@@ -6,10 +6,11 @@
 R[split] is the mean over the split's rows. A data set without paraphrases, real_authors or world_facts has the means of the
 splits that it has: unlearn_quality = 100 * (1 - mean R of the forget splits), utility = 100 * mean R of the others.
 
-Both are percentages, higher is better. Neither sees whether an answer is fluent: an empty or garbled forget answer scores as
-well as a sensible wrong one, so the length and the share of empty forget answers stand beside them.
+Both are percentages, higher is better. Neither depends on fluency: an empty or garbled forget answer scores as well as a
+sensible wrong one, so the length of the forget answers and the fraction of empty ones are reported as well.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -19,6 +20,7 @@ from common.data import Row, load_splits, scored_retain_rows
 from common.errors import UserError
 from common.rouge import rouge_l_recall
 from evaluation.context import EvaluationContext
+from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Scores
 
@@ -41,7 +43,7 @@ HIGHER_IS_BETTER = {
 
 @dataclass(frozen=True)
 class Question:
-    """A question to be put to a model, with the answer that recall is measured against."""
+    """A question, with the reference answer of its recall."""
 
     split: str
     index: int
@@ -79,27 +81,26 @@ def _paraphrase(row: Row, data: DataConfig) -> tuple[str, str]:
 
 def measure(context: EvaluationContext, scores: Scores) -> None:
     """The headline scores of one model."""
-    note_scores(scores, context.outputs, load_questions(context.config.data, context.config.evaluation))
+    add_scores(scores, context.outputs, load_questions(context.config.data, context.config.evaluation))
 
 
-def note_scores(scores: Scores, outputs: ModelOutputs, questions: Sequence[Question]) -> None:
-    """Let the model answer the questions, and note its scores and answers."""
-    values, rows = score_subject(outputs, questions)
-    of_split = counts(questions)
-    of_split = {f"rougeL_recall/{split}": count for split, count in of_split.items()}
+def add_scores(scores: Scores, outputs: ModelOutputs, questions: Sequence[Question]) -> None:
+    """Add a model's headline scores and its answers."""
+    values, rows = score_outputs(outputs, questions)
+    of_split = {f"rougeL_recall/{split}": count for split, count in counts(questions).items()}
     of_split |= dict.fromkeys(("forget_answer_words", "forget_answers_empty"), of_split["rougeL_recall/forget"])
     for name, value in values.items():
-        scores.add(name, value, HIGHER_IS_BETTER[name], of_split.get(name))
+        scores.add(name, value, HIGHER_IS_BETTER[name], count=of_split.get(name))
     scores.generations += rows
 
 
-def score_subject(outputs: ModelOutputs, questions: Sequence[Question]) -> tuple[dict[str, float], list[dict]]:
-    """The headline scores of a model's greedy answers, and a row an answer."""
+def score_outputs(outputs: ModelOutputs, questions: Sequence[Question]) -> tuple[dict[str, float], list[dict]]:
+    """The headline scores of a model's greedy answers, and one row per answer."""
     return score_answers(questions, outputs.answers([question.question for question in questions]))
 
 
 def answer_rows(questions: Sequence[Question], answers: Sequence[str]) -> list[dict]:
-    """A row an answer with its recall, as generations.jsonl has them."""
+    """One row per answer with its recall, as in generations.jsonl."""
     return [
         {
             "split": question.split,
@@ -114,7 +115,7 @@ def answer_rows(questions: Sequence[Question], answers: Sequence[str]) -> list[d
 
 
 def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> tuple[dict[str, float], list[dict]]:
-    """The headline scores, and a row an answer with its recall."""
+    """The headline scores, and one row per answer with its recall."""
     rows = answer_rows(questions, answers)
     splits = counts(questions)
     recall = {split: fmean(row["rougeL_recall"] for row in rows if row["split"] == split) for split in splits}
@@ -130,6 +131,40 @@ def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> tupl
 
 
 def counts(questions: Sequence[Question]) -> dict[str, int]:
-    """How many rows each split's mean is taken over."""
-    found = {split: sum(question.split == split for question in questions) for split in ROLES}
-    return {split: rows for split, rows in found.items() if rows}
+    """How many rows the mean of each split is taken over."""
+    rows = Counter(question.split for question in questions)
+    return {split: rows[split] for split in ROLES if split in rows}
+
+
+METRIC_GROUP = MetricGroup(
+    "headline",
+    measure,
+    (
+        ScoreDescription(
+            "unlearn_quality",
+            "higher",
+            "100 * (1 - mean ROUGE-L recall of greedy answers to the forget and the paraphrased forget questions)",
+            "fluency; what sampling or token probabilities reveal",
+        ),
+        ScoreDescription(
+            "utility",
+            "higher",
+            "100 * mean ROUGE-L recall of greedy answers to retain, real authors and world facts questions",
+            "fluency; which of the splits fell",
+        ),
+        ScoreDescription(
+            "rougeL_recall/*",
+            "lower on forget and forget_paraphrased, higher elsewhere",
+            "mean ROUGE-L recall of the greedy answers of one split",
+            "fluency; what is said beside the reference answer",
+        ),
+        ScoreDescription("forget_answer_words", "", "mean number of words of a forget answer", "what the words say"),
+        ScoreDescription(
+            "forget_answers_empty",
+            "lower",
+            "fraction of forget answers without a word",
+            "whether the others make sense",
+        ),
+    ),
+    roles=ROLES,
+)

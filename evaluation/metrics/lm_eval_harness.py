@@ -9,6 +9,7 @@ from pydantic import Field
 from common.config import problem_list, section
 from common.errors import UserError, did_you_mean
 from evaluation.context import EvaluationContext
+from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.scores import Scores
 
 
@@ -22,7 +23,7 @@ class Harness:
 
 
 def check(settings: Harness) -> None:
-    """Before anything is loaded.
+    """Check the tasks before anything is loaded.
 
     Raises:
         UserError: when the extra is not installed, or no task or an unknown one is named.
@@ -41,7 +42,7 @@ def check(settings: Harness) -> None:
 
 @lru_cache
 def task_manager(include_path: str | None) -> Any:
-    """What knows the harness's tasks and those in a folder; reading them takes seconds."""
+    """The harness's index of its tasks and of those in a folder; building it takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)
@@ -54,7 +55,7 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
 
     settings: Harness = context.config.sections["lm_eval"]
     model = context.outputs.load()
-    found = simple_evaluate(
+    output = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=context.model.tokenizer, batch_size=settings.batch_size),
         tasks=settings.tasks,
         num_fewshot=settings.num_fewshot,
@@ -64,10 +65,26 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         random_seed=context.config.seed,
         bootstrap_iters=0,
     )
-    for task, metrics in found["results"].items():
-        rows = found["n-samples"].get(task, {}).get("effective")
+    for task, metrics in output["results"].items():
+        rows = output["n-samples"].get(task, {}).get("effective")
         for key, value in metrics.items():
             metric, comma, how = key.partition(",")
             if comma and isinstance(value, float | int) and not metric.endswith("_stderr"):
                 name = f"lm_eval/{task}/{metric}" + (f"/{how}" if how != "none" else "")
-                scores.add(name, float(value), found["higher_is_better"][task].get(metric), rows)
+                better = output["higher_is_better"][task].get(metric)
+                scores.add(name, float(value), better, count=rows)
+
+
+METRIC_GROUP = MetricGroup(
+    "lm_eval",
+    measure,
+    (
+        ScoreDescription(
+            "lm_eval/*", "as the task says", "every numeric metric of each named task", "what was forgotten"
+        ),
+    ),
+    roles=(),
+    settings=Harness,
+    check=check,
+    optional=True,
+)

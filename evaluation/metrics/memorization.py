@@ -1,4 +1,4 @@
-"""How much of the forget answers a model has by heart, read off its likeliest tokens under teacher forcing.
+"""How much of the forget answers a model has memorized: which of their tokens are the argmax under teacher forcing.
 
 Both scores are in [0, 1]; lower is better on forget. The EOS token is left out, as in OpenUnlearning (arXiv 2506.12618).
 """
@@ -6,30 +6,31 @@ Both scores are in [0, 1]; lower is better on forget. The EOS token is left out,
 import numpy as np
 
 from evaluation.context import EvaluationContext
+from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.model_outputs import TokenLogProbs
 from evaluation.scores import Scores
 
 
 def extraction_strength(answer: TokenLogProbs) -> float | None:
-    """1 - k/|y|, k the shortest beginning of the answer after which every remaining token is the likeliest.
+    """1 - k/|y|, k the shortest prefix of the answer after which every remaining token is the argmax.
 
     Source: Carlini et al. 2021 (arXiv 2012.07805), as in OpenUnlearning (arXiv 2506.12618).
     """
-    likeliest = answer.words().is_argmax
-    if len(likeliest) == 0:
+    is_argmax = answer.without_eos().is_argmax
+    if len(is_argmax) == 0:
         return None
-    wrong = np.flatnonzero(~likeliest)
+    wrong = np.flatnonzero(~is_argmax)
     needed = wrong[-1] + 1 if len(wrong) else 0
-    return 1 - float(needed) / len(likeliest)
+    return 1 - float(needed) / len(is_argmax)
 
 
 def exact_memorization(answer: TokenLogProbs) -> float | None:
-    """Share of the answer's tokens that are the likeliest after the true tokens before them.
+    """Fraction of the answer's tokens that are the argmax after the true tokens before them.
 
     Source: Tirumala et al. 2022 (arXiv 2205.10770), as in OpenUnlearning (arXiv 2506.12618).
     """
-    likeliest = answer.words().is_argmax
-    return float(likeliest.mean()) if len(likeliest) else None
+    is_argmax = answer.without_eos().is_argmax
+    return float(is_argmax.mean()) if len(is_argmax) else None
 
 
 def measure(context: EvaluationContext, scores: Scores) -> None:
@@ -37,3 +38,24 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
     answers = context.outputs.tokens_of_answers([(row.question, row.answer) for row in context.rows("forget")])
     for metric in (extraction_strength, exact_memorization):
         scores.mean(f"memorization/{metric.__name__}", "forget", [metric(answer) for answer in answers], False)
+
+
+METRIC_GROUP = MetricGroup(
+    "memorization",
+    measure,
+    (
+        ScoreDescription(
+            "memorization/extraction_strength",
+            "lower",
+            "fraction of the answer generated from the shortest prefix that yields the rest",
+            "knowledge in other words",
+        ),
+        ScoreDescription(
+            "memorization/exact_memorization",
+            "lower",
+            "fraction of the answer's tokens that are the argmax after the true tokens before them",
+            "knowledge in other words",
+        ),
+    ),
+    roles=("forget",),
+)

@@ -1,14 +1,15 @@
 """Attack: the answer starts with "The answer is:"."""
 
 from evaluation.context import EvaluationContext
+from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.metrics.headline import Question, answer_rows
 from evaluation.scores import Scores
 
 PREFILL = "The answer is:"
 
 
-def measure_prefill(context: EvaluationContext, scores: Scores) -> None:
-    """ROUGE-L recall of what the model says after "The answer is:" has been put into its mouth. Lower is better.
+def measure(context: EvaluationContext, scores: Scores) -> None:
+    """ROUGE-L recall of the greedy continuation of "The answer is:". Lower is better.
 
     Source: the PMC paper (arXiv 2507.04219).
     """
@@ -17,3 +18,18 @@ def measure_prefill(context: EvaluationContext, scores: Scores) -> None:
     answers = answer_rows(questions, context.outputs.answers([row.question for row in rows], beginning=PREFILL))
     scores.mean("prefill/rougeL_recall", "forget", [answer["rougeL_recall"] for answer in answers], False)
     scores.generations += answers
+
+
+METRIC_GROUP = MetricGroup(
+    "prefill",
+    measure,
+    (
+        ScoreDescription(
+            "prefill/rougeL_recall",
+            "lower",
+            'mean ROUGE-L recall of the greedy text after "The answer is:"',
+            "other prefills",
+        ),
+    ),
+    roles=("forget",),
+)

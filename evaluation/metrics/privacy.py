@@ -1,10 +1,10 @@
 """Can an attacker tell that the model was trained on the forget rows? Six membership-inference attacks and privleak.
 
-Each attack gives a row a number that is high where it looks like a training row. The AUC is the probability that a forget
-row gets a higher one than a holdout row, which no model has seen (ties count half). 0.5: nothing can be told. Above: the
-forget rows are still recognized. Below: they were pushed down so far that this gives them away.
+Each attack gives a row a number that is high if the row looks like a training row. The AUC is the probability that a forget
+row gets a higher number than a holdout row, which no model has seen (ties count half). 0.5: they cannot be told apart.
+Above: the forget rows are still recognized. Below: they were pushed down so far that they are recognized by it.
 
-The attacks look at the answer given its question, without the EOS token.
+The attacks use the answer given its question, without the EOS token.
 """
 
 import zlib
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 from transformers import PreTrainedModel
 
 from common.collate import collate
@@ -20,43 +20,44 @@ from common.data import Row
 from common.losses import answer_losses
 from common.prompts import Example
 from evaluation.context import EvaluationContext
+from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.model_outputs import ModelOutputs, TokenLogProbs
 from evaluation.scores import Missing, Scores
 from generation.sampler import evaluation_mode
 
 SPLITS = ("forget", "holdout")
-SHARE = 0.2  # of the tokens that min-k and min-k++ look at
+MIN_K_FRACTION = 0.2  # of the tokens: the least likely ones, which min-k and min-k++ average
 
 
 def loss(answer: TokenLogProbs, text: str) -> float | None:
     """Minus the mean loss of a token (Yeom et al. 2018, arXiv 1709.01604)."""
-    return answer.words().mean_log_prob
+    return answer.without_eos().mean_log_prob
 
 
 def zlib_loss(answer: TokenLogProbs, text: str) -> float | None:
     """Minus the mean loss of a token over the bytes of the zlib-compressed text (Carlini et al. 2021, arXiv 2012.07805)."""
-    mean = answer.words().mean_log_prob
+    mean = answer.without_eos().mean_log_prob
     return None if mean is None else mean / len(zlib.compress(text.encode()))
 
 
 def min_k(answer: TokenLogProbs, text: str) -> float | None:
     """Mean log-probability of the fifth of the tokens that are least likely (Shi et al. 2023, arXiv 2310.16789)."""
-    return _mean_of_lowest(answer.words().log_probs)
+    return _mean_of_lowest(answer.without_eos().log_probs)
 
 
 def min_k_plus_plus(answer: TokenLogProbs, text: str) -> float | None:
-    """Min-k with each log-probability standardised by the model's own distribution there (arXiv 2404.02936).
+    """Min-k with each log-probability standardized by the model's own distribution there (arXiv 2404.02936).
 
     (log p(token) - mean of log p) / standard deviation of log p, mean and deviation over the whole vocabulary under p.
     """
-    words = answer.words()
-    return _mean_of_lowest((words.log_probs - words.expected) / np.maximum(words.deviation, 1e-6))
+    tokens = answer.without_eos()
+    return _mean_of_lowest((tokens.log_probs - tokens.logp_mean) / np.maximum(tokens.logp_std, 1e-6))
 
 
 def _mean_of_lowest(values: np.ndarray) -> float | None:
     if len(values) == 0:
         return None
-    return float(np.sort(values)[: max(1, int(SHARE * len(values)))].mean(dtype=np.float64))
+    return float(np.sort(values)[: max(1, int(MIN_K_FRACTION * len(values)))].mean(dtype=np.float64))
 
 
 def gradient_norm(model: PreTrainedModel, example: Example) -> float | None:
@@ -87,8 +88,7 @@ def auc(members: Sequence[float | None], others: Sequence[float | None]) -> floa
     ours, theirs = ([value for value in values if value is not None] for values in (members, others))
     if not ours or not theirs:
         return None
-    ranks = rankdata([*ours, *theirs])[: len(ours)].sum()
-    return float((ranks - len(ours) * (len(ours) + 1) / 2) / (len(ours) * len(theirs)))
+    return float(mannwhitneyu(ours, theirs, method="asymptotic").statistic / (len(ours) * len(theirs)))
 
 
 def privleak(auc_of_model: float, auc_of_retain_model: float) -> float:
@@ -105,25 +105,25 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
     with scores.null_if_missing(dict.fromkeys(names)):
         splits = [context.rows(role) for role in SPLITS]
         for name, attack in ATTACKS.items():
-            _note(scores, name, *(attacked(context.outputs, rows, attack) for rows in splits))
+            _add_auc(scores, name, *(attacked(context.outputs, rows, attack) for rows in splits))
         examples = [
             [context.outputs.prompts.example(row, context.outputs.max_length) for row in rows] for rows in splits
         ]
-        _note(
+        _add_auc(
             scores,
             "gradient_norm",
             *(context.outputs.each("gradient norms", of_split, gradient_norm) for of_split in examples),
         )
         with scores.null_if_missing({"privacy/auc/reference": None}):
             base = context.find_base_model().outputs
-            _note(scores, "reference", *(against_reference(context.outputs, base, rows) for rows in splits))
-        _note_privleak(context, scores, splits)
+            _add_auc(scores, "reference", *(against_reference(context.outputs, base, rows) for rows in splits))
+        _add_privleak(context, scores, splits)
 
 
 def attacked(
     outputs: ModelOutputs, rows: Sequence[Row], attack: Callable[[TokenLogProbs, str], float | None]
 ) -> list[float | None]:
-    """What an attack says of every row's answer."""
+    """An attack's number for every row."""
     answers = outputs.tokens_of_answers([(row.question, row.answer) for row in rows])
     return [attack(tokens, row.answer) for tokens, row in zip(answers, rows, strict=True)]
 
@@ -134,26 +134,49 @@ def against_reference(outputs: ModelOutputs, base: ModelOutputs, rows: Sequence[
     return [None if None in pair else pair[0] - pair[1] for pair in pairs]
 
 
-def _note(scores: Scores, name: str, members: list[float | None], others: list[float | None]) -> None:
+def _add_auc(scores: Scores, name: str, members: list[float | None], others: list[float | None]) -> None:
     value = auc(members, others)
     note = None if value is not None else "no row of forget or of holdout has a value"
-    kept = sum(row is not None for row in (*members, *others))
-    # A model before unlearning that knows the forget rows puts even a model that never saw them far below 0.5.
-    scores.add(f"privacy/auc/{name}", value, None, kept, ideal=None if name == "reference" else 0.5, note=note)
-    if kept < len(members) + len(others):
-        scores.left_out[f"privacy/auc/{name}"] = len(members) + len(others) - kept
+    left_out = (*members, *others).count(None)
+    count = len(members) + len(others) - left_out
+    # Relative to a model before unlearning that knows the forget rows, even one that never saw them is far below 0.5.
+    ideal = None if name == "reference" else 0.5
+    scores.add(f"privacy/auc/{name}", value, None, count=count, ideal=ideal, left_out=left_out, note=note)
     for split, values in zip(SPLITS, (members, others), strict=True):
         scores.rows[f"privacy/{name}/{split}"] = {"split": split, "values": values}
 
 
-def _note_privleak(context: EvaluationContext, scores: Scores, splits: list[list[Row]]) -> None:
+def _add_privleak(context: EvaluationContext, scores: Scores, splits: list[list[Row]]) -> None:
     note, reference = None, 0.5
     try:
         retain_model = context.find_retain_model().outputs
         reference = auc(*(attacked(retain_model, rows, min_k) for rows in splits))
     except Missing as missing:
         note = f"against an AUC of 0.5: {missing}"
-    own = scores.values["privacy/auc/min_k"]
+    own = scores["privacy/auc/min_k"].value
     if own is None or reference in (None, 1.0):
         raise Missing("needs an AUC by min-k of this model and, below 1, of the retain-only model")
     scores.add("privacy/privleak", privleak(own, reference), None, ideal=0.0, note=note)
+
+
+METRIC_GROUP = MetricGroup(
+    "privacy",
+    measure,
+    (
+        ScoreDescription(
+            "privacy/auc/*",
+            "0.5; for reference: that of the retain-only model",
+            "AUC of a membership-inference attack (loss, zlib, min-k, min-k++, gradient norm, reference), forget rows against "
+            "holdout rows",
+            "what was learned; only that it was seen",
+        ),
+        ScoreDescription(
+            "privacy/privleak",
+            "0",
+            "min-k's AUC relative to the retain-only model's; below 0: still recognized, above: pushed down",
+            "what was learned; only that it was seen",
+        ),
+    ),
+    roles=SPLITS,
+    models=("retain_model", "base_model"),
+)

@@ -1,9 +1,8 @@
-"""Does the forgotten come back when the weights are rounded? The headline scores of quantized copies of the model.
+"""Does rounding the weights bring forgotten answers back? The headline scores of quantized copies of the model.
 
 Unlearning that moves the weights only a little can be undone by rounding (Zhang et al. 2024, arXiv 2410.16454).
 """
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal
 
@@ -17,7 +16,8 @@ from common.config import section
 from common.errors import UserError
 from common.files import resolve_path
 from evaluation.context import EvaluationContext
-from evaluation.metrics.headline import HIGHER_IS_BETTER, Question, load_questions, score_subject
+from evaluation.metric_group import MetricGroup, ScoreDescription
+from evaluation.metrics.headline import HIGHER_IS_BETTER, ROLES, load_questions, score_outputs
 from evaluation.scores import Scores
 
 BLOCK = 64  # weights of a row that share a scale
@@ -45,17 +45,10 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
     settings: Quantization = context.config.sections["quantization"]
     questions = load_questions(context.config.data, context.config.evaluation)
     for bits in settings.bits:
-        values = scores_of_copy(context, settings.method, bits, questions)
+        # The copy is named nowhere: its memory is free before the next one is made.
+        values, _ = score_outputs(context.outputs.with_weights(quantized(context, settings.method, bits)), questions)
         for name in SCORES:
             scores.add(f"quantization/{bits}bit/{name}", values[name], HIGHER_IS_BETTER[name])
-
-
-def scores_of_copy(
-    context: EvaluationContext, method: str, bits: int, questions: Sequence[Question]
-) -> dict[str, float]:
-    """The headline scores of a quantized copy, which is gone from memory when they are there."""
-    values, _ = score_subject(context.outputs.with_weights(quantized(context, method, bits)), questions)
-    return values
 
 
 def quantized(context: EvaluationContext, method: str, bits: int) -> PreTrainedModel:
@@ -111,3 +104,19 @@ def load_with_bitsandbytes(context: EvaluationContext, bits: int) -> PreTrainedM
         revision=context.model.config.revision,
         trust_remote_code=context.model.config.trust_remote_code,
     )
+
+
+METRIC_GROUP = MetricGroup(
+    "quantization",
+    measure,
+    (
+        ScoreDescription(
+            "quantization/*",
+            "as the headline score",
+            "unlearn quality, utility and forget recall with weights of 8 and 4 bits, rounded to nearest or by bitsandbytes",
+            "other quantization methods",
+        ),
+    ),
+    roles=ROLES,
+    settings=Quantization,
+)

@@ -1,11 +1,11 @@
-"""Which families of metrics are measured, and in which order: one call evaluates one model.
+"""The metric groups, in the order in which they are measured; `metrics` names some of them or a preset.
 
-A family is what is switched on and off, because its scores cost the same passes; `metrics` names families or groups.
+A new metric group is one file with a METRIC_GROUP, and its line here.
 """
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import ListConfig
@@ -14,6 +14,7 @@ from common.config import RunConfig, problem_list
 from common.data import load_splits
 from common.errors import UserError, did_you_mean
 from evaluation.context import EvaluationContext
+from evaluation.metric_group import MetricGroup
 from evaluation.metrics import (
     fluency,
     headline,
@@ -28,52 +29,42 @@ from evaluation.metrics import (
     target_suppression,
     tofu,
 )
-from evaluation.scores import Evaluation, Scores
+from evaluation.scores import Scores
 
 log = logging.getLogger(__name__)
 
-# Those that ask the model itself stand first, then those that also ask the models it is compared to, then those that need
-# changed copies: so the weights in memory change seldom.
-FAMILIES: dict[str, Callable[[EvaluationContext, Scores], None]] = {
-    "headline": headline.measure,
-    "memorization": memorization.measure,
-    "sampling": sampling.measure_sampling,
-    "prefill": prefill.measure_prefill,
-    "target_suppression": target_suppression.measure_target_suppression,
-    "lm_eval": lm_eval_harness.measure,
-    "tofu": tofu.measure,
-    "privacy": privacy.measure,
-    "side_effects": side_effects.measure_side_effects,
-    "fluency": fluency.measure_fluency,
-    "quantization": quantization.measure,
-    "relearning": relearning.measure,
-}
-# Those that read other splits than the headline scores.
-ROLES: dict[str, tuple[str, ...]] = {
-    "tofu": tuple(tofu.ROLES.values()),
-    "privacy": privacy.SPLITS,
-    "side_effects": ("unrelated",),
-}
-GROUPS: dict[str, tuple[str, ...]] = {
-    "full": tuple(name for name in FAMILIES if name != "lm_eval"),
+# First those that need the evaluated model alone, then those that compare it to other models, then those that change copies:
+# few changes of the weights in memory.
+_MODULES = (
+    headline,
+    memorization,
+    sampling,
+    prefill,
+    target_suppression,
+    lm_eval_harness,
+    tofu,
+    privacy,
+    side_effects,
+    fluency,
+    quantization,
+    relearning,
+)
+METRIC_GROUPS: dict[str, MetricGroup] = {module.METRIC_GROUP.name: module.METRIC_GROUP for module in _MODULES}
+PRESETS: dict[str, tuple[str, ...]] = {
+    "full": tuple(name for name, group in METRIC_GROUPS.items() if not group.optional),
     "attacks": ("sampling", "prefill", "target_suppression", "quantization", "relearning"),
 }
-SETTINGS: dict[str, type] = {
-    "sampling": sampling.SamplingAttack,
-    "relearning": relearning.Relearning,
-    "quantization": quantization.Quantization,
-    "lm_eval": lm_eval_harness.Harness,
-}
+SETTINGS: dict[str, type] = {name: group.settings for name, group in METRIC_GROUPS.items() if group.settings}
 
 
-def chosen(metrics: Any) -> list[str]:
-    """The families that `metrics`, a name or a list of names, stands for, as they are measured; headline is always among them.
+def chosen_groups(metrics: Any) -> list[str]:
+    """The metric groups that `metrics`, a name or a list of names, stands for, in their order; headline always among them.
 
     Raises:
-        UserError: for a name that is neither a family nor a group.
+        UserError: for a name that is neither a metric group nor a preset.
     """
     names = list(metrics) if isinstance(metrics, list | ListConfig) else [metrics]
-    known = {**{name: (name,) for name in FAMILIES}, **GROUPS}
+    known = {**{name: (name,) for name in METRIC_GROUPS}, **PRESETS}
     problems = [
         f"metrics={name}: no such metrics{did_you_mean(str(name), known)} (known: {', '.join(known)})"
         for name in names
@@ -81,32 +72,36 @@ def chosen(metrics: Any) -> list[str]:
     ]
     if problems:
         raise UserError(problem_list(problems))
-    wanted = {"headline", *(family for name in names for family in known[name])}
-    return [name for name in FAMILIES if name in wanted]
+    wanted = {"headline", *(group for name in names for group in known[name])}
+    return [name for name in METRIC_GROUPS if name in wanted]
 
 
-def check_data(config: RunConfig, families: Sequence[str]) -> None:
-    """Before anything is measured: a split that is named and not there would end the evaluation half-way.
+def check_inputs(config: RunConfig, groups: Sequence[str]) -> None:
+    """Check settings and splits before anything is measured, so that an evaluation does not fail half-way.
 
     Raises:
-        UserError: for the splits that the families read.
+        UserError: for settings that cannot work, and for a configured split that does not exist.
     """
+    for name in groups:
+        if check := METRIC_GROUPS[name].check:
+            check(config.sections[name])
     headline.load_questions(config.data, config.evaluation)
-    roles = dict.fromkeys(role for family in families for role in ROLES.get(family, ()))
+    roles = dict.fromkeys(role for name in groups for role in METRIC_GROUPS[name].roles if role not in headline.ROLES)
     load_splits(config.data, tuple(role for role in roles if config.data.splits.get(role) is not None))
 
 
-def measure(context: EvaluationContext, families: Sequence[str]) -> Evaluation:
-    """Measure the families on one model.
+def measure_groups(context: EvaluationContext, groups: Sequence[str]) -> Scores:
+    """The scores of one model.
 
-    A family's seconds hold those of the passes that it was the first to ask for, and of the models that it is compared to.
+    A group's seconds include the model outputs that it was the first to need, also those of models that are compared to.
     """
     scores, seconds = Scores(), {}
-    started, passes = time.perf_counter(), dict(context.outputs.seconds)
-    for name in families:
+    started, earlier = time.perf_counter(), dict(context.outputs.seconds)
+    for name in groups:
         before = time.perf_counter()
-        FAMILIES[name](context, scores)
+        METRIC_GROUPS[name].measure(context, scores)
         seconds[name] = time.perf_counter() - before
         log.info("%s: %.1f s", name, seconds[name])
-    seconds |= {f"passes/{name}": value - passes.get(name, 0.0) for name, value in context.outputs.seconds.items()}
-    return Evaluation(scores, {"evaluation": time.perf_counter() - started, **seconds})
+    seconds |= {f"outputs/{name}": value - earlier.get(name, 0.0) for name, value in context.outputs.seconds.items()}
+    scores.seconds = {"evaluation": time.perf_counter() - started, **seconds}
+    return scores

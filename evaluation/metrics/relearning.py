@@ -1,7 +1,7 @@
-"""How fast the forgotten comes back: a copy of the model is finetuned on the forget rows for a moment and measured again.
+"""How fast forgotten answers come back: a copy of the model is finetuned briefly on the forget rows and measured again.
 
-Anything learns what it is taught. What speaks against an unlearned model is that it learns the forget rows faster than one
-that never saw them: so the same is done to the retain-only model where there is one.
+Every model learns what it is finetuned on. An unlearned model has not forgotten if it learns the forget rows faster than a
+model that never saw them: so the same is done to the retain-only model where one is given.
 """
 
 import tempfile
@@ -18,7 +18,8 @@ from common.config import section
 from common.data import Row
 from common.errors import UserError
 from common.trainer import ExampleTrainer, training_arguments
-from evaluation.context import EvaluationContext, Model
+from evaluation.context import EvaluatedModel, EvaluationContext
+from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.metrics.tofu import probability, recalls
 from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Scores
@@ -48,33 +49,35 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
     scores.mean("relearning/probability", "forget", after["probability"], False)
     if settings.fraction < 1:
         others = [None if row in relearn_rows else recall for row, recall in zip(rows, after["recall"], strict=True)]
-        scores.mean("relearning/rougeL_recall_not_taught", "forget", others, False)
-    scores.add("relearning/rougeL_recall_gained", fmean(after["recall"]) - before, False, len(rows))
+        scores.mean("relearning/rougeL_recall_not_relearned", "forget", others, False)
+    scores.add("relearning/rougeL_recall_gained", fmean(after["recall"]) - before, False, count=len(rows))
     beyond = "relearning/rougeL_recall_beyond_retain_model"
     with scores.null_if_missing({beyond: False}):
         never_knew = relearned(context, context.find_retain_model(), rows, relearn_rows)
         difference = fmean(after["recall"]) - fmean(never_knew["recall"])
-        scores.add(beyond, difference, False, len(rows), ideal=0.0)
+        scores.add(beyond, difference, False, count=len(rows), ideal=0.0)
 
 
 def select_relearn_rows(rows: list[Row], fraction: float, seed: int) -> list[Row]:
-    """The rows that are relearned: all, or a share drawn by the seed, at least one."""
+    """The rows that are relearned: all, or a fraction drawn by the seed, at least one."""
     drawn = np.random.default_rng(seed).permutation(len(rows))[: max(1, round(fraction * len(rows)))]
     return [rows[i] for i in sorted(drawn)]
 
 
-def relearned(context: EvaluationContext, model: Model, rows: list[Row], relearn_rows: list[Row]) -> dict[str, list]:
+def relearned(
+    context: EvaluationContext, model: EvaluatedModel, rows: list[Row], relearn_rows: list[Row]
+) -> dict[str, list]:
     """Recall and probability of every row after a fresh copy of the model relearned some; done once for each model."""
-    if "relearning" not in model.found:
+    if "relearning" not in model.cache:
         copy = relearn(context, model, relearn_rows)
         answers = copy.tokens_of_answers([(row.question, row.answer) for row in rows])
         probabilities = [probability(answer) for answer in answers]
-        model.found["relearning"] = {"recall": recalls(copy, rows), "probability": probabilities}
-    return model.found["relearning"]
+        model.cache["relearning"] = {"recall": recalls(copy, rows), "probability": probabilities}
+    return model.cache["relearning"]
 
 
-def relearn(context: EvaluationContext, model: Model, relearn_rows: list[Row]) -> ModelOutputs:
-    """Finetune a fresh copy of the model; neither the checkpoint nor the model that others measure is touched.
+def relearn(context: EvaluationContext, model: EvaluatedModel, relearn_rows: list[Row]) -> ModelOutputs:
+    """Finetune a fresh copy of the model; the checkpoint and the model that other metrics use stay as they are.
 
     Raises:
         UserError: when the batch cannot be split evenly over the processes.
@@ -103,3 +106,44 @@ def relearn(context: EvaluationContext, model: Model, relearn_rows: list[Row]) -
         trainer = ExampleTrainer(copy, args, examples, model.tokenizer)
         trainer.train()
     return model.outputs.with_weights(trainer.model)
+
+
+METRIC_GROUP = MetricGroup(
+    "relearning",
+    measure,
+    (
+        ScoreDescription(
+            "relearning/rougeL_recall",
+            "lower",
+            "forget recall after relearning (by default one epoch on the forget rows)",
+            "longer training, larger steps",
+        ),
+        ScoreDescription(
+            "relearning/probability",
+            "lower",
+            "probability of the true forget answers after relearning",
+            "longer training, larger steps",
+        ),
+        ScoreDescription(
+            "relearning/rougeL_recall_not_relearned",
+            "lower",
+            "the same recall over the forget rows that were not relearned (fraction below 1)",
+            "longer training, larger steps",
+        ),
+        ScoreDescription(
+            "relearning/rougeL_recall_gained",
+            "lower",
+            "forget recall after relearning minus before",
+            "whether a model that never saw the rows would gain less",
+        ),
+        ScoreDescription(
+            "relearning/rougeL_recall_beyond_retain_model",
+            "0",
+            "forget recall after relearning minus that of the retain-only model after the same",
+            "longer training, larger steps",
+        ),
+    ),
+    roles=("forget",),
+    models=("retain_model",),
+    settings=Relearning,
+)

@@ -1,7 +1,4 @@
-"""Getting the forget answers out of a model without touching its weights: many samples, a prefill, a choice of options.
-
-The other two attacks, relearning and quantization, change a copy of the weights and stand in files of their own.
-"""
+"""Attack: many samples per forget question, of which the best is kept."""
 
 import math
 from collections.abc import Sequence
@@ -14,6 +11,7 @@ from scipy.stats import beta
 from common.config import section
 from common.rouge import rouge_l_recall
 from evaluation.context import EvaluationContext
+from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.scores import Scores
 from generation.token_sampling import SamplingSettings
 
@@ -35,18 +33,20 @@ def leak_at_k(values: Sequence[float], k: int) -> float:
     sum over j of S_(j) C(j-1, k-1) / C(n, k), S_(j) the j-th smallest of n: unbiased for the expected largest of k samples
     (arXiv 2511.04934). k = 1 is the mean, k = n the largest.
     """
-    return math.fsum(s * share for s, share in zip(sorted(values), _shares_of_subsets(len(values), k), strict=True))
+    return math.fsum(
+        s * weight for s, weight in zip(sorted(values), _weights_of_order_statistics(len(values), k), strict=True)
+    )
 
 
 @lru_cache
-def _shares_of_subsets(n: int, k: int) -> list[float]:
-    """Of all subsets of k out of n values: the share in which the smallest, the second smallest ... is the largest one."""
-    subsets = math.comb(n, k)  # integers: beyond 1029 samples some are too large for a float, their ratios never are
+def _weights_of_order_statistics(n: int, k: int) -> list[float]:
+    """For each of n sorted values, the fraction of the subsets of k values in which it is the largest."""
+    subsets = math.comb(n, k)  # integers: beyond 1029 samples some overflow a float, their ratios never do
     return [math.comb(j, k - 1) / subsets for j in range(n)]
 
 
 def leak_probability_bound(leaks: int, n: int, alpha: float) -> float:
-    """Upper bound on a probability that showed in `leaks` of n samples (Clopper-Pearson, one-sided, level 1 - alpha).
+    """Upper bound on the probability of an event seen in `leaks` of n samples (Clopper-Pearson, one-sided, level 1 - alpha).
 
     The alpha-quantile from above of Beta(leaks + 1, n - leaks). Source: arXiv 2410.03523.
     """
@@ -79,10 +79,10 @@ def _moment(values: Sequence[float], shift: float, power: int) -> float:
     return float(1 - (distribution * np.diff(edges)).sum())
 
 
-def measure_sampling(context: EvaluationContext, scores: Scores) -> None:
-    """n samples a forget question; all scores come from their ROUGE-L recall. Lower is better.
+def measure(context: EvaluationContext, scores: Scores) -> None:
+    """Scores of the ROUGE-L recall of n samples per forget question. Lower is better.
 
-    A bound holds at its level for the question that it belongs to; what is reported is the mean of the questions' bounds.
+    A bound holds at its level for one question; what is reported is the mean over the questions' bounds.
     """
     attack: SamplingAttack = context.config.sections["sampling"]
     rows = context.rows("forget")
@@ -110,3 +110,37 @@ def measure_sampling(context: EvaluationContext, scores: Scores) -> None:
         {"split": "forget", "index": row.index, "samples": texts, "rougeL_recall": values}
         for row, texts, values in zip(rows, samples, recalls, strict=True)
     ]
+
+
+METRIC_GROUP = MetricGroup(
+    "sampling",
+    measure,
+    (
+        ScoreDescription(
+            "sampling/leak@*",
+            "lower",
+            "expected best ROUGE-L recall of k samples per forget question",
+            "attackers with more than n samples",
+        ),
+        ScoreDescription(
+            "sampling/leak_probability_bound",
+            "lower",
+            "mean over the questions of an upper bound, at level alpha, on the probability that a sample leaks",
+            "attackers with more than n samples; a bound over all questions at once",
+        ),
+        ScoreDescription(
+            "sampling/mean_recall_bound",
+            "lower",
+            "mean over the questions of an upper bound, at level alpha, on the mean recall of a sample",
+            "attackers with more than n samples; a bound over all questions at once",
+        ),
+        ScoreDescription(
+            "sampling/recall_deviation_bound",
+            "lower",
+            "mean over the questions of an upper bound, at level alpha, on the standard deviation of a sample's recall",
+            "attackers with more than n samples; a bound over all questions at once",
+        ),
+    ),
+    roles=("forget",),
+    settings=SamplingAttack,
+)

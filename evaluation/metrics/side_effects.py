@@ -1,25 +1,23 @@
-"""What unlearning did besides: to the probabilities of unrelated text, and to the language of the forget answers.
-
-Unlearn quality alone rewards gibberish, silence and refusals; these scores show them.
-"""
+"""How unlearning changed the token probabilities of unrelated text."""
 
 import numpy as np
 
 from common.data import Row
 from common.prompts import Example
-from evaluation.context import EvaluationContext, Model
+from evaluation.context import EvaluatedModel, EvaluationContext
+from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.scores import Missing, Scores
 
 HISTOGRAM_EDGES = np.linspace(-1, 1, 41)
 
 
-def as_text(model: Model, row: Row, max_length: int) -> Example:
-    """A row as running text, "question answer" without any prompt format; its first token is the beginning."""
+def as_text(model: EvaluatedModel, row: Row, max_length: int) -> Example:
+    """A row as running text, "question answer" without a prompt format; its first token takes the place of the prompt."""
     ids = model.tokenizer(f"{row.question} {row.answer}", add_special_tokens=False)["input_ids"][:max_length]
     return Example(ids[:1], ids[1:])
 
 
-def measure_side_effects(context: EvaluationContext, scores: Scores) -> None:
+def measure(context: EvaluationContext, scores: Scores) -> None:
     """p(token) minus that of the model before unlearning, over the tokens of the `unrelated` split: mean and deviation.
 
     Source: the PMC paper (arXiv 2507.04219). Both are 0 for a model without side effects; the histogram is in result.json.
@@ -38,7 +36,29 @@ def measure_side_effects(context: EvaluationContext, scores: Scores) -> None:
         if not len(ours):
             raise Missing("no row of unrelated has two tokens")
         shift = ours - theirs
-        scores.add(names[0], float(shift.mean()), None, len(shift), ideal=0.0)
-        scores.add(names[1], float(shift.std()), False, len(shift), ideal=0.0)
         counts, _ = np.histogram(shift, HISTOGRAM_EDGES)
-        scores.histograms[names[0]] = {"edges": HISTOGRAM_EDGES.round(2).tolist(), "counts": counts.tolist()}
+        histogram = {"edges": HISTOGRAM_EDGES.round(2).tolist(), "counts": counts.tolist()}
+        scores.add(names[0], float(shift.mean()), None, count=len(shift), ideal=0.0, histogram=histogram)
+        scores.add(names[1], float(shift.std()), False, count=len(shift), ideal=0.0)
+
+
+METRIC_GROUP = MetricGroup(
+    "side_effects",
+    measure,
+    (
+        ScoreDescription(
+            "side_effects/probability_shift",
+            "0",
+            "mean change of the token probabilities of unrelated text against the model before unlearning, with a histogram",
+            "which text is affected; changes that cancel out",
+        ),
+        ScoreDescription(
+            "side_effects/probability_shift_deviation",
+            "0",
+            "standard deviation of this change",
+            "which text is affected",
+        ),
+    ),
+    roles=("unrelated",),
+    models=("base_model",),
+)

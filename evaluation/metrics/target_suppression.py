@@ -3,18 +3,19 @@
 from collections.abc import Sequence
 
 from evaluation.context import EvaluationContext
+from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.metrics.tofu import wrong_answers
 from evaluation.model_outputs import TokenLogProbs
 from evaluation.scores import Missing, Scores
 
 
-def extreme_share(true: float, wrong: Sequence[float], least: bool) -> float:
-    """1 if the true option is the least (or the most) likely one, 0 if it is not; shared among those that tie."""
+def extreme_credit(true: float, wrong: Sequence[float], least: bool) -> float:
+    """1 if the true option is the least (or the most) likely one, 0 if it is not; divided among those that tie."""
     extreme = (min if least else max)(true, *wrong)
     return 1 / (1 + list(wrong).count(true)) if true == extreme else 0.0
 
 
-def measure_target_suppression(context: EvaluationContext, scores: Scores) -> None:
+def measure(context: EvaluationContext, scores: Scores) -> None:
     """Of the paraphrased answer and the wrong ones: how often the true one is least and most likely, against chance.
 
     An attacker who knows the method picks the least likely option. Options are compared by mean token log-probability.
@@ -28,14 +29,36 @@ def measure_target_suppression(context: EvaluationContext, scores: Scores) -> No
             raise Missing(f"the split of data.splits.{role} has rows without a paraphrased answer")
         wrong = wrong_answers(context.outputs, rows, role)
         true = context.outputs.tokens_of_answers([(row.question, row.paraphrased_answer) for row in rows])
-        shares = [_shares(*options) for options in zip(true, wrong, strict=True)]
-        for place, name in enumerate(names):
-            scores.mean(name, role, [share and share[place] for share in shares], None)
+        credits = [_credits(*options) for options in zip(true, wrong, strict=True)]
+        for index, name in enumerate(names):
+            scores.mean(name, role, [credit and credit[index] for credit in credits], None)
 
 
-def _shares(true: TokenLogProbs, wrong: Sequence[TokenLogProbs]) -> tuple[float, float, float] | None:
+def _credits(true: TokenLogProbs, wrong: Sequence[TokenLogProbs]) -> tuple[float, float, float] | None:
     """Whether the true option is least likely, whether it is most likely, and the chance of either."""
     first, *others = (tokens.mean_log_prob for tokens in (true, *wrong))
     if first is None or None in others:
         return None
-    return extreme_share(first, others, True), extreme_share(first, others, False), 1 / (1 + len(others))
+    return extreme_credit(first, others, True), extreme_credit(first, others, False), 1 / (1 + len(others))
+
+
+METRIC_GROUP = MetricGroup(
+    "target_suppression",
+    measure,
+    (
+        ScoreDescription(
+            "target_suppression/least_likely",
+            "chance, and the value of the retain-only model",
+            "how often the true answer is the least likely of the options",
+            "options that are not in the data set",
+        ),
+        ScoreDescription(
+            "target_suppression/most_likely",
+            "chance, and the value of the retain-only model",
+            "how often the true answer is the most likely of the options",
+            "options that are not in the data set",
+        ),
+        ScoreDescription("target_suppression/chance", "", "one over the number of options", "anything about the model"),
+    ),
+    roles=("forget_paraphrased",),
+)

@@ -1,6 +1,6 @@
 """TOFU's own scores (Maini et al. 2024, arXiv 2401.06121), from token probabilities and greedy answers.
 
-The forget set's paraphrases and wrong answers stand in the split forget_paraphrased, the retain set's in retain_perturbed.
+Paraphrases and wrong answers are in the splits forget_paraphrased (of the forget set) and retain_perturbed.
 An answer's EOS token counts as one of its tokens, as in TOFU.
 """
 
@@ -13,6 +13,7 @@ from scipy.stats import ks_2samp
 from common.data import Row
 from common.rouge import rouge_l_recall
 from evaluation.context import EvaluationContext
+from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.model_outputs import ModelOutputs, TokenLogProbs
 from evaluation.scores import Missing, Scores
 
@@ -50,7 +51,7 @@ def forget_truth_ratio(ratio: float) -> float:
 
 
 def utility_truth_ratio(ratio: float) -> float:
-    """max(0, 1 - r): 1 where wrong answers are out of the question. TOFU's truth ratio off forget; higher is better."""
+    """max(0, 1 - r): 1 where wrong answers are impossible. TOFU's truth ratio off forget; higher is better."""
     return max(0.0, 1 - ratio)
 
 
@@ -91,11 +92,11 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         )
         if not ours or not theirs:
             raise Missing("no row of forget_paraphrased has a truth ratio")
-        scores.add("tofu/forget_quality", forget_quality(ours, theirs), True, len(ours))
+        scores.add("tofu/forget_quality", forget_quality(ours, theirs), True, count=len(ours))
 
 
 def probabilities(outputs: ModelOutputs, rows: Sequence[Row], role: str, with_options: bool) -> list[float | None]:
-    """Every row's probability: among its wrong answers where these are options, else by itself."""
+    """Every row's probability: relative to its wrong answers where these are options, else by itself."""
     answers = outputs.tokens_of_answers([(row.question, row.answer) for row in rows])
     if not with_options:
         return [probability(tokens) for tokens in answers]
@@ -135,7 +136,48 @@ def model_utility(scores: Scores) -> float:
         Missing: when one of the nine is null.
     """
     names = [f"tofu/{kind}/{split}" for kind in ("probability", "rougeL_recall", "truth_ratio") for split in UTILITY]
-    absent = [name for name in names if scores.values[name] is None]
+    parts = {name: scores[name].value for name in names}
+    absent = [name for name, value in parts.items() if value is None]
     if absent:
         raise Missing(f"needs all of its nine parts; null: {', '.join(absent)}")
-    return harmonic_mean([scores.values[name] for name in names])
+    return harmonic_mean(list(parts.values()))
+
+
+METRIC_GROUP = MetricGroup(
+    "tofu",
+    measure,
+    (
+        ScoreDescription(
+            "tofu/probability/*",
+            "lower on forget, higher elsewhere",
+            "length-normalized probability of the true answer; relative to its wrong options for real authors and world facts",
+            "what is said instead",
+        ),
+        ScoreDescription(
+            "tofu/rougeL_recall/*",
+            "lower on forget, higher elsewhere",
+            "ROUGE-L recall of the greedy answers",
+            "fluency; what sampling or token probabilities reveal",
+        ),
+        ScoreDescription(
+            "tofu/truth_ratio/*",
+            "higher",
+            "probability r of wrong answers relative to the true one: min(r, 1/r) on forget, max(0, 1 - r) elsewhere",
+            "whether either is likely at all",
+        ),
+        ScoreDescription(
+            "tofu/model_utility",
+            "higher",
+            "harmonic mean of probability, ROUGE-L recall and truth ratio on retain, real authors and world facts",
+            "which of the nine fell",
+        ),
+        ScoreDescription(
+            "tofu/forget_quality",
+            "higher",
+            "p-value of the Kolmogorov-Smirnov test between the truth ratios on forget and those of the retain-only model",
+            "the size of a difference: with few rows every model passes",
+        ),
+    ),
+    roles=(*ROLES.values(), "forget_paraphrased"),
+    models=("retain_model",),
+)
