@@ -178,8 +178,9 @@ def settings_table(fields: list[SettingsField], values: dict[str, Any] | None = 
 
 
 def sentence(text: str) -> str:
-    text = escaped(text)
-    return text[:1].upper() + text[1:]
+    """The text beginning with a capital, unless it begins with a value: "null: ..."."""
+    begins_with_a_value = re.match(r"\w+:", text)
+    return escaped(text if begins_with_a_value else text[:1].upper() + text[1:])
 
 
 def escaped(text: str) -> str:
@@ -201,7 +202,7 @@ def yaml_comments(name: str, keys: typing.Callable[[str], bool]) -> str:
         depth = len(found[1]) // 2
         parents[depth:] = [found[2]]
         if found[3] and keys(".".join(parents)):
-            rows.append([f"`{'.'.join(parents)}`", f"`{found[3]}`", sentence(found[4] or "")])
+            rows.append([f"`{'.'.join(parents)}`", f"`{found[3].strip()}`", sentence(found[4] or "")])
     return table(["key", "value", "description"], rows)
 
 
