@@ -136,7 +136,8 @@ def nested_settings(hint: Any) -> type | None:
     """The settings class in `X` or `X | None`; None for other types."""
     options = typing.get_args(hint) if typing.get_args(hint) else (hint,)
     return next(
-        (o for o in options if isinstance(o, type) and (dataclasses.is_dataclass(o) or hasattr(o, "model_fields"))), None
+        (o for o in options if isinstance(o, type) and (dataclasses.is_dataclass(o) or hasattr(o, "model_fields"))),
+        None,
     )
 
 
@@ -253,7 +254,9 @@ def description_of(method: type) -> str:
 def metrics_page() -> str:
     page = ""
     if rows := metric_rows():
-        page += "## Scores\n\n" + table(["group", "score", "better", "what it is", "what it does not show"], rows) + "\n"
+        page += (
+            "## Scores\n\n" + table(["group", "score", "better", "what it is", "what it does not show"], rows) + "\n"
+        )
     presets = getattr(registry, "PRESETS", None) or registry.GROUPS
     page += "## Presets\n\n" + table(
         ["`metrics=`", "measures"],
