@@ -185,9 +185,9 @@ def sentence(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text whose angle brackets, asterisks and underscores are characters, not Markdown; `code` stays code."""
-    parts = re.split(r"(`[^`]*`)", text)
-    return "".join(part if part.startswith("`") else re.sub(r"([<>*_{}\[\]])", r"\\\1", part) for part in parts)
+    """Text whose brackets, underscores and lone asterisks are characters, not Markdown; `code` and *emphasis* stay."""
+    parts = re.split(r"(`[^`]*`|\*\w[\w ]*\*)", text)
+    return "".join(part if part[:1] in ("`", "*") else re.sub(r"([<>*_{}\[\]])", r"\\\1", part) for part in parts)
 
 
 def yaml_comments(name: str, keys: typing.Callable[[str], bool]) -> str:
@@ -216,8 +216,9 @@ def configuration_page() -> str:
     page += "\nUnlearning has one more (`configs/unlearn.yaml`):\n\n"
     page += yaml_comments("unlearn.yaml", lambda key: key.startswith("finetuned"))
     page += "\n"
+    headline = OmegaConf.to_container(OmegaConf.load(CONFIGS / "evaluation/headline.yaml"))
     for name, settings_class in config.SECTIONS.items():
-        page += section_table(name, settings_class)
+        page += section_table(name, settings_class, headline if name == "evaluation" else None)
     page += (
         "## `training`\n\nAny of Hugging Face's `TrainingArguments`, by its own name. Two keys are ours: `num_epochs` and "
         "`warmup_epochs`. Our defaults for unlearning (`configs/unlearn.yaml`):\n\n"
@@ -271,9 +272,20 @@ def metrics_page() -> str:
 def metric_rows() -> list[list[str]]:
     """A row of the table of scores for each: group, score, better, what it is, what it does not show.
 
-    The hook for a registry whose groups describe their scores; until then the table stands in docs/evaluation.md.
+    Until the registry's groups describe their scores the table stands in docs/evaluation.md; take it out there then.
     """
-    return []
+    groups = getattr(registry, "METRIC_GROUPS", {})
+    return [
+        [
+            f"`{name}`" if place == 0 else "",
+            f"`{score.pattern}`",
+            escaped(score.better),
+            escaped(score.meaning),
+            escaped(score.not_shown),
+        ]
+        for name, group in groups.items()
+        for place, score in enumerate(group.scores)
+    ]
 
 
 def metric_settings() -> dict[str, type]:
