@@ -23,7 +23,7 @@ if __name__ == "__main__":
 from hydra.utils import get_class
 from omegaconf import MISSING, OmegaConf
 
-from common import config
+from common.config import RunConfig
 from common.files import CONFIGS, write_text
 from evaluation.metrics import registry
 
@@ -179,8 +179,8 @@ def settings_table(fields: list[SettingsField], values: dict[str, Any] | None = 
 
 
 def sentence(text: str) -> str:
-    """The text beginning with a capital, unless it begins with a value: "null: ..."."""
-    begins_with_a_value = re.match(r"\w+:", text)
+    """The text beginning with a capital, unless it begins with a value ("null: ...") or a name."""
+    begins_with_a_value = re.match(r"\w+:|[a-z]+_", text)
     return escaped(text if begins_with_a_value else text[:1].upper() + text[1:])
 
 
@@ -210,6 +210,12 @@ def yaml_comments(name: str, keys: typing.Callable[[str], bool]) -> str:
 # --- pages ---
 
 
+def fixed_sections() -> dict[str, type]:
+    """Section -> its settings class, of the sections that every stage has."""
+    hints = typing.get_type_hints(RunConfig)
+    return {name: nested_settings(hint) for name, hint in hints.items() if nested_settings(hint)}
+
+
 def configuration_page() -> str:
     page = "## Top level\n\nEvery stage has these keys (`configs/run.yaml`):\n\n"
     page += yaml_comments("run.yaml", lambda key: "." not in key)
@@ -217,7 +223,7 @@ def configuration_page() -> str:
     page += yaml_comments("unlearn.yaml", lambda key: key.startswith("finetuned"))
     page += "\n"
     headline = OmegaConf.to_container(OmegaConf.load(CONFIGS / "evaluation/headline.yaml"))
-    for name, settings_class in config.SECTIONS.items():
+    for name, settings_class in fixed_sections().items():
         page += section_table(name, settings_class, headline if name == "evaluation" else None)
     page += (
         "## `training`\n\nAny of Hugging Face's `TrainingArguments`, by its own name. Two keys are ours: `num_epochs` and "
