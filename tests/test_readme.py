@@ -1,64 +1,136 @@
-"""The README tells the truth: its commands compose, its make targets exist, its file tree and recipes are those on disk."""
+"""The README and docs/ tell the truth: commands compose, targets, modules, recipes and links are those on disk."""
 
+import dataclasses
+import importlib.util
 import re
 import shlex
-import textwrap
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
+from pydantic import Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from common.cli import allow_new_key
 from common.files import CONFIGS, ROOT, read_json_lines
 from tests.conftest import run_stage
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    command.strip()
-    for line in README.splitlines()
-    if line.startswith("    ")
-    for command in line.split("&&")
-    if re.match(r"\s*python \S*\.py", command)
-]
+PAGES = {"README.md": README} | {
+    f"docs/{path.name}": path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
+}
+PACKAGES = ("benchmarks", "common", "evaluation", "finetuning", "generation", "scripts", "unlearning")
+
+
+def commands_of(text: str) -> list[str]:
+    """The commands in indented blocks that run one of our scripts."""
+    return [
+        command.strip()
+        for line in text.splitlines()
+        if line.startswith("    ")
+        for command in line.split("&&")
+        if re.match(r"\s*(python|torchrun)\b.* ?\S*\.py\b", command)
+    ]
+
+
+COMMANDS = list(dict.fromkeys(command for text in PAGES.values() for command in commands_of(text)))
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) >= 6
+    assert len(commands_of(README)) >= 6
+    assert len(COMMANDS) >= 20
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_composes(command, monkeypatch):
     monkeypatch.setenv("PMC_ROOT", str(ROOT))
     words = shlex.split(command, comments=True)
-    recipe = next(word.removeprefix("-cn=") for word in words if word.startswith("-cn="))
-    overrides = [allow_new_key(word.split(",")[0]) for word in words[2:] if not word.startswith("-")]
+    script = next(place for place, word in enumerate(words) if word.endswith(".py"))
+    assert (ROOT / words[script]).is_file()
+    recipe = next((word.removeprefix("-cn=") for word in words if word.startswith("-cn=")), None)
+    if recipe is None:  # the scripts without a configuration
+        assert words[script] in ("scripts/plot_curves.py", "scripts/convert_gguf.py", "scripts/make_embedded_data.py")
+        return
+    overrides = [word for word in words[script + 1 :] if not word.startswith("-")]
+    overrides = [allow_new_key(word if "[" in word else word.split(",")[0]) for word in overrides]
     with initialize_config_dir(str(CONFIGS), version_base=None):
         compose(recipe, overrides=overrides)
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_no_module_is_run_that_is_not_there(page):
+    scripts = re.findall(rf"\b((?:{'|'.join(PACKAGES)})/[\w/]+\.py)\b", PAGES[page])
+    assert [script for script in scripts if not (ROOT / script).is_file()] == []
+    assert "python -m " not in PAGES[page], "scripts are run by their path"
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    named = set(re.findall(r"`?make ([a-z0-9]+)", README))
-    assert named >= {"demo", "test", "smollm2"}
+    text = "\n".join([*PAGES.values(), (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")])
+    named = set(re.findall(r"(?:`|^ {4})make ([a-z0-9-]+)", text, re.MULTILINE))
+    assert named >= {"demo", "test", "smollm2", "docs", "lint"}
     assert [target for target in named if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
 
 
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200
+
+
+def tree_of(readme: str) -> set[str]:
+    """The paths of the modules that the README's tree names; a line that begins with a folder is about its files."""
+    found: set[str] = set()
+    folders: list[str] = []
+    for line in readme.split("## What is where")[1].split("```")[1].splitlines():
+        if folder := re.match(r"((?: {2})*)(\w+/)", line):
+            folders[len(folder[1]) // 2 :] = [folder[2]]
+        found |= {"".join(folders) + module for module in re.findall(r"\b(\w+\.py)\b", line)}
+    return found
+
+
 def test_the_file_tree_names_every_module():
-    tree = README.split("## How it is built")[1].split("\n## ")[0]
-    modules = [
-        path
-        for stage in ("benchmarks", "common", "finetuning", "unlearning", "evaluation")
-        for path in (ROOT / stage).glob("*.py")
-    ]
-    assert [str(path) for path in modules if path.name != "__init__.py" and path.name not in tree] == []
-    named = re.findall(r"\b([a-z_]+\.py)\b", tree)
-    assert [name for name in named if not any(path.name == name for path in modules)] == []
+    modules = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert tree_of(README) == modules
 
 
-def test_the_method_of_the_readme_runs(models_dir, tmp_path):
-    """The blocks of "Extend it", saved as it says and run from their folder."""
-    section = README.split("## Extend it")[1].split("- **A data set**")[0]
-    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^ {6}.*\n|^\n(?= {6}))+", section, re.MULTILINE)]
-    code, config = (block for block in blocks if block.strip())
+def test_every_recipe_is_in_the_table():
+    stages = {"finetune", "unlearn", "evaluate", "run", "benchmark", "pretrain-tiny"}
+    recipes = {path.stem for path in CONFIGS.glob("*.yaml")} - stages
+    recipes |= {
+        f"{folder}/{path.stem}"
+        for folder in ("benchmark", "compare")
+        for path in (CONFIGS / folder).glob("*.yaml")
+        if path.stem not in ("default", "base")
+    }
+    table = README.split("## Recipes")[1].split("\n## ")[0]
+    assert [name for name in sorted(recipes) if f"`{name}`" not in table] == []
+    ours = re.findall(r"`([\w/-]+)`", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
+    assert sorted(set(ours) - recipes) == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_links_lead_to_files_and_headings(page):
+    """Sphinx checks those between the pages of docs/; this checks all of them as GitHub shows them."""
+    path = ROOT / page
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        name, _, heading = target.partition("#")
+        linked = path.parent / name if name else path
+        assert linked.exists(), target
+        if heading:
+            text = re.sub(r"```.*?```", "", linked.read_text(encoding="utf-8"), flags=re.DOTALL)
+            titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+def test_the_method_of_the_docs_runs(models_dir, tmp_path):
+    """The blocks of "A method", saved as it says and run from their folder."""
+    section = PAGES["docs/extending.md"].split("## A method")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (config,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
     assert len([line for line in (code + config).splitlines() if line.strip()]) <= 10
     (tmp_path / "entropy.py").write_text(code)
     (tmp_path / "method").mkdir()
@@ -75,7 +147,58 @@ def test_the_method_of_the_readme_runs(models_dir, tmp_path):
     assert losses[-1] < losses[0] < 0, "minus the entropy falls"
 
 
-def test_every_recipe_is_in_the_table():
-    stages = {"finetune", "unlearn", "evaluate", "run", "benchmark", "pretrain-tiny"}
-    recipes = {path.stem for path in CONFIGS.glob("*.yaml")} - stages
-    assert [name for name in recipes if f"`{name}`" not in README] == []
+# --- pages that are generated from the code ---
+
+
+@pytest.fixture(scope="module")
+def generate():
+    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs/generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclasses.dataclass
+class Plain:
+    width: int | None = None
+    """How wide:
+    in columns."""
+
+
+@dataclasses.dataclass
+class PlainChild(Plain):
+    depth: float = 1.5
+    """How deep."""
+
+
+@pydantic_dataclass
+class Validated:
+    path: str = Field(description="Where it is.")
+    depth: float = Field(default=1.5, gt=0, description="How deep.")
+
+
+def test_settings_are_read_from_dataclasses_and_from_pydantic(generate):
+    def shown(cls):
+        return [(field.name, field.type, field.default, field.description) for field in generate.fields_of(cls)]
+
+    assert shown(PlainChild) == [
+        ("width", "int or null", "null", "How wide: in columns."),
+        ("depth", "float", "1.5", "How deep."),
+    ]
+    assert shown(Validated) == [
+        ("path", "str", "required", "Where it is."),
+        ("depth", "float, > 0", "1.5", "How deep."),
+    ]
+
+
+def test_every_setting_of_the_generated_pages_is_described(generate):
+    pages = {name: getattr(generate, f"{name}_page")() for name in ("configuration", "methods", "metrics")}
+    for name, page in pages.items():
+        rows = [line for line in page.splitlines() if re.match(r"\| `\w+` \|", line)]
+        assert rows, name
+        undescribed = [row for row in rows if row.endswith("|  |") and "| section" not in row]
+        assert undescribed == [], name
+    for path in (CONFIGS / "method").glob("*.yaml"):
+        assert f"## `{path.stem}`" in pages["methods"]
+        for key in set(yaml.safe_load(path.read_text(encoding="utf-8"))) - {"_target_"}:
+            assert f"| `{key}` |" in pages["methods"]

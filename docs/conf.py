@@ -1,0 +1,22 @@
+"""Sphinx: `make docs`. The pages of settings, methods and metrics are written from the code first (generate.py)."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from generate import write_pages  # noqa: E402
+
+write_pages(HERE / "_generated")
+
+project = "Partial Model Collapse"
+copyright = "the authors of this repository, MIT licence"
+extensions = ["myst_parser", "sphinx_copybutton"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["_build", "_generated"]  # generated pages are included by others
+myst_heading_anchors = 4
+html_theme = "furo"
+html_title = "Partial Model Collapse"
+html_show_sphinx = False
+copybutton_prompt_text = "$ "

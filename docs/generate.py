@@ -1,0 +1,314 @@
+"""Write docs/_generated/*.md from the code: settings, methods and metrics have one description, the one in the code.
+
+    python docs/generate.py
+
+`fields_of` reads a settings class, `metric_rows` the metric registry; everything else here is Markdown.
+"""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from hydra.utils import get_class
+from omegaconf import MISSING, OmegaConf
+
+from common.config import RunConfig
+from common.files import CONFIGS, write_text
+from evaluation.metrics import registry
+
+REQUIRED = "required"
+GENERIC_LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+@dataclass(frozen=True)
+class SettingsField:
+    """One setting as the documentation shows it; `nested` is the settings class that it holds, if any."""
+
+    name: str
+    type: str
+    default: str
+    description: str
+    nested: type | None = None
+
+
+def fields_of(settings_class: type) -> list[SettingsField]:
+    """The fields of a dataclass, a pydantic dataclass or a pydantic model, in the order of the code."""
+    annotations = typing.get_type_hints(settings_class)
+    if validated := getattr(settings_class, "__pydantic_fields__", None):
+        literals = {} if all(info.description for info in validated.values()) else literals_under(settings_class)
+        return [
+            SettingsField(
+                name,
+                type_name(annotations.get(name, info.annotation), info.metadata),
+                REQUIRED if info.is_required() else yaml_value(info.get_default(call_default_factory=True)),
+                info.description or literals.get(name, ""),
+                nested_settings(annotations.get(name, info.annotation)),
+            )
+            for name, info in validated.items()
+        ]
+    literals = literals_under(settings_class)
+    return [
+        SettingsField(
+            field.name,
+            type_name(annotations[field.name]),
+            yaml_value(default_of(field)),
+            literals.get(field.name, ""),
+            nested_settings(annotations[field.name]),
+        )
+        for field in dataclasses.fields(settings_class)
+    ]
+
+
+def literals_under(settings_class: type) -> dict[str, str]:
+    """Field -> the string literal that stands under it, in the class or in those that it inherits from."""
+    found: dict[str, str] = {}
+    for cls in reversed(settings_class.__mro__):
+        if not dataclasses.is_dataclass(cls):
+            continue
+        body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls))).body[0].body
+        for field, text in zip(body, body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[field.target.id] = " ".join(inspect.cleandoc(str(text.value.value)).split())
+    return found
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return MISSING if field.default is dataclasses.MISSING else field.default
+
+
+def yaml_value(value: Any) -> str:
+    """A value as one writes it in YAML: null, true, [8, 4]."""
+    if isinstance(value, str) and value == MISSING:
+        return REQUIRED
+    if dataclasses.is_dataclass(value) or hasattr(value, "model_fields"):
+        return "see below"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {yaml_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(yaml_value(item) for item in value) + "]"
+    return str(value).replace("\n", "\\n") if value != "" else '""'
+
+
+def type_name(hint: Any, limits: typing.Iterable[Any] = ()) -> str:
+    """`int or null`, `false or auto`, `float, > 0`: the type with the values that are allowed."""
+    if typing.get_origin(hint) is typing.Annotated:
+        hint, *inner = typing.get_args(hint)
+        limits = [*limits, *inner]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        name = " or ".join(type_name(option) for option in typing.get_args(hint))
+    elif typing.get_origin(hint) is typing.Literal:
+        name = " or ".join(yaml_value(option) for option in typing.get_args(hint))
+    elif hint is types.NoneType:
+        name = "null"
+    elif nested_settings(hint):
+        name = "section"
+    elif hint is Any:
+        name = "any"
+    elif typing.get_args(hint):
+        name = f"{typing.get_origin(hint).__name__}[{', '.join(type_name(part) for part in typing.get_args(hint))}]"
+    else:
+        name = getattr(hint, "__name__", str(hint))
+    bounds = [
+        f"{sign} {getattr(limit, key):g}"
+        for limit in limits
+        for key, sign in GENERIC_LIMITS.items()
+        if isinstance(getattr(limit, key, None), int | float)
+    ]
+    return ", ".join([name, *bounds])
+
+
+def nested_settings(hint: Any) -> type | None:
+    """The settings class in `X` or `X | None`; None for other types."""
+    options = typing.get_args(hint) if typing.get_args(hint) else (hint,)
+    return next(
+        (o for o in options if isinstance(o, type) and (dataclasses.is_dataclass(o) or hasattr(o, "model_fields"))),
+        None,
+    )
+
+
+# --- Markdown ---
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def code(text: str) -> str:
+    return f"`{text}`" if text not in (REQUIRED, "see below") else text
+
+
+def section_table(name: str, settings_class: type, values: dict[str, Any] | None = None, level: int = 2) -> str:
+    """A heading and the table of a section, followed by those of the sections inside it."""
+    fields = fields_of(settings_class)
+    page = f"{'#' * level} `{name}`\n\n{settings_table(fields, values)}\n"
+    for field in fields:
+        if field.nested:
+            page += section_table(f"{name}.{field.name}", field.nested, level=level + 1)
+    return page
+
+
+def settings_table(fields: list[SettingsField], values: dict[str, Any] | None = None) -> str:
+    """The fields as a table; a default that a YAML file sets replaces the class's own."""
+    values = values or {}
+    rows = [
+        [
+            f"`{field.name}`",
+            field.type,
+            code(yaml_value(values[field.name]) if field.name in values else field.default),
+            sentence(field.description),
+        ]
+        for field in fields
+    ]
+    return table(["key", "type", "default", "description"], rows)
+
+
+def sentence(text: str) -> str:
+    """The text beginning with a capital, unless it begins with a value ("null: ...") or a name."""
+    begins_with_a_value = re.match(r"\w+:|[a-z]+_", text)
+    return escaped(text if begins_with_a_value else text[:1].upper() + text[1:])
+
+
+def escaped(text: str) -> str:
+    """Text whose brackets, underscores and lone asterisks are characters, not Markdown; `code` and *emphasis* stay."""
+    parts = re.split(r"(`[^`]*`|\*\w[\w ]*\*)", text)
+    return "".join(part if part[:1] in ("`", "*") else re.sub(r"([<>*_{}\[\]])", r"\\\1", part) for part in parts)
+
+
+def yaml_comments(name: str, keys: typing.Callable[[str], bool]) -> str:
+    """The commented `key: value` lines of one of our YAML files whose path (`training.bf16`) is wanted, as a table."""
+    rows, parents = [], []
+    for line in (CONFIGS / name).read_text(encoding="utf-8").splitlines():
+        more = re.match(r"\s+# (.+)", line)
+        if more and rows and len(line) - len(line.lstrip()) > 20:
+            rows[-1][2] += " " + escaped(more[1])
+        found = re.match(r"( *)([\w.]+):(?: +([^#]*?))?(?: +# (.*))?$", line)
+        if not found:
+            continue
+        depth = len(found[1]) // 2
+        parents[depth:] = [found[2]]
+        if found[3] and keys(".".join(parents)):
+            rows.append([f"`{'.'.join(parents)}`", f"`{found[3].strip()}`", sentence(found[4] or "")])
+    return table(["key", "value", "description"], rows)
+
+
+# --- pages ---
+
+
+def fixed_sections() -> dict[str, type]:
+    """Section -> its settings class, of the sections that every stage has."""
+    hints = typing.get_type_hints(RunConfig)
+    return {name: nested_settings(hint) for name, hint in hints.items() if nested_settings(hint)}
+
+
+def configuration_page() -> str:
+    page = "## Top level\n\nEvery stage has these keys (`configs/run.yaml`):\n\n"
+    page += yaml_comments("run.yaml", lambda key: "." not in key)
+    page += "\nUnlearning has one more (`configs/unlearn.yaml`):\n\n"
+    page += yaml_comments("unlearn.yaml", lambda key: key.startswith("finetuned"))
+    page += "\n"
+    headline = OmegaConf.to_container(OmegaConf.load(CONFIGS / "evaluation/headline.yaml"))
+    for name, settings_class in fixed_sections().items():
+        page += section_table(name, settings_class, headline if name == "evaluation" else None)
+    page += (
+        "## `training`\n\nAny of Hugging Face's `TrainingArguments`, by its own name. Two keys are ours: `num_epochs` and "
+        "`warmup_epochs`. Our defaults for unlearning (`configs/unlearn.yaml`):\n\n"
+    )
+    return page + yaml_comments("unlearn.yaml", lambda key: key.startswith("training."))
+
+
+def methods_page() -> str:
+    page = ""
+    for path in sorted((CONFIGS / "method").glob("*.yaml"), key=lambda path: (path.stem != "pmc", path.stem)):
+        values = dict(OmegaConf.to_container(OmegaConf.load(path), resolve=False))
+        method = get_class(values.pop("_target_"))
+        page += f"## `{path.stem}`\n\n{description_of(method)}\n"
+        fields = fields_of(method.Settings)
+        page += settings_table(fields, values) if fields else "It has no settings.\n"
+        page += "\n"
+    return page
+
+
+def description_of(method: type) -> str:
+    """The docstring of the method's module (less the command) and the file that it is in."""
+    module = importlib.import_module(method.__module__)
+    first, *others = inspect.getdoc(module).split("\n\n")
+    page = escaped(first) + "\n\n"
+    for paragraph in others:
+        lines = paragraph.strip("\n").splitlines()
+        if lines[0].strip().startswith("python "):
+            continue
+        is_text = re.match(r"[A-Z\d]", lines[0]) is not None
+        page += f"{escaped(paragraph)}\n\n" if is_text else "```text\n" + inspect.cleandoc(paragraph) + "\n```\n\n"
+    return page + f"Class `{method.__qualname__}` in `{module.__name__.replace('.', '/')}.py`.\n"
+
+
+def metrics_page() -> str:
+    page = ""
+    if rows := metric_rows():
+        page += (
+            "## Scores\n\n" + table(["group", "score", "better", "what it is", "what it does not show"], rows) + "\n"
+        )
+    presets = getattr(registry, "PRESETS", None) or registry.GROUPS
+    page += "## Presets\n\n" + table(
+        ["`metrics=`", "measures"],
+        [[f"`{name}`", ", ".join(f"`{group}`" for group in groups)] for name, groups in presets.items()],
+    )
+    page += "\n## Settings\n\n"
+    for name, settings_class in metric_settings().items():
+        page += section_table(name, settings_class, level=3)
+    return page
+
+
+def metric_rows() -> list[list[str]]:
+    """A row of the table of scores for each: group, score, better, what it is, what it does not show.
+
+    Until the registry's groups describe their scores the table stands in docs/evaluation.md; take it out there then.
+    """
+    groups = getattr(registry, "METRIC_GROUPS", {})
+    return [
+        [
+            f"`{name}`" if place == 0 else "",
+            f"`{score.pattern}`",
+            escaped(score.better),
+            escaped(score.meaning),
+            escaped(score.not_shown),
+        ]
+        for name, group in groups.items()
+        for place, score in enumerate(group.scores)
+    ]
+
+
+def metric_settings() -> dict[str, type]:
+    """Metric group -> its settings class, where it has one."""
+    groups = getattr(registry, "METRIC_GROUPS", None)
+    if groups is None:
+        return registry.SETTINGS
+    groups = groups.values() if isinstance(groups, dict) else groups
+    return {group.name: group.settings for group in groups if group.settings}
+
+
+def write_pages(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pages = {"configuration": configuration_page(), "methods": methods_page(), "metrics": metrics_page()}
+    for name, page in pages.items():
+        write_text(folder / f"{name}.md", page)
+
+
+if __name__ == "__main__":
+    write_pages(Path(__file__).resolve().parent / "_generated")
