@@ -31,6 +31,7 @@ from evaluation.metrics.headline import HIGHER_IS_BETTER
 from evaluation.metrics.registry import check_data, chosen, measure
 from evaluation.scores import Missing
 from evaluation.tables import full_table, table
+from generation.cuda_graphs import use_cuda_graphs
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Path]:
@@ -82,6 +83,7 @@ class Job:
         made_by = result_of(self.path) or {}
         fill_from_run(cfg, made_by.get("config"))
         self.config = read_evaluation(cfg)
+        use_cuda_graphs(self.config.generation.cuda_graphs)
         self.families = chosen(cfg.metrics)
         if "lm_eval" in self.families:
             lm_eval_harness.check(self.config.sections["lm_eval"])

@@ -134,7 +134,7 @@ class ModelOutputs:
             ends = eos_token_ids(model, self.prompts.eos_token_id)
             own = [keys[place] for place in places] if keys else None
             ids = [list(prompts[place]) for place in places]
-            found = generate(model, ids, settings, ends, keys=own, description="answering")
+            found = generate(model, ids, settings, ends, rng_keys=own, description="answering")
             return [[self.prompts.text(answer) for answer in answers] for answers in found]
 
         return _by_place(order, of_places)

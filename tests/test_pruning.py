@@ -33,7 +33,7 @@ def drawn_half_way(early_stopping: EarlyStopping, texts: list[list[str]]) -> lis
         ended = [i for i in sorted(running) if len(texts[i]) <= length]
         running -= set(ended)
         going_on = sorted(running)
-        stop = early_stopping.look(
+        stop = early_stopping.check(
             [PartialSample(0, i, texts[i]) for i in ended], [PartialSample(0, i, texts[i][:length]) for i in going_on]
         )
         for i, stops in zip(going_on, stop, strict=True):

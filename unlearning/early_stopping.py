@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from generation.sampler import PartialSample
 
-EVERY = 8  # tokens between two looks; more often costs more than it saves
+EVERY = 8  # tokens between two checks; more often costs more than it saves
 
 
 class EarlyStopping:
@@ -36,7 +36,7 @@ class EarlyStopping:
         self.best = [(math.inf, 0)] * len(stored)  # lowest score of the finished samples, and the first that has it
         self.bounds: dict[tuple[int, int], float] = {}
 
-    def look(self, finished: Sequence[PartialSample], running: Sequence[PartialSample]) -> list[bool]:
+    def check(self, finished: Sequence[PartialSample], running: Sequence[PartialSample]) -> list[bool]:
         for question, sample, ids in finished:
             self.best[question] = min(self.best[question], (self.score(question, ids), sample))
         return [self.has_lost(draft) for draft in running]

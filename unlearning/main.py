@@ -32,6 +32,7 @@ from common.runs import RunFolder, finetuned_run, identity, run_folder
 from common.trainer import training_arguments
 from evaluation.during_training import Evaluator
 from evaluation.report import write_report
+from generation.cuda_graphs import use_cuda_graphs
 from unlearning.trainer import UnlearningData, UnlearningTrainer
 
 
@@ -43,6 +44,7 @@ def unlearn(cfg: DictConfig) -> Path:
     """
     method = method_class(cfg)
     config = read_config(cfg, method.Settings, also=("finetuned",))
+    use_cuda_graphs(config.generation.cuda_graphs)
     config = replace(config, model=start_checkpoint(config, str(cfg.finetuned)))
     start = result_of(config.model.path) or {}
     run = RunFolder(run_folder("unlearned", config), identity(cfg, start.get("id")), config.model.path)
