@@ -184,6 +184,15 @@ class EvaluationConfig:
 
 
 @dataclass
+class GenerationConfig:
+    cuda_graphs: Any = False
+    """Record the decode step as CUDA graphs: false, or auto on an NVIDIA GPU."""
+
+    def problems(self) -> list[str]:
+        return [] if self.cuda_graphs in (False, "auto") else [f"cuda_graphs={self.cuda_graphs}: expected false or auto"]
+
+
+@dataclass
 class RunConfig:
     """Everything that a stage's command line and recipe settle, read and checked."""
 
@@ -191,6 +200,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     evaluation: EvaluationConfig
+    generation: GenerationConfig
     training: dict[str, Any]
     save_model: bool
     overwrite: bool
@@ -203,7 +213,7 @@ class RunConfig:
     """Further sections that only one stage has, by their names."""
 
 
-SECTIONS = {"model": ModelConfig, "data": DataConfig, "evaluation": EvaluationConfig}
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "evaluation": EvaluationConfig, "generation": GenerationConfig}
 TOP_LEVEL = {
     "seed": int,
     "save_model": bool,

@@ -32,7 +32,7 @@ from common.results import RESULT, result_of
 log = logging.getLogger(__name__)
 FIGURES = (RESULT, "generations.jsonl", "rows.jsonl", "samples.jsonl", "history.jsonl", "report.md", "report.png")
 # Keys that say how to run, not what: they do not name a folder and do not make a result stale.
-NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoints")
+NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoints", "generation")
 
 
 def run_name(seed: int, overrides: list[str]) -> str:
