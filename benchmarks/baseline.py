@@ -1,4 +1,4 @@
-"""PMC the plain way, for comparison only: what a careful first version with Hugging Face's own tools does.
+"""PMC as a baseline, for comparison only: what a careful first version with Hugging Face's own tools does.
 
 Inside every micro-batch's loss: `generate` on prompts that were repeated num_samples times, rows padded to max_length, one
 forward pass each for collapse, retain and a forget loss that is only logged, ROUGE-L by the `rouge_score` package. In the
@@ -29,34 +29,38 @@ from unlearning.pmc import Candidate, scores, select
 class AtLengths(StoppingCriteria):
     """Ends every row at a length of its own."""
 
-    def __init__(self, lengths: Sequence[int], prompt_columns: int):
-        self.lengths, self.prompt_columns = torch.tensor(lengths), prompt_columns
+    def __init__(self, lengths: Sequence[int], prompt_length: int):
+        self.lengths, self.prompt_length = torch.tensor(lengths), prompt_length
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return (input_ids.shape[1] - self.prompt_columns >= self.lengths).to(input_ids.device)
+        return (input_ids.shape[1] - self.prompt_length >= self.lengths).to(input_ids.device)
 
 
-def plain_answers(
-    model, prompts: list[list[int]], lengths: list[int] | None, ends: list[int], max_length: int, **options
+def baseline_answers(
+    model, prompts: list[list[int]], lengths: list[int] | None, eos_token_ids: list[int], max_length: int, **options
 ) -> list[list[int]]:
     """Hugging Face's `generate` on a batch.
 
     Args:
-        lengths: row i stops after lengths[i] tokens; None: at one of the tokens `ends`, or at `max_length`.
+        lengths: row i stops after lengths[i] tokens; None: at one of `eos_token_ids`, or at `max_length`.
     """
     input_ids, mask = pad_left(prompts, model.device)
-    columns = input_ids.shape[1]
+    prompt_length = input_ids.shape[1]
     if lengths:
         settings = GenerationConfig(pad_token_id=0, eos_token_id=None, max_new_tokens=max(lengths), **options)
-        stop = StoppingCriteriaList([AtLengths(lengths, columns)])
+        stop = StoppingCriteriaList([AtLengths(lengths, prompt_length)])
     else:
-        settings = GenerationConfig(pad_token_id=ends[0], eos_token_id=ends, max_length=max_length, **options)
+        settings = GenerationConfig(
+            pad_token_id=eos_token_ids[0], eos_token_id=eos_token_ids, max_length=max_length, **options
+        )
         stop = None
     ids = model.generate(input_ids, attention_mask=mask, generation_config=settings, stopping_criteria=stop)
-    answers = ids[:, columns:].tolist()
+    answers = ids[:, prompt_length:].tolist()
     if lengths:
         return [answer[:length] for answer, length in zip(answers, lengths, strict=True)]
-    return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in answers]
+    return [
+        answer[: next((i + 1 for i, token in enumerate(answer) if token in eos_token_ids), None)] for answer in answers
+    ]
 
 
 def padded(examples: Sequence[Example], length: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -67,8 +71,8 @@ def padded(examples: Sequence[Example], length: int, device: torch.device) -> di
     }
 
 
-class PlainPMC(Trainer):
-    """The plain way as a Trainer.
+class BaselinePMC(Trainer):
+    """The baseline as a Trainer.
 
     Attributes:
         spent: seconds of the optimizer step so far, by "sampling" and "scoring".
@@ -102,9 +106,9 @@ class PlainPMC(Trainer):
             self.memory.clear()  # random answers would finish every question at once
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        open_rows = [row for row in inputs if row.index not in self.memory or self.memory[row.index].score > 0]
-        if open_rows:
-            self.pick(open_rows, self.sample(open_rows))
+        active = [row for row in inputs if row.index not in self.memory or self.memory[row.index].score > 0]
+        if active:
+            self.pick(active, self.sample(active))
         prompts = [self.data.prompts.prompt(row.question) for row in inputs]
         collapse = [Example(ids, self.memory[row.index].answer) for ids, row in zip(prompts, inputs, strict=True)]
         forget = [self.data.prompts.example(row, self.settings.max_length) for row in inputs]
@@ -126,7 +130,7 @@ class PlainPMC(Trainer):
         if self.forced_lengths:
             lengths = [length for row in rows for length in sample_lengths(self.state.global_step, row.index, n)]
         self.model.eval()
-        answers = plain_answers(
+        answers = baseline_answers(
             self.model,
             [prompt for prompt in prompts for _ in range(n)],
             lengths,
@@ -140,7 +144,7 @@ class PlainPMC(Trainer):
         self.model.train()
         self.spent["sampling"] += time.perf_counter() - started
         self.sampled_tokens += sum(map(len, answers))
-        return [answers[place : place + n] for place in range(0, len(answers), n)]
+        return [answers[i : i + n] for i in range(0, len(answers), n)]
 
     def pick(self, rows, samples: list[list[list[int]]]) -> None:
         started = time.perf_counter()
@@ -166,5 +170,5 @@ class PlainPMC(Trainer):
 
 
 def sample_lengths(step: int, index: int, n: int) -> list[int]:
-    """How long the samples of a question are in an optimizer step, whichever way they are drawn."""
+    """How long the samples of a question are in an optimizer step, whichever trainer draws them."""
     return draw_lengths(ANSWER_TOKENS, n, (step, index))
