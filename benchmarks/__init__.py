@@ -1,1 +1,1 @@
-"""How fast PMC runs, side by side with the plain way of doing it."""
+"""How fast PMC runs, beside a baseline: the same algorithm with Hugging Face's own tools."""

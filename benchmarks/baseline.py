@@ -1,4 +1,4 @@
-"""PMC the plain way, for comparison only: what a careful first version with Hugging Face's own tools does.
+"""PMC as a baseline, for comparison only: what a careful first version with Hugging Face's own tools does.
 
 Inside every micro-batch's loss: `generate` on prompts that were repeated num_samples times, rows padded to max_length, one
 forward pass each for collapse, retain and a forget loss that is only logged, ROUGE-L by the `rouge_score` package. In the
@@ -23,40 +23,44 @@ from common.prompts import Example
 from generation.decoder import pad_left
 from generation.sampler import generate
 from generation.token_sampling import SamplingSettings
-from unlearning.pmc import Candidate, scores, select
+from unlearning.selection import Candidate, penalize_short, select
 
 
 class AtLengths(StoppingCriteria):
     """Ends every row at a length of its own."""
 
-    def __init__(self, lengths: Sequence[int], prompt_columns: int):
-        self.lengths, self.prompt_columns = torch.tensor(lengths), prompt_columns
+    def __init__(self, lengths: Sequence[int], prompt_length: int):
+        self.lengths, self.prompt_length = torch.tensor(lengths), prompt_length
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return (input_ids.shape[1] - self.prompt_columns >= self.lengths).to(input_ids.device)
+        return (input_ids.shape[1] - self.prompt_length >= self.lengths).to(input_ids.device)
 
 
-def plain_answers(
-    model, prompts: list[list[int]], lengths: list[int] | None, ends: list[int], max_length: int, **options
+def baseline_answers(
+    model, prompts: list[list[int]], lengths: list[int] | None, eos_token_ids: list[int], max_length: int, **options
 ) -> list[list[int]]:
     """Hugging Face's `generate` on a batch.
 
     Args:
-        lengths: row i stops after lengths[i] tokens; None: at one of the tokens `ends`, or at `max_length`.
+        lengths: row i stops after lengths[i] tokens; None: at one of `eos_token_ids`, or at `max_length`.
     """
     input_ids, mask = pad_left(prompts, model.device)
-    columns = input_ids.shape[1]
+    prompt_length = input_ids.shape[1]
     if lengths:
         settings = GenerationConfig(pad_token_id=0, eos_token_id=None, max_new_tokens=max(lengths), **options)
-        stop = StoppingCriteriaList([AtLengths(lengths, columns)])
+        stop = StoppingCriteriaList([AtLengths(lengths, prompt_length)])
     else:
-        settings = GenerationConfig(pad_token_id=ends[0], eos_token_id=ends, max_length=max_length, **options)
+        settings = GenerationConfig(
+            pad_token_id=eos_token_ids[0], eos_token_id=eos_token_ids, max_length=max_length, **options
+        )
         stop = None
     ids = model.generate(input_ids, attention_mask=mask, generation_config=settings, stopping_criteria=stop)
-    answers = ids[:, columns:].tolist()
+    answers = ids[:, prompt_length:].tolist()
     if lengths:
         return [answer[:length] for answer, length in zip(answers, lengths, strict=True)]
-    return [answer[: next((i + 1 for i, token in enumerate(answer) if token in ends), None)] for answer in answers]
+    return [
+        answer[: next((i + 1 for i, token in enumerate(answer) if token in eos_token_ids), None)] for answer in answers
+    ]
 
 
 def padded(examples: Sequence[Example], length: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -67,8 +71,8 @@ def padded(examples: Sequence[Example], length: int, device: torch.device) -> di
     }
 
 
-class PlainPMC(Trainer):
-    """The plain way as a Trainer.
+class BaselinePMC(Trainer):
+    """The baseline as a Trainer.
 
     Attributes:
         spent: seconds of the optimizer step so far, by "sampling" and "scoring".
@@ -82,7 +86,7 @@ class PlainPMC(Trainer):
         self.data, self.settings = data, settings
         self.eos_token_ids = eos_token_ids(model, data.prompts.eos_token_id)
         self.initial_responses: dict[int, str] = {}
-        self.memory: dict[int, Candidate] = {}
+        self.best: dict[int, Candidate] = {}
         self.scorer = RougeScorer(["rougeL"], use_stemmer=True)
         self.evaluation_scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
         self.all_rouge = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
@@ -99,14 +103,14 @@ class PlainPMC(Trainer):
         self.spent = {"sampling": 0.0, "scoring": 0.0}
         self.sampled_tokens = self.trained_tokens = 0
         if self.forced_lengths:
-            self.memory.clear()  # random answers would finish every question at once
+            self.best.clear()  # random answers would solve every question at once
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        open_rows = [row for row in inputs if row.index not in self.memory or self.memory[row.index].score > 0]
-        if open_rows:
-            self.pick(open_rows, self.sample(open_rows))
+        active = [row for row in inputs if row.index not in self.best or self.best[row.index].reward < 1]
+        if active:
+            self.select(active, self.sample(active))
         prompts = [self.data.prompts.prompt(row.question) for row in inputs]
-        collapse = [Example(ids, self.memory[row.index].answer) for ids, row in zip(prompts, inputs, strict=True)]
+        collapse = [Example(ids, self.best[row.index].answer) for ids, row in zip(prompts, inputs, strict=True)]
         forget = [self.data.prompts.example(row, self.settings.max_length) for row in inputs]
         paired = [self.data.retain[np.random.randint(len(self.data.retain))] for _ in inputs]
         retain = [self.data.prompts.example(row, self.settings.max_length) for row in paired]
@@ -126,7 +130,7 @@ class PlainPMC(Trainer):
         if self.forced_lengths:
             lengths = [length for row in rows for length in sample_lengths(self.state.global_step, row.index, n)]
         self.model.eval()
-        answers = plain_answers(
+        answers = baseline_answers(
             self.model,
             [prompt for prompt in prompts for _ in range(n)],
             lengths,
@@ -140,17 +144,17 @@ class PlainPMC(Trainer):
         self.model.train()
         self.spent["sampling"] += time.perf_counter() - started
         self.sampled_tokens += sum(map(len, answers))
-        return [answers[place : place + n] for place in range(0, len(answers), n)]
+        return [answers[i : i + n] for i in range(0, len(answers), n)]
 
-    def pick(self, rows, samples: list[list[list[int]]]) -> None:
+    def select(self, rows, samples: list[list[list[int]]]) -> None:
         started = time.perf_counter()
         for row, answers in zip(rows, samples, strict=True):
             texts = self.data.prompts.tokenizer.batch_decode(answers, skip_special_tokens=True)
             reference = self.initial_responses[row.index]
             rewards = [1 - self.scorer.score(reference, text)["rougeL"].recall for text in texts]
-            values = scores(rewards, texts, self.settings.min_len)
-            candidates = [Candidate(value, answer) for value, answer in zip(values, answers, strict=True)]
-            self.memory[row.index] = select(self.memory.get(row.index), candidates)
+            rewards = penalize_short(rewards, texts, self.settings.min_len)
+            candidates = [Candidate(reward, answer) for reward, answer in zip(rewards, answers, strict=True)]
+            self.best[row.index] = select(self.best.get(row.index), candidates)
         self.spent["scoring"] += time.perf_counter() - started
 
     def evaluation_recall(self, reference: str, text: str) -> float:
@@ -166,5 +170,5 @@ class PlainPMC(Trainer):
 
 
 def sample_lengths(step: int, index: int, n: int) -> list[int]:
-    """How long the samples of a question are in an optimizer step, whichever way they are drawn."""
+    """How long the samples of a question are in an optimizer step, whichever trainer draws them."""
     return draw_lengths(ANSWER_TOKENS, n, (step, index))

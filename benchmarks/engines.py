@@ -1,4 +1,4 @@
-"""Sampling alone, by three engines on the same prompts: ours, Hugging Face's `generate` and its `generate_batch`.
+"""Sampling alone, by three engines on the same prompts: the project's own, Hugging Face's `generate` and its `generate_batch`.
 
     python benchmarks/engines.py -cn=benchmark/smollm2
 
@@ -22,12 +22,13 @@ import hydra
 from omegaconf import DictConfig
 from transformers import GenerationConfig
 
-from benchmarks.baseline import plain_answers
+from benchmarks.baseline import baseline_answers
+from benchmarks.timed_trainer import generate_lengths
 from benchmarks.worker import make_trainer, read, window_size, with_checkpoint
 from common.cli import job_errors, launch
 from common.config import RunConfig
 from common.files import CONFIGS
-from generation.sampler import evaluation_mode, generate
+from generation.sampler import evaluation_mode
 from generation.token_sampling import SamplingSettings
 
 ANSWER_LENGTH = 37  # the mean of TOFU's
@@ -42,12 +43,12 @@ def engines(config: RunConfig, model, prompts: list[list[int]]) -> dict[str, Cal
     repeated = [prompt for prompt in prompts for _ in range(s.num_samples)]
     options = {"do_sample": True, "temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
     settings = SamplingSettings(s.max_length, s.num_samples, s.temperature, s.top_k, s.top_p)
-    limits = [[ANSWER_LENGTH] * s.num_samples for _ in prompts]
-    keys = [(0, index) for index in range(len(prompts))]
+    lengths = [[ANSWER_LENGTH] * s.num_samples for _ in prompts]
+    rng_keys = [(0, index) for index in range(len(prompts))]
     paged = GenerationConfig(max_new_tokens=ANSWER_LENGTH, eos_token_id=-1, pad_token_id=0, **options)
     return {
-        "ours": lambda: generate(model, prompts, settings, [], keys, limits=limits),
-        "generate": lambda: plain_answers(model, repeated, [ANSWER_LENGTH] * len(repeated), [], 0, **options),
+        "optimized": lambda: generate_lengths(lengths, model, prompts, settings, [], rng_keys),
+        "generate": lambda: baseline_answers(model, repeated, [ANSWER_LENGTH] * len(repeated), [], 0, **options),
         "generate_batch": lambda: list(model.generate_batch(inputs=repeated, generation_config=paged).values()),
     }
 
@@ -60,7 +61,7 @@ def compare(cfg: DictConfig) -> dict[str, float]:
     """
     config, _ = read(with_checkpoint(cfg))
     with TemporaryDirectory() as folder:
-        trainer = make_trainer("ours", config, folder, window_size(config))
+        trainer = make_trainer("optimized", config, folder, window_size(config))
     prompts = [trainer.prompt_ids[row.index] for row in trainer.data.forget]
     tokens = len(prompts) * config.settings.num_samples * ANSWER_LENGTH
     seconds: dict[str, list[float]] = {}
@@ -73,9 +74,9 @@ def compare(cfg: DictConfig) -> dict[str, float]:
                 log.info("%s, round %d: %.3g s", name, round_, elapsed)
                 seconds.setdefault(name, []).append(elapsed)
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    print("| engine | tokens/s | ours is faster by |\n|---|---:|---:|")
+    print("| engine | tokens/s | optimized is faster by |\n|---|---:|---:|")
     for name, median in medians.items():
-        print(f"| {name} | {tokens / median:.4g} | {median / medians['ours']:.1f} |")
+        print(f"| {name} | {tokens / median:.4g} | {median / medians['optimized']:.1f} |")
     return medians
 
 

@@ -41,7 +41,7 @@ QUESTIONS = (20, 40, 80)
 
 
 class WarmUp(TrainerCallback):
-    """Starts the trainer's counts again after so many optimizer steps."""
+    """Resets the trainer's counts after `steps` optimizer steps."""
 
     def __init__(self, trainer: TimedPMC, steps: int):
         self.trainer, self.steps, self.ended = trainer, steps, 0.0
@@ -58,7 +58,7 @@ def epoch(config: RunConfig, questions: int, num_samples: int) -> dict[str, floa
     steps = math.ceil(questions / window_size(config))
     config = replace(config, training={**config.training, "max_steps": 2 * steps})
     with TemporaryDirectory() as folder:
-        trainer = make_trainer("ours", config, folder, questions)
+        trainer = make_trainer("optimized", config, folder, questions)
         warm_up = WarmUp(trainer, steps)
         trainer.add_callback(warm_up)
         trainer.train()

@@ -1,14 +1,14 @@
-"""Time an optimizer step of PMC, and evaluation's greedy answers, the plain way and ours, side by side.
+"""Time an optimizer step of PMC, and the evaluation's greedy answers: a baseline and the optimized code, interleaved.
 
     python benchmarks/step.py -cn=benchmark/tiny
     python benchmarks/step.py -cn=benchmark/smollm2 training.bf16=false benchmark.steps=2
 
-1. Two processes load the same weights (random ones, or a run's), one for each way; each has its own peak of memory.
-2. They take turns: a step the plain way, a step our way, on the same questions and the same lengths of samples.
+1. Two processes load the same weights (random ones, or a run's), one for each trainer; each has its own peak of memory.
+2. They take turns: a step of the baseline, a step of the optimized trainer, on the same questions and sample lengths.
 3. Means over the steps, their ratio and the arithmetic limit of the machine are printed and written as JSON, with the
    device and the versions, to models/benchmarks/<recipe>.json.
 
-The plain way (benchmarks/baseline.py) runs as a user's script would, with PyTorch's own thread and memory settings.
+The baseline (benchmarks/baseline.py) runs as a user's script would, with PyTorch's own thread and memory settings.
 """
 
 import sys
@@ -30,7 +30,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.synthetic import word_tokenizer
-from benchmarks.worker import BenchmarkSettings, Way, read, window_size, with_checkpoint
+from benchmarks.worker import BenchmarkSettings, RemoteTrainer, read, window_size, with_checkpoint
 from common.cli import job_errors, launch
 from common.config import RunConfig
 from common.files import CONFIGS, write_json
@@ -41,63 +41,63 @@ from common.trainer import training_arguments
 
 log = logging.getLogger(__name__)
 
-WAYS = ("plain", "ours")
+TRAINERS = ("baseline", "optimized")
 
 
-def measure(cfg: dict, settings: BenchmarkSettings, folder: str) -> dict[str, Way]:
-    """Both ways' figures."""
-    together = [list(WAYS)] if settings.side_by_side else [[way] for way in WAYS]
+def measure(cfg: dict, settings: BenchmarkSettings, folder: str) -> dict[str, RemoteTrainer]:
+    """Both trainers' figures."""
+    together = [list(TRAINERS)] if settings.interleaved else [[name] for name in TRAINERS]
     measured = {}
     for names in together:
-        ways = [Way(name, cfg, folder) for name in names]
+        trainers = [RemoteTrainer(name, cfg, folder) for name in names]
         for round_ in range(settings.warmup_steps + settings.steps):
-            for way in ways:
-                record = way.ask("step")
-                log.info("%s, step %d: %.3g s", way.name, round_ + 1, record["step"])
+            for trainer in trainers:
+                record = trainer.ask("step")
+                log.info("%s, step %d: %.3g s", trainer.name, round_ + 1, record["step"])
                 if round_ >= settings.warmup_steps:
-                    way.steps.append(record)
-        for way in ways:
+                    trainer.steps.append(record)
+        for trainer in trainers:
             if settings.evaluation_questions:
-                way.evaluation = way.ask("evaluate")
-            way.stop()
-        measured |= {way.name: way for way in ways}
+                trainer.evaluation = trainer.ask("evaluate")
+            trainer.stop()
+        measured |= {trainer.name: trainer for trainer in trainers}
     return measured
 
 
-def summary(ways: dict[str, Way], config: RunConfig, settings: BenchmarkSettings) -> dict[str, Any]:
-    """Means over the steps of each way, and the ratios plain / ours."""
-    result: dict[str, Any] = {"ways": {}, "ratios": {}, "mean_recall": {}}
-    for name, way in ways.items():
-        means = {key: statistics.fmean(step[key] for step in way.steps) for key in way.steps[0]}
+def summary(trainers: dict[str, RemoteTrainer], config: RunConfig, settings: BenchmarkSettings) -> dict[str, Any]:
+    """Means over the steps of each trainer, and the ratios baseline / optimized."""
+    result: dict[str, Any] = {"trainers": {}, "ratios": {}, "mean_recall": {}}
+    for name, trainer in trainers.items():
+        means = {key: statistics.fmean(step[key] for step in trainer.steps) for key in trainer.steps[0]}
         figures = {f"seconds_{part}": means[part] for part in ("step", "sampling", "scoring", "training")}
         figures["sampled_tokens_per_second"] = means["sampled_tokens"] / means["sampling"]
         figures["trained_tokens_per_second"] = means["trained_tokens"] / means["training"]
-        figures["peak_memory_bytes"] = max(step["peak_memory_bytes"] for step in way.steps)
-        if way.evaluation:
-            figures["seconds_evaluation"] = way.evaluation["seconds"]
-            figures["seconds_evaluation_answers"] = way.evaluation["seconds"] - way.evaluation["scoring"]
-            result["mean_recall"][name] = way.evaluation["mean_recall"]
+        figures["peak_memory_bytes"] = max(step["peak_memory_bytes"] for step in trainer.steps)
+        if trainer.evaluation:
+            figures["seconds_evaluation"] = trainer.evaluation["seconds"]
+            figures["seconds_evaluation_answers"] = trainer.evaluation["seconds"] - trainer.evaluation["scoring"]
+            result["mean_recall"][name] = trainer.evaluation["mean_recall"]
         if settings.questions:
             windows = settings.questions * config.training["num_epochs"] / window_size(config)
             figures["minutes_whole_run"] = windows * means["step"] / 60
-        result["ways"][name] = figures
-    plain, ours = (result["ways"][name] for name in WAYS)
-    for key in plain:
+        result["trainers"][name] = figures
+    baseline, optimized = (result["trainers"][name] for name in TRAINERS)
+    for key in baseline:
         faster_when_less = key.startswith(("seconds", "minutes", "peak"))
-        result["ratios"][key] = plain[key] / ours[key] if faster_when_less else ours[key] / plain[key]
+        result["ratios"][key] = baseline[key] / optimized[key] if faster_when_less else optimized[key] / baseline[key]
     return result
 
 
 def table(result: dict[str, Any], settings: BenchmarkSettings) -> str:
-    lines = ["| | plain | ours | ratio |", "|---|---:|---:|---:|"]
+    lines = ["| | baseline | optimized | ratio |", "|---|---:|---:|---:|"]
     for key, ratio in result["ratios"].items():
-        plain, ours = (result["ways"][way][key] for way in WAYS)
+        baseline, optimized = (result["trainers"][trainer][key] for trainer in TRAINERS)
         name, scale = (key.replace("_bytes", ", GB"), 1e9) if key.endswith("bytes") else (key, 1)
-        lines.append(f"| {name.replace('_', ' ')} | {plain / scale:.3g} | {ours / scale:.3g} | {ratio:.1f} |")
+        lines.append(f"| {name.replace('_', ' ')} | {baseline / scale:.3g} | {optimized / scale:.3g} | {ratio:.1f} |")
     if limit := result.get("limit"):
         lines += [
             "",
-            f"Arithmetic limit of our step: {limit['seconds_step']:.3g} s ({limit['gflop_step']:.3g} GFLOP at "
+            f"Arithmetic limit of the optimized step: {limit['seconds_step']:.3g} s ({limit['gflop_step']:.3g} GFLOP at "
             f"{limit['gflop_per_second']:.0f} GFLOP/s, {limit['dtype']}). "
             f"The step takes {limit['step_over_limit']:.2f} times that.",
         ]
@@ -128,15 +128,15 @@ def step_flop(step: dict[str, float], config: RunConfig) -> float:
     return sampling + training
 
 
-def arithmetic_limit(ours: Way, config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What our steps would take if the machine did nothing but the matrix products that they need."""
-    flop = statistics.fmean(step_flop(step, config) for step in ours.steps)
+def arithmetic_limit(trainer: RemoteTrainer, config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Seconds that the steps would take if the machine did nothing but the matrix products that they need."""
+    flop = statistics.fmean(step_flop(step, config) for step in trainer.steps)
     rate = matmul_flop_per_second(config, dtype)
     return {
         "gflop_step": flop / 1e9,
         "gflop_per_second": rate / 1e9,
         "seconds_step": flop / rate,
-        "step_over_limit": statistics.fmean(step["step"] for step in ours.steps) * rate / flop,
+        "step_over_limit": statistics.fmean(step["step"] for step in trainer.steps) * rate / flop,
         "dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -171,18 +171,18 @@ def benchmark(cfg: DictConfig) -> Path:
     """Measure, print and write; returns the JSON file.
 
     Raises:
-        UserError: for whatever is wrong with the configuration, or when a way's process dies.
+        UserError: for whatever is wrong with the configuration, or when a trainer's process dies.
     """
     cfg = with_checkpoint(cfg)
     config, settings = read(cfg)
-    plain_cfg = OmegaConf.to_container(cfg)
+    resolved = OmegaConf.to_container(cfg)
     with TemporaryDirectory() as folder:
-        ways = measure(plain_cfg, settings, folder)
+        trainers = measure(resolved, settings, folder)
         bf16 = training_arguments(config, Path(folder), 0).bf16
-    result = summary(ways, config, settings)
+    result = summary(trainers, config, settings)
     if config.model.new:
-        result["limit"] = arithmetic_limit(ways["ours"], config, torch.bfloat16 if bf16 else torch.float32)
-    result |= {"device": device_name(), "versions": package_versions(), "config": plain_cfg}
+        result["limit"] = arithmetic_limit(trainers["optimized"], config, torch.bfloat16 if bf16 else torch.float32)
+    result |= {"device": device_name(), "versions": package_versions(), "config": resolved}
     print(table(result, settings))
     path = Path(config.models_dir) / "benchmarks" / f"{Path(HydraConfig.get().job.config_name).name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Questions and answers of TOFU's lengths in invented words, for models with random weights.
 
 Nothing is downloaded. Random weights never end an answer, so every sample's length is drawn from TOFU's own answers, and
-all ways of sampling stop there.
+both trainers stop there.
 """
 
 from itertools import product
@@ -41,7 +41,7 @@ def words(n: int) -> list[str]:
     syllables = [consonant + vowel for consonant, vowel in product(CONSONANTS, VOWELS)]
     spoken = ("".join(parts) for parts in product(syllables, syllables, syllables))
     marks = ("".join(parts) for length in range(1, 6) for parts in product(MARKS, repeat=length))
-    return [next(marks) if place % 4 == 3 else next(spoken) for place in range(n)]
+    return [next(marks) if i % 4 == 3 else next(spoken) for i in range(n)]
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

@@ -1,20 +1,47 @@
-"""The project's own trainer, timed. With random weights its samples stop where the plain way's stop."""
+"""The project's own trainer, timed. With random weights its samples stop where the baseline's stop."""
 
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 from unittest.mock import patch
 
 from benchmarks.baseline import sample_lengths
-from common.collate import answer_tokens
+from common.collate import count_answer_tokens
 from common.data import Row
-from generation.sampler import generate
+from generation.sampler import PartialSample, generate
 from unlearning import pmc
 from unlearning.early_stopping import EarlyStopping
 
 
+class StopAtLengths:
+    """Stopping criteria of `generate`: every sample ends at a length of its own.
+
+    On CUDA, where samples are checked every few tokens, they are drawn a little longer and cut.
+
+    Args:
+        lengths: for each prompt those of its samples.
+    """
+
+    every = 1
+
+    def __init__(self, lengths: Sequence[Sequence[int]]):
+        self.lengths = lengths
+
+    def check(self, finished: Sequence[PartialSample], running: Sequence[PartialSample]) -> list[bool]:
+        return [len(ids) >= self.lengths[prompt][sample] for prompt, sample, ids in running]
+
+
+def generate_lengths(lengths: Sequence[Sequence[int]], *args, **options) -> list[list[list[int]]]:
+    """What `generate` returns for the other arguments, each sample of its length in tokens."""
+    answers = generate(*args, **options | {"stopping_criteria": StopAtLengths(lengths)})
+    return [
+        [ids[:length] for ids, length in zip(samples, some, strict=True)]
+        for samples, some in zip(answers, lengths, strict=True)
+    ]
+
+
 class TimedPMC(pmc.PMC):
-    """PMC that notes where an optimizer step's time goes, as `PlainPMC` does."""
+    """PMC that records where an optimizer step's time goes, as `BaselinePMC` does."""
 
     forced_lengths = True  # samples stop where `sample_lengths` says
 
@@ -26,36 +53,43 @@ class TimedPMC(pmc.PMC):
         self.spent = {"sampling": 0.0, "scoring": 0.0}
         self.sampled_tokens = self.trained_tokens = self.label_tokens = 0
         if self.forced_lengths:
-            self.memory.clear()  # random answers would finish every question at once
+            self.best.clear()  # random answers would solve every question at once
 
     def sample(self, rows: list[Row], early_stopping: EarlyStopping | None) -> list[list[list[int]]]:
-        options: dict[str, Any] = {}
+        draw = generate
         if self.forced_lengths:
             n = self.settings.num_samples
-            options["limits"] = [sample_lengths(self.state.global_step, row.index, n) for row in rows]
+            draw = partial(generate_lengths, [sample_lengths(self.state.global_step, row.index, n) for row in rows])
             self.eos_token_ids = []
         scored, started = self.spent["scoring"], time.perf_counter()
-        with patch.object(pmc, "generate", partial(generate, **options)):
+        with patch.object(pmc, "generate", draw):
             answers = super().sample(rows, early_stopping)
-        # The early_stopping's scoring happens inside.
+        # Early stopping scores while samples are drawn.
         self.spent["sampling"] += time.perf_counter() - started - (self.spent["scoring"] - scored)
         self.sampled_tokens += sum(len(answer) for some in answers for answer in some)
         return answers
 
-    def score(self, row: Row, answers: list[list[int]]) -> list[float]:
-        started = time.perf_counter()
-        scores = super().score(row, answers)
-        self.spent["scoring"] += time.perf_counter() - started
-        return scores
+    def rewards(self, row: Row, answers: list[list[int]]) -> list[float]:
+        return self.timed(super().rewards)(row, answers)
 
-    def lower_bound(self, row: Row, beginning: list[int]) -> float:
-        started = time.perf_counter()
-        bound = super().lower_bound(row, beginning)
-        self.spent["scoring"] += time.perf_counter() - started
-        return bound
+    def new_early_stopping(self, rows: list[Row]) -> EarlyStopping:
+        early_stopping = super().new_early_stopping(rows)
+        early_stopping.upper_bound = self.timed(early_stopping.upper_bound)
+        return early_stopping
+
+    def timed(self, score: Callable) -> Callable:
+        """The function, its time added to that of scoring."""
+
+        def timed_score(*args):
+            started = time.perf_counter()
+            result = score(*args)
+            self.spent["scoring"] += time.perf_counter() - started
+            return result
+
+        return timed_score
 
     def get_batch_samples(self, *args):
         batches, count = super().get_batch_samples(*args)
         self.trained_tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
-        self.label_tokens += sum(answer_tokens(batch["labels"]) for batch in batches)
+        self.label_tokens += sum(count_answer_tokens(batch["labels"]) for batch in batches)
         return batches, count

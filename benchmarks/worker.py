@@ -1,8 +1,9 @@
-"""One way of doing PMC in a process of its own, which does a step when it is told to."""
+"""A trainer (the baseline or the optimized one) in a process of its own, which does a step when it is told to."""
 
 import statistics
 import time
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -13,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 from transformers import TrainerCallback, set_seed
 
-from benchmarks.baseline import PlainPMC, plain_answers
+from benchmarks.baseline import BaselinePMC, baseline_answers
 from benchmarks.synthetic import ANSWER_TOKENS, draw_lengths, rows, word_tokenizer
-from benchmarks.timed_trainer import TimedPMC
+from benchmarks.timed_trainer import TimedPMC, generate_lengths
 from common.cli import prepare_process
 from common.config import RunConfig, read_config, section
 from common.data import load_splits
@@ -27,22 +28,23 @@ from common.prompts import PromptFormat
 from common.rouge import rouge_l_recall
 from common.trainer import training_arguments
 from evaluation.metrics.headline import load_questions
+from generation.cuda_graphs import use_cuda_graphs
 from generation.sampler import generate
 from generation.token_sampling import SamplingSettings
 from unlearning.main import start_checkpoint
 from unlearning.pmc import PMCSettings
 from unlearning.trainer import UnlearningData
 
-PLAIN_EVALUATION_BATCH = 256  # as the published recipes have it
+BASELINE_EVALUATION_BATCH = 256  # as the published recipes have it
 
 
 @section
 class BenchmarkSettings:
-    steps: int = Field(3, ge=1, description="optimizer steps of each way that are timed")
-    warmup_steps: int = Field(1, ge=0, description="steps of each way before these")
+    steps: int = Field(3, ge=1, description="optimizer steps of each trainer that are timed")
+    warmup_steps: int = Field(1, ge=0, description="steps of each trainer before these")
     evaluation_questions: int = Field(140, ge=0, description="questions that are answered greedily; 0: none")
-    side_by_side: bool = Field(
-        True, description="both ways in memory at once, taking turns; false: one after the other"
+    interleaved: bool = Field(
+        True, description="both trainers in memory at once, taking turns; false: one after the other"
     )
     questions: int = Field(
         0, ge=0, description="forget questions of the whole run that the figures are extrapolated to; 0: none"
@@ -78,7 +80,7 @@ def window_size(config: RunConfig) -> int:
     return config.training["per_device_train_batch_size"] * config.training["gradient_accumulation_steps"]
 
 
-class TakesTurns(TrainerCallback):
+class TakeTurns(TrainerCallback):
     """Lets a Trainer do a step only when told to, and reports what the step cost."""
 
     def __init__(self, worker: "Worker"):
@@ -92,9 +94,10 @@ class TakesTurns(TrainerCallback):
         return self.worker.wait_for_turn(control)
 
 
-def make_trainer(way: str, config: RunConfig, folder: str, questions: int) -> TimedPMC | PlainPMC:
+def make_trainer(name: str, config: RunConfig, folder: str, questions: int) -> TimedPMC | BaselinePMC:
     """A trainer of a recipe's own model and data; for a new model of random weights and so many invented questions."""
-    trainer_class = TimedPMC if way == "ours" else PlainPMC
+    use_cuda_graphs(config.generation.cuda_graphs)
+    trainer_class = TimedPMC if name == "optimized" else BaselinePMC
     if config.model.new:
         return _on_invented_questions(trainer_class, config, folder, questions)
     set_seed(config.seed)
@@ -110,7 +113,9 @@ def make_trainer(way: str, config: RunConfig, folder: str, questions: int) -> Ti
     return trainer
 
 
-def _on_invented_questions(trainer_class: type, config: RunConfig, folder: str, questions: int) -> TimedPMC | PlainPMC:
+def _on_invented_questions(
+    trainer_class: type, config: RunConfig, folder: str, questions: int
+) -> TimedPMC | BaselinePMC:
     prompts = PromptFormat(word_tokenizer(config.model.new.vocab_size), config.model.prompt)
     set_seed(config.seed)
     model = new_model(config.model.new, prompts.tokenizer, config.model.dtype)
@@ -124,13 +129,13 @@ def _on_invented_questions(trainer_class: type, config: RunConfig, folder: str, 
 
 
 class Worker:
-    """One way of doing PMC, driven step by step by the other end of a pipe."""
+    """A trainer, driven step by step by the other end of a pipe."""
 
-    def __init__(self, way: str, config: RunConfig, settings: BenchmarkSettings, pipe: Connection, folder: str):
-        self.way, self.config, self.settings, self.pipe = way, config, settings, pipe
-        self.trainer = make_trainer(way, config, folder, window_size(config))
+    def __init__(self, name: str, config: RunConfig, settings: BenchmarkSettings, pipe: Connection, folder: str):
+        self.name, self.config, self.settings, self.pipe = name, config, settings, pipe
+        self.trainer = make_trainer(name, config, folder, window_size(config))
         self.prompts = self.trainer.data.prompts
-        self.trainer.add_callback(TakesTurns(self))
+        self.trainer.add_callback(TakeTurns(self))
 
     def wait_for_turn(self, control):
         while (command := self.pipe.recv()) == "evaluate":
@@ -165,48 +170,52 @@ class Worker:
             splits = [[(question.question, question.reference) for question in some] for _, some in by_split]
             lengths = [None] * len(splits)
         started = time.perf_counter()
-        texts = self.our_texts(splits, lengths) if self.way == "ours" else self.plain_texts(splits, lengths)
+        if self.name == "optimized":
+            texts, recall = self.optimized_texts(splits, lengths), rouge_l_recall
+        else:
+            texts, recall = self.baseline_texts(splits, lengths), self.trainer.evaluation_recall
         answered = time.perf_counter()
-        recall = rouge_l_recall if self.way == "ours" else self.trainer.evaluation_recall
         references = [reference for split in splits for _, reference in split]
         recalls = [recall(reference, text) for reference, text in zip(references, texts, strict=True)]
         ended = time.perf_counter()
         return {"seconds": ended - started, "scoring": ended - answered, "mean_recall": statistics.fmean(recalls)}
 
-    def our_texts(self, splits: list[list[tuple[str, str]]], lengths: list[list[int] | None]) -> list[str]:
+    def optimized_texts(self, splits: list[list[tuple[str, str]]], lengths: list[list[int] | None]) -> list[str]:
         """All splits' questions together, as the evaluation stage asks them."""
         ids = [self.prompts.prompt(question) for split in splits for question, _ in split]
-        limits = [[length] for some in lengths for length in some] if lengths[0] else None
+        draw = generate
+        if lengths[0]:
+            draw = partial(generate_lengths, [[length] for some in lengths for length in some])
         settings = SamplingSettings(self.config.evaluation.max_length)
-        answers = generate(self.trainer.sampled_model(), ids, settings, self.trainer.eos_token_ids, limits=limits)
+        answers = draw(self.trainer.sampled_model(), ids, settings, self.trainer.eos_token_ids)
         return [self.prompts.text(answer[0]) for answer in answers]
 
-    def plain_texts(self, splits: list[list[tuple[str, str]]], lengths: list[list[int] | None]) -> list[str]:
+    def baseline_texts(self, splits: list[list[tuple[str, str]]], lengths: list[list[int] | None]) -> list[str]:
         """Split by split, batches in the data's order, each to its longest answer."""
         trainer, texts = self.trainer, []
         trainer.model.eval()
         for pairs, some in zip(splits, lengths, strict=True):
-            for place in range(0, len(pairs), PLAIN_EVALUATION_BATCH):
-                batch = slice(place, place + PLAIN_EVALUATION_BATCH)
+            for start in range(0, len(pairs), BASELINE_EVALUATION_BATCH):
+                batch = slice(start, start + BASELINE_EVALUATION_BATCH)
                 ids = [self.prompts.prompt(question) for question, _ in pairs[batch]]
                 own, longest = some and some[batch], self.config.evaluation.max_length
-                answers = plain_answers(trainer.model, ids, own, trainer.eos_token_ids, longest, do_sample=False)
+                answers = baseline_answers(trainer.model, ids, own, trainer.eos_token_ids, longest, do_sample=False)
                 texts += self.prompts.tokenizer.batch_decode(answers, skip_special_tokens=True)
         trainer.model.train()
         return texts
 
 
-def work(way: str, cfg: dict, pipe: Connection, folder: str) -> None:
-    """Entry point of a way's process."""
+def work(name: str, cfg: dict, pipe: Connection, folder: str) -> None:
+    """Entry point of a trainer's process."""
     prepare_process()
     config, settings = read(OmegaConf.create(cfg))
     try:
-        Worker(way, config, settings, pipe, folder).trainer.train()
+        Worker(name, config, settings, pipe, folder).trainer.train()
     except UserError as error:
         pipe.send(error)
 
 
-class Way:
+class RemoteTrainer:
     """The parent's end of a worker."""
 
     def __init__(self, name: str, cfg: dict, folder: str):
@@ -231,8 +240,8 @@ class Way:
         except (EOFError, ConnectionError) as error:
             self.process.join()
             raise UserError(
-                f"the process of the way '{self.name}' died (exit code {self.process.exitcode}); out of memory? "
-                "benchmark.side_by_side=false holds one way in memory at a time"
+                f"the process of the trainer '{self.name}' died (exit code {self.process.exitcode}); out of memory? "
+                "benchmark.interleaved=false holds one trainer in memory at a time"
             ) from error
         if isinstance(record, UserError):
             raise record

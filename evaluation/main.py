@@ -30,6 +30,7 @@ from evaluation.metrics.headline import HIGHER_IS_BETTER
 from evaluation.metrics.registry import check_inputs, chosen_groups, measure_groups
 from evaluation.scores import Missing
 from evaluation.tables import headline_table, score_table
+from generation.cuda_graphs import use_cuda_graphs
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Path]:
@@ -82,6 +83,7 @@ class Job:
         made_by = result_of(self.path) or {}
         fill_from_run(cfg, made_by.get("config"))
         self.config = read_evaluation(cfg)
+        use_cuda_graphs(self.config.generation.cuda_graphs)
         self.groups = chosen_groups(cfg.metrics)
         check_inputs(self.config, self.groups)
         self.folder = run_folder("evaluated", self.config, overrides_for(path, self.config) if several else None)

@@ -134,7 +134,7 @@ class ModelOutputs:
             eos_ids = eos_token_ids(model, self.prompts.eos_token_id)
             own = [keys[index] for index in indices] if keys else None
             ids = [list(prompts[index]) for index in indices]
-            generated = generate(model, ids, settings, eos_ids, keys=own, description="answering")
+            generated = generate(model, ids, settings, eos_ids, rng_keys=own, description="answering")
             return [[self.prompts.text(answer) for answer in answers] for answers in generated]
 
         return _distributed(order, texts_of)

@@ -28,6 +28,7 @@ from common.results import result_of
 from common.runs import RunFolder, comparable_config, run_folder
 from common.trainer import ExampleTrainer, training_arguments
 from evaluation.during_training import Evaluator
+from generation.cuda_graphs import use_cuda_graphs
 
 
 def finetune(cfg: DictConfig) -> Path:
@@ -37,6 +38,7 @@ def finetune(cfg: DictConfig) -> Path:
         UserError: for whatever is wrong with the configuration, the data or the model, before training starts.
     """
     config = read_config(cfg)
+    use_cuda_graphs(config.generation.cuda_graphs)
     checkpoint = resolve_path(config.model.path) if config.model.path else ""
     start = (result_of(checkpoint) or {}) if checkpoint else {}
     run = RunFolder(run_folder("finetuned", config), comparable_config(cfg, start.get("id")), checkpoint)

@@ -1,4 +1,4 @@
-"""How many answers fit into memory side by side."""
+"""How many answers are drawn side by side: as many as a fraction of the memory holds."""
 
 import psutil
 import torch
@@ -6,20 +6,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from common.hardware import log_once
 
-MEMORY_SHARE = 0.1  # of the device's memory, for the cache of the answers drawn side by side
-MOST_ROWS = {"cpu": 256, "cuda": 1024}  # more rows at a time are not faster
+MEMORY_FRACTION = 0.1  # of the device's memory, for the cache of the answers drawn side by side
+MAX_ROWS = {"cpu": 256, "cuda": 1024}  # more rows at a time are not faster
 
 
-def rows_that_fit(model: PreTrainedModel, columns: int) -> int:
-    """TokenLosses of `columns` tokens, prompt included, that may be drawn side by side.
+def rows_that_fit(model: PreTrainedModel, seq_len: int) -> int:
+    """Answers of `seq_len` tokens, prompt included, that may be drawn side by side.
 
-    Their cache takes at most MEMORY_SHARE of the device's memory, and at most half of what is free; one always fits.
+    Their cache takes at most MEMORY_FRACTION of the device's memory, and at most half of what is free; one always fits.
     """
-    needed = cache_bytes_per_token(model.config, model.dtype) * columns
+    needed = cache_bytes_per_token(model.config, model.dtype) * seq_len
     rows = max(1, cache_budget(model.device) // needed)
-    most = MOST_ROWS.get(model.device.type, MOST_ROWS["cpu"])
-    rows = min(rows, most)
-    log_once(f"up to {rows} answers of {columns} tokens are drawn side by side: {rows * needed / 1e9:.2g} GB of cache")
+    rows = min(rows, MAX_ROWS.get(model.device.type, MAX_ROWS["cpu"]))
+    log_once(f"up to {rows} answers of {seq_len} tokens are drawn side by side: {rows * needed / 1e9:.2g} GB of cache")
     return rows
 
 
@@ -39,4 +38,4 @@ def cache_budget(device: torch.device) -> int:
     else:
         memory = psutil.virtual_memory()
         free, total = memory.available, memory.total
-    return int(min(MEMORY_SHARE * total, free / 2))
+    return int(min(MEMORY_FRACTION * total, free / 2))

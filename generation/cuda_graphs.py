@@ -1,91 +1,162 @@
-"""CUDA graphs of the decode step."""
+"""CUDA graphs of the decode step, an option (generation.cuda_graphs): one launch per token instead of hundreds of kernels'.
+
+Off by default; `decoder_of` is the only way in. A graph repeats its kernels on the very same memory, so tokens, positions,
+mask and column are copied to where it reads them, and the cache's buffers are kept from call to call.
+"""
 
 import logging
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from generation.kv_cache import BLOCK
+from generation.decoder import Decoder
+from generation.kv_cache import BLOCK, PreallocatedLayer, all_preallocated
 
 log = logging.getLogger(__name__)
-ROWS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]  # row counts of recorded graphs
+ROWS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]  # row counts of graphs
+
+_enabled = False
+
+
+def use_cuda_graphs(setting: Literal[False, "auto"]) -> None:
+    """Switch graphs on (auto: for the models that `decoder_of` can use them for) or off, in this process."""
+    global _enabled
+    _enabled = setting == "auto"
+
+
+def decoder_of(model: PreTrainedModel) -> Decoder:
+    """A decoder of the model; one with CUDA graphs where these are switched on, on CUDA with sdpa attention."""
+    graphs = _enabled and model.device.type == "cuda" and model.config._attn_implementation == "sdpa"
+    return GraphDecoder(model) if graphs else Decoder(model)
+
+
+class GraphLayer(PreallocatedLayer):
+    """A layer that can be captured in a graph.
+
+    Attributes:
+        capture: while a graph is captured: the column to write, as a tensor, and how many columns to return.
+    """
+
+    capture: tuple[torch.Tensor, int] | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.capture:
+            return super().update(key_states, value_states)
+        (column, seq_len), rows = self.capture, len(key_states)
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:rows].index_copy_(2, column, states)
+        return tuple(buffer[:rows, :, :seq_len] for buffer in self.buffers)
+
+    def allocate(self, rows: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # Graphs read columns that were never written: they are masked, but 0 times not-a-number is not 0.
+        return tuple(buffer.zero_() for buffer in super().allocate(rows, seq_len))
 
 
 class StepGraphs:
-    """One decode step, recorded for every number of rows and columns that comes up, both rounded up.
+    """A model's graphs, one for every number of rows and columns that comes up, both rounded up, and the memory they read.
 
-    A graph repeats its kernels on the very same memory: tokens, positions, mask and column are copied to where it reads
-    them. Rows and columns beyond those in use hold leftovers; the mask hides the columns, and the rows are cut off.
+    Rows and columns beyond those in use hold leftovers: the mask hides the columns, and the rows are cut off.
 
     Args:
         model: whose step it is.
-        buffers: the cache's keys and values.
+        buffers: keys and values of each layer.
     """
 
     def __init__(self, model: PreTrainedModel, buffers: list[tuple[torch.Tensor, torch.Tensor]]):
-        rows, _, columns, _ = buffers[0][0].shape
-        self.weights = weight_addresses(model)
-        self.tokens = torch.zeros((rows, 1), dtype=torch.long, device=model.device)
+        self.buffers, self.weights = buffers, weight_addresses(model)
+        self.rows, _, self.seq_len, _ = buffers[0][0].shape
+        self.tokens = torch.zeros((self.rows, 1), dtype=torch.long, device=model.device)
         self.positions = torch.zeros_like(self.tokens)
-        self.mask = torch.ones((rows, columns), dtype=torch.bool, device=model.device)
+        self.mask = torch.ones((self.rows, self.seq_len), dtype=torch.bool, device=model.device)
         self.column = torch.zeros(1, dtype=torch.long, device=model.device)
-        self.recorded: dict[tuple[int, int], tuple[Callable[[], None], torch.Tensor]] = {}
+        self.replays: dict[tuple[int, int], tuple[Callable[[], None], torch.Tensor]] = {}
 
-    def reads(self, model: PreTrainedModel) -> bool:
-        """Whether the model's weights are still where the graphs read them."""
-        return self.weights == weight_addresses(model)
+    def fit(self, model: PreTrainedModel, rows: int, seq_len: int) -> bool:
+        """Whether a batch of this size fits, and the model's weights are still where the graphs read them."""
+        return rows <= self.rows and seq_len <= self.seq_len and self.weights == weight_addresses(model)
 
-    def step(self, decoder: Any, tokens: torch.Tensor) -> torch.Tensor | None:
-        """Logits of the next token, shape (rows, vocabulary); None when a graph's first result is not the plain step's."""
-        rows, columns = at_least(ROWS, len(tokens)), round_up(decoder.length, BLOCK)
-        rows = min(rows, len(self.tokens))
-        plain = None
-        if (rows, columns) not in self.recorded:
-            plain = decoder.plain_step(tokens)
-        self.tokens[: len(tokens)] = tokens[:, None]
-        self.positions[: len(tokens)] = decoder.positions[:, None]
-        self.mask[: len(tokens), : decoder.length] = decoder.mask[:, : decoder.length]
-        self.mask[: len(tokens), decoder.length : columns] = False
-        self.column.fill_(decoder.length - 1)
-        if plain is None:
-            for layer in decoder.preallocated:
-                layer.length = decoder.length
-        else:
-            self.recorded[rows, columns] = self._record(decoder, rows, columns)
-        replay, logits = self.recorded[rows, columns]
-        replay()
-        logits = logits[: len(tokens)]
-        if plain is not None and not _alike(logits, plain):
-            log.warning(
-                "a CUDA graph of the decode step gives other logits than the step itself; going on without graphs"
-            )
-            return None
-        return logits.clone()
 
-    def _record(self, decoder: Any, rows: int, columns: int) -> tuple[Callable[[], None], torch.Tensor]:
-        inputs = {
-            "input_ids": self.tokens[:rows],
-            "mask": self.mask[:rows, None, None, :columns],
-            "positions": self.positions[:rows],
-            "cache": decoder.cache,
-        }
-        for layer in decoder.preallocated:
-            layer.fixed = (self.column, columns)
+# None: graphs do not work for the model.
+_of_model: "weakref.WeakKeyDictionary[PreTrainedModel, StepGraphs | None]" = weakref.WeakKeyDictionary()
+
+
+class GraphDecoder(Decoder):
+    """A decoder that replays graphs of its step where they work for the model, and steps as any decoder where not."""
+
+    layer_class = GraphLayer
+
+    def allocate(self, rows: int, seq_len: int, n: int) -> None:
+        self.graphs = None
+        # A sliding window or a recurrent state changes in ways that no graph repeats.
+        if not all_preallocated(self.cache) or _of_model.get(self.model, "untried") is None:
+            super().allocate(rows, seq_len, n)
+            return
+        graphs = _of_model.pop(self.model, None)
+        if graphs is None or not graphs.fit(self.model, rows, seq_len):
+            graphs = None  # the old buffers are freed before larger ones are allocated
+            size = round_up(rows, ROWS), -(-seq_len // BLOCK) * BLOCK
+            graphs = StepGraphs(self.model, [layer.allocate(*size) for layer in self.cache.layers])
+        _of_model[self.model] = self.graphs = graphs
+        for layer, buffers in zip(self.cache.layers, graphs.buffers, strict=True):
+            layer.move_into(buffers, n)
+
+    def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.graphs is None:
+            return super().next_logits(tokens)
+        size = min(round_up(len(tokens), ROWS), self.graphs.rows), -(-self.length // BLOCK) * BLOCK
+        if size in self.graphs.replays:
+            return self._replay(tokens, size).clone()
+        plain = super().next_logits(tokens)
         try:
-            return record(lambda: decoder.forward(**inputs))
+            problem = (
+                None if alike(self._replay(tokens, size), plain) else "its logits are not those of the step itself"
+            )
+        except Exception as error:  # whatever a driver, a kernel or a model's own code raises
+            problem = str(error)
+        if problem:
+            log.warning("a CUDA graph of the decode step does not work here (%s); sampling goes on without", problem)
+            self.graphs = _of_model[self.model] = None
+        return plain
+
+    def _replay(self, tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Logits of the next token, shape (rows, vocabulary), in memory that the next replay overwrites."""
+        graphs, rows, seq_len = self.graphs, len(tokens), size[1]
+        graphs.tokens[:rows] = tokens[:, None]
+        graphs.positions[:rows] = self.positions[:, None]
+        graphs.mask[:rows, : self.length] = self.mask[:, : self.length]
+        graphs.mask[:rows, self.length : seq_len] = False
+        graphs.column.fill_(self.length - 1)
+        for layer in self.cache.layers:
+            layer.view(rows, self.length)
+        if size not in graphs.replays:
+            graphs.replays[size] = record(partial(self._captured_step, self.cache, *size))
+        replay, logits = graphs.replays[size]
+        replay()
+        return logits[:rows]
+
+    def _captured_step(self, cache: DynamicCache, rows: int, seq_len: int) -> torch.Tensor:
+        """The step on the memory that graphs read."""
+        tokens, positions = self.graphs.tokens[:rows], self.graphs.positions[:rows]
+        mask = self.graphs.mask[:rows, None, None, :seq_len]
+        for layer in cache.layers:
+            layer.capture = self.graphs.column, seq_len
+        try:
+            return self.forward(tokens, mask, positions, cache)
         finally:
-            for layer in decoder.preallocated:
-                layer.fixed = None
+            for layer in cache.layers:
+                layer.capture = None
 
 
 def record(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
     """A function that repeats what `step` does as one CUDA graph, and the tensor that it fills."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up at a first call, which no graph may hold
+    with torch.cuda.stream(side):  # libraries initialize themselves in a first call, which no graph may hold
         for _ in range(2):
             step()
     torch.cuda.current_stream().wait_stream(side)
@@ -95,7 +166,7 @@ def record(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.
     return graph.replay, result
 
 
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Equal but for the rounding of bfloat16 in another order of operations."""
     return bool((one - other).abs().max() <= 0.05 * other.abs().max())
 
@@ -104,11 +175,7 @@ def weight_addresses(model: PreTrainedModel) -> list[int]:
     return [parameter.data_ptr() for parameter in model.parameters()]
 
 
-def at_least(sizes: list[int], number: int) -> int:
+def round_up(number: int, sizes: list[int]) -> int:
     """The smallest of the sizes that is enough, or the number itself."""
-    place = bisect_left(sizes, number)
-    return sizes[place] if place < len(sizes) else number
-
-
-def round_up(number: int, step: int) -> int:
-    return -(-number // step) * step
+    index = bisect_left(sizes, number)
+    return sizes[index] if index < len(sizes) else number

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-PREPACK_ROWS = 64  # rows that packed weights are laid out for; any number of them works
+PREPACK_ROWS = 64  # rows that the layout is optimized for; any number of them works
 
 
 @contextlib.contextmanager
@@ -33,10 +33,9 @@ def _prepacked_forward(weight: torch.Tensor, bias: torch.Tensor | None, inputs: 
 
 
 def _can_prepack(layer: torch.nn.Linear) -> bool:
-    """Whether oneDNN has kernels for a layer here, and nobody else (offloading, for one) has put himself before it."""
+    """Whether oneDNN has kernels for the layer here, and its forward is not already patched (for example by offloading)."""
     weight = layer.weight
     if "forward" in vars(layer) or weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    return weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bf16 or weight.dtype == torch.float32

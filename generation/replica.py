@@ -1,4 +1,4 @@
-"""A copy of the model in the type that it generates in."""
+"""A copy of the model in the dtype that it is sampled in."""
 
 import copy
 
@@ -7,14 +7,14 @@ from transformers import PreTrainedModel
 
 
 class Replica:
-    """A copy of a model with its parameters in the type that samples are drawn in.
+    """A copy of a model with its parameters in the dtype that samples are drawn in.
 
-    Sampling reads every weight once a token, so half the bytes are twice the speed, while the optimizer keeps float32.
-    Buffers such as the rotary frequencies keep their type.
+    Sampling reads every weight once a token, so half the bytes give twice the speed, while the optimizer keeps float32.
+    Buffers such as the rotary frequencies keep their dtype.
 
     Args:
         source: the model that is trained; make the replica before it is wrapped for training.
-        dtype: type of the copy's parameters.
+        dtype: of the copy's parameters.
     """
 
     def __init__(self, source: PreTrainedModel, dtype: torch.dtype):

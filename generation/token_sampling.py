@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-GROUP = 8  # tokens of which only the likeliest is looked at first
+GROUP = 8  # tokens that top_tokens compares by their maximum first
 DRAWS = 8  # random numbers for a token where a draw may be rejected
-REDRAW_STREAM = 2  # keeps the numbers of later draws apart from those of first ones
+REDRAW_KEY = 2  # keeps the numbers of later draws apart from those of first ones
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class SamplingSettings:
         temperature: the logits are divided by it; 0 takes the likeliest token (greedy).
         top_k: only the k likeliest tokens; 0: all.
         top_p: of those, the smallest set of likeliest tokens whose probability is at least p; 1: all.
-        batch_size: answers generated side by side, at most; None: as many as a share of the memory holds.
+        batch_size: answers drawn side by side, at most; None: as many as a fraction of the memory holds.
     """
 
     max_length: int
@@ -40,20 +40,18 @@ def random_numbers(key: tuple[int, ...], num_samples: int, positions: int) -> np
     return np.random.default_rng(key).random((num_samples, positions), dtype=np.float32)
 
 
-def _uniforms(
-    keys: Sequence[tuple[int, ...]], chunk: list[int], samples: range, settings: SamplingSettings, positions: int
+def uniforms_of(
+    rng_keys: Sequence[tuple[int, ...]], samples: range, settings: SamplingSettings, positions: int
 ) -> torch.Tensor:
-    """Random numbers of the chunk's answers, shape (rows, positions, draws of a token)."""
+    """Random numbers of the prompts' answers, shape (prompts * samples, positions, draws of a token)."""
 
-    def drawn(*stream: int) -> np.ndarray:
-        # Shape (max_length) for every key, so that an answer's limit does not change its numbers.
-        of_each = [random_numbers((*keys[i], *stream), samples.stop, settings.max_length) for i in chunk]
-        return np.concatenate([numbers[samples.start :, :positions] for numbers in of_each])
+    def numbers(*key: int) -> np.ndarray:
+        # As many as max_length for every prompt, so that no answer's numbers depend on what is drawn beside it.
+        each = [random_numbers((*own, *key), samples.stop, settings.max_length) for own in rng_keys]
+        return np.concatenate([some[samples.start :, :positions] for some in each])
 
-    draws = [drawn()]
-    if settings.top_k == 0 and settings.top_p < 1:
-        draws += [drawn(REDRAW_STREAM, draw) for draw in range(1, DRAWS)]
-    return torch.from_numpy(np.stack(draws, axis=2))
+    redraws = DRAWS if settings.top_k == 0 and settings.top_p < 1 else 1
+    return torch.from_numpy(np.stack([numbers(), *(numbers(REDRAW_KEY, draw) for draw in range(1, redraws))], axis=2))
 
 
 def draw_tokens(logits: torch.Tensor, settings: SamplingSettings, uniforms: torch.Tensor | None) -> torch.Tensor:
@@ -63,7 +61,7 @@ def draw_tokens(logits: torch.Tensor, settings: SamplingSettings, uniforms: torc
 
     Args:
         logits: shape (rows, vocabulary).
-        uniforms: shape (rows, draws), in [0, 1); not looked at when greedy.
+        uniforms: shape (rows, draws), in [0, 1); unused when greedy.
     Returns:
         token ids, shape (rows,).
     """
@@ -75,9 +73,9 @@ def draw_tokens(logits: torch.Tensor, settings: SamplingSettings, uniforms: torc
 
 
 def _draw_sorted(logits: torch.Tensor, k: int, settings: SamplingSettings, uniform: torch.Tensor) -> torch.Tensor:
-    """Candidate from the k likeliest tokens by inverting their cumulative distribution, likeliest first.
+    """Pick from the k likeliest tokens by inverting their cumulative distribution, likeliest first.
 
-    A tie at the k-th place keeps k tokens.
+    A tie at rank k keeps k tokens.
     """
     values, tokens = top_tokens(logits, k)
     probabilities = (values.float() / settings.temperature).softmax(dim=-1)
@@ -91,9 +89,9 @@ def _draw_sorted(logits: torch.Tensor, k: int, settings: SamplingSettings, unifo
 
 
 def top_tokens(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest logits of each row, largest first, and their tokens, both of shape (rows, k): `torch.topk`, sooner.
+    """The k largest logits of each row, largest first, and their tokens, both of shape (rows, k): `torch.topk`, faster.
 
-    On a CPU the vocabulary is looked at in groups of GROUP tokens. The k largest logits lie in the k groups with the
+    On a CPU the vocabulary is split into groups of GROUP tokens. The k largest logits lie in the k groups with the
     largest maxima: any other group has k groups before it, each with a logit at least as large. So only these are sorted.
 
     Args:
@@ -107,31 +105,31 @@ def top_tokens(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
     best = logits[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(1).topk(k, sorted=False).indices
     left_over = torch.arange(groups * GROUP, vocabulary).expand(rows, -1)
     candidates = torch.cat(((best[:, None] + firsts[:, None]).flatten(1), left_over), 1)
-    values, places = logits.gather(1, candidates).topk(k)
-    return values, candidates.gather(1, places)
+    values, indices = logits.gather(1, candidates).topk(k)
+    return values, candidates.gather(1, indices)
 
 
 def _draw_from_all(logits: torch.Tensor, settings: SamplingSettings, uniforms: torch.Tensor) -> torch.Tensor:
-    """Candidate from the whole vocabulary without sorting it: draw, and draw again where the token lies outside top_p.
+    """Pick from the whole vocabulary without sorting it: draw, and draw again where the token lies outside top_p.
 
-    A token is inside while the mass of the strictly likelier ones is below top_p, so at least a share top_p of the draws
-    is accepted. The few rows that are refused all draws but one are sorted for the last.
+    A token is inside while the mass of the strictly likelier ones is below top_p, so at least the fraction top_p of draws
+    is accepted. The few rows whose draws were all rejected but for the last are sorted for that one.
     """
     probabilities = (logits.float() / settings.temperature).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     picked = _invert(cumulative, uniforms[:, 0])
     if settings.top_p >= 1:
         return picked
-    open_rows = _outside(probabilities, picked, settings.top_p).nonzero().squeeze(1)
+    rejected = _outside(probabilities, picked, settings.top_p).nonzero().squeeze(1)
     for draw in range(1, uniforms.shape[1] - 1):
-        if len(open_rows) == 0:
+        if len(rejected) == 0:
             return picked
-        again = _invert(cumulative[open_rows], uniforms[open_rows, draw])
-        picked[open_rows] = again
-        open_rows = open_rows[_outside(probabilities[open_rows], again, settings.top_p)]
-    if len(open_rows):
+        again = _invert(cumulative[rejected], uniforms[rejected, draw])
+        picked[rejected] = again
+        rejected = rejected[_outside(probabilities[rejected], again, settings.top_p)]
+    if len(rejected):
         vocabulary = logits.shape[-1]
-        picked[open_rows] = _draw_sorted(logits[open_rows], vocabulary, settings, uniforms[open_rows, -1])
+        picked[rejected] = _draw_sorted(logits[rejected], vocabulary, settings, uniforms[rejected, -1])
     return picked
 
 
@@ -141,6 +139,6 @@ def _invert(cumulative: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _outside(probabilities: torch.Tensor, picked: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Whether the strictly likelier tokens have top_p of the probability already; shape (rows,)."""
+    """Whether the strictly likelier tokens already have probability top_p; shape (rows,)."""
     likelier = probabilities > probabilities.gather(1, picked[:, None])
     return (probabilities * likelier).sum(dim=-1) >= top_p

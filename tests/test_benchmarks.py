@@ -1,4 +1,4 @@
-"""The benchmarks time what they say: both ways do the same work, and their figures add up. In a shape that takes seconds."""
+"""The benchmarks time what they say: both trainers do the same work, and their figures add up. In a shape of seconds."""
 
 import json
 import os
@@ -12,10 +12,14 @@ from hydra import compose, initialize_config_dir
 from benchmarks import step
 from benchmarks.engines import ANSWER_LENGTH, engines
 from benchmarks.synthetic import ANSWER_TOKENS, PROMPT_TOKENS, draw_lengths, rows, word_tokenizer
+from benchmarks.timed_trainer import generate_lengths
 from benchmarks.worker import make_trainer, read, window_size
 from common.files import CONFIGS, ROOT
 from common.prompts import Example
 from common.rouge import rouge_l_recall
+from generation import sampler
+from generation.token_sampling import SamplingSettings
+from tests.test_sampling import random_model, random_prompts
 
 SMALL = [
     "model.new.vocab_size=400",
@@ -49,41 +53,45 @@ def config(*overrides: str):
         return read(compose("benchmark/tiny", [*SMALL, *overrides]))[0]
 
 
-@pytest.mark.parametrize("side_by_side", [True, False])
-def test_both_ways_are_timed_and_their_ratios_written(tmp_path, side_by_side):
-    steps = [f"benchmark.side_by_side={side_by_side}", "benchmark.steps=2", "benchmark.evaluation_questions=6"]
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_both_trainers_are_timed_and_their_ratios_written(tmp_path, interleaved):
+    steps = [f"benchmark.interleaved={interleaved}", "benchmark.steps=2", "benchmark.evaluation_questions=6"]
     output = run("step.py", "benchmark/phi", tmp_path, *steps)
     result = json.loads((tmp_path / "benchmarks" / "phi.json").read_text())
-    plain, ours = result["ways"]["plain"], result["ways"]["ours"]
+    baseline, optimized = result["trainers"]["baseline"], result["trainers"]["optimized"]
     for name, ratio in result["ratios"].items():
         higher_is_better = name.endswith("per_second")
-        assert ratio == pytest.approx(ours[name] / plain[name] if higher_is_better else plain[name] / ours[name])
-    for way in (plain, ours):
-        assert way["seconds_sampling"] < way["seconds_step"]
+        assert ratio == pytest.approx(
+            optimized[name] / baseline[name] if higher_is_better else baseline[name] / optimized[name]
+        )
+    for trainer in (baseline, optimized):
+        assert trainer["seconds_sampling"] < trainer["seconds_step"]
         # The published run: 400 questions, 40 epochs, here in windows of 8.
-        assert way["minutes_whole_run"] == pytest.approx(400 * 40 / 8 * way["seconds_step"] / 60)
+        assert trainer["minutes_whole_run"] == pytest.approx(400 * 40 / 8 * trainer["seconds_step"] / 60)
     assert result["limit"]["step_over_limit"] > 1
     assert {"device", "versions", "config"} <= result.keys()
     assert "| seconds step |" in output
     assert "40 minutes" in output
 
 
-def test_both_ways_draw_the_same_number_of_tokens(tmp_path):
+def test_both_trainers_draw_the_same_number_of_tokens(tmp_path):
     """And train on the same prompts."""
     settings = config()
-    trainers = [make_trainer(way, settings, str(tmp_path), window_size(settings)) for way in ("plain", "ours")]
+    trainers = [
+        make_trainer(name, settings, str(tmp_path), window_size(settings)) for name in ("baseline", "optimized")
+    ]
     for trainer in trainers:
         trainer.args.max_steps = 1
         trainer.train()
-    plain, ours = trainers
-    assert plain.sampled_tokens == ours.sampled_tokens > 8 * 2 * min(ANSWER_TOKENS)
-    assert [row.question for row in plain.data.forget] == [row.question for row in ours.data.forget]
-    assert 0.7 < plain.trained_tokens / ours.trained_tokens < 1.4  # each trains on picks of its own
+    baseline, optimized = trainers
+    assert baseline.sampled_tokens == optimized.sampled_tokens > 8 * 2 * min(ANSWER_TOKENS)
+    assert [row.question for row in baseline.data.forget] == [row.question for row in optimized.data.forget]
+    assert 0.7 < baseline.trained_tokens / optimized.trained_tokens < 1.4  # each trains on picks of its own
 
 
-def test_the_plain_way_computes_the_mean_loss_of_its_labels(tmp_path):
+def test_the_baseline_computes_the_mean_loss_of_its_labels(tmp_path):
     settings = config()
-    trainer = make_trainer("plain", settings, str(tmp_path), 8)
+    trainer = make_trainer("baseline", settings, str(tmp_path), 8)
     example = Example([5, 6], [7, 8, 9])
     found = trainer.loss(trainer.model, [example])
     logits = trainer.model(torch.tensor([[5, 6, 7, 8, 9]])).logits[0].log_softmax(-1)
@@ -91,8 +99,8 @@ def test_the_plain_way_computes_the_mean_loss_of_its_labels(tmp_path):
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_plain_way_scores_an_answer_as_ours_does(tmp_path):
-    trainer = make_trainer("plain", config(), str(tmp_path), 1)
+def test_the_baseline_scores_an_answer_as_the_optimized_trainer_does(tmp_path):
+    trainer = make_trainer("baseline", config(), str(tmp_path), 1)
     assert trainer.evaluation_recall("The cat sat on mats", "cats sat there") == rouge_l_recall(
         "The cat sat on mats", "cats sat there"
     )
@@ -105,6 +113,26 @@ def test_a_run_starts_from_what_its_finetuning_recipe_writes(tmp_path, script):
     assert done.returncode == 1
     assert f"finetuned={tmp_path}/finetuned/smollm2-cpu/seed-0: no such folder" in done.stderr
     assert f"python finetuning/main.py -cd=configs -cn=smollm2-cpu seed=0 models_dir={tmp_path}" in done.stderr
+
+
+@pytest.mark.parametrize("interval", [1, 8])
+def test_samples_stop_at_their_lengths(monkeypatch, interval):
+    """As the beginnings of what is drawn otherwise; on CUDA, which checks every 8 tokens, too."""
+    monkeypatch.setitem(sampler.CHECK_INTERVAL, "cpu", interval)
+    arguments = (
+        random_model(),
+        random_prompts((3, 9, 6)),
+        SamplingSettings(30, 2, temperature=1.3),
+        [],
+        [(0,), (1,), (2,)],
+    )
+    lengths = [[4, 20], [1, 8], [16, 13]]
+    whole = sampler.generate(*arguments)
+    expected = [
+        [ids[:length] for ids, length in zip(answers, some, strict=True)]
+        for answers, some in zip(whole, lengths, strict=True)
+    ]
+    assert generate_lengths(lengths, *arguments) == expected
 
 
 def test_invented_rows_have_tofus_lengths():
@@ -145,9 +173,13 @@ def test_cost_curves(tmp_path):
 def test_engines_draw_as_many_tokens(tmp_path):
     """`generate_batch` takes minutes to start on a CPU; its answers are looked at when the benchmark runs."""
     settings = config()
-    trainer = make_trainer("ours", settings, str(tmp_path), 3)
+    trainer = make_trainer("optimized", settings, str(tmp_path), 3)
     prompts = [trainer.prompt_ids[row.index] for row in trainer.data.forget]
     by_name = engines(settings, trainer.model.eval(), prompts)
-    assert list(by_name) == ["ours", "generate", "generate_batch"]
-    ours = [answer for answers in by_name["ours"]() for answer in answers]
-    assert [len(answer) for answer in ours] == [len(answer) for answer in by_name["generate"]()] == [ANSWER_LENGTH] * 6
+    assert list(by_name) == ["optimized", "generate", "generate_batch"]
+    optimized = [answer for answers in by_name["optimized"]() for answer in answers]
+    assert (
+        [len(answer) for answer in optimized]
+        == [len(answer) for answer in by_name["generate"]()]
+        == [ANSWER_LENGTH] * 6
+    )

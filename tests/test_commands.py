@@ -306,17 +306,17 @@ def test_a_changed_configuration_redoes_the_run_and_keeps_the_old_figures(models
     assert "the result is there already" not in done.stdout
 
 
-def test_a_real_run_is_timed_both_ways(models_dir, tmp_path):
-    """Both start from the finetuned model and train it; the plain way is the same algorithm."""
+def test_a_real_run_is_timed_by_both_trainers(models_dir, tmp_path):
+    """Both start from the finetuned model and train it; the baseline is the same algorithm."""
     command = [sys.executable, str(ROOT / "benchmarks" / "step.py"), "-cn=benchmark/tiny-run", "benchmark.steps=2"]
     command += [f"models_dir={tmp_path}", f"finetuned={models_dir}/finetuned/tiny/seed-0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "benchmarks" / "tiny-run.json").read_text())
     recall = result["mean_recall"]
-    assert recall["ours"] == pytest.approx(recall["plain"], abs=0.03), (
+    assert recall["optimized"] == pytest.approx(recall["baseline"], abs=0.03), (
         "two steps from the same model, answers scored alike"
     )
     assert "limit" not in result, "what a real step needs is not counted"
-    for figures in result["ways"].values():
+    for figures in result["trainers"].values():
         assert 0 < figures["seconds_evaluation_answers"] < figures["seconds_evaluation"]

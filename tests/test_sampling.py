@@ -372,9 +372,9 @@ def test_greedy_answers_do_not_depend_on_the_batch(reference):
 def test_rows_that_end_leave_holes_for_the_last_ones():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        alive = torch.from_numpy(rng.random(12) < 0.6)
-        kept = compact_indices(alive)
-        assert sorted(kept.tolist()) == alive.nonzero().squeeze(1).tolist()
+        unfinished = torch.from_numpy(rng.random(12) < 0.6)
+        kept = compact_indices(unfinished)
+        assert sorted(kept.tolist()) == unfinished.nonzero().squeeze(1).tolist()
         stayed = [row for row in kept.tolist() if row < len(kept)]
         assert all(kept[row] == row for row in stayed)
 
@@ -448,20 +448,20 @@ def test_many_prompts_are_read_in_parts_and_their_beginning_once(reference, monk
 
 
 def test_one_cache_is_held_at_a_time(reference, monkeypatch):
-    """The last chunk's is gone before the next prompts are read, and parts are gone where they are joined."""
+    """The last chunk's is gone before the next prompts are read, and parts are gone where they are concatenated."""
     monkeypatch.setitem(decoder.PREFILL_PROMPTS, "cpu", 2)
-    held, read, join = [], Decoder.read, PreallocatedLayer.join
+    held, read, concat = [], Decoder.read, PreallocatedLayer.concat
 
     def noting_read(self, prompts):
         held.append(getattr(self, "cache", None))
         return read(self, prompts)
 
-    def noting_join(self, parts, shared):
-        join(self, parts, shared)
+    def noting_concat(self, parts, shared):
+        concat(self, parts, shared)
         held.extend(part.keys for part in parts if part is not self)
 
     monkeypatch.setattr(Decoder, "read", noting_read)
-    monkeypatch.setattr(PreallocatedLayer, "join", noting_join)
+    monkeypatch.setattr(PreallocatedLayer, "concat", noting_concat)
     generate(reference.model, reference.prompts, SamplingSettings(30, batch_size=3), [7])
     assert len(held) > 2
     assert held == [None] * len(held)

@@ -33,6 +33,7 @@ from common.runs import RunFolder, comparable_config, run_folder, with_portable_
 from common.trainer import training_arguments
 from evaluation.during_training import Evaluator
 from evaluation.report import write_report
+from generation.cuda_graphs import use_cuda_graphs
 from unlearning.trainer import UnlearningData, UnlearningTrainer
 
 
@@ -44,6 +45,7 @@ def unlearn(cfg: DictConfig) -> Path:
     """
     method = method_class(cfg)
     config = read_config(cfg, method.Settings, also=("finetuned",))
+    use_cuda_graphs(config.generation.cuda_graphs)
     config = replace(config, model=start_checkpoint(config, str(cfg.finetuned)))
     start = result_of(config.model.path) or {}
     run = RunFolder(run_folder("unlearned", config), comparable_config(cfg, start.get("id")), config.model.path)

@@ -44,7 +44,8 @@ class PMCSettings(MethodSettings):
     fluency_weight: float = Field(
         0.0,
         ge=0,
-        description="weight of a sample's mean NLL per token under the model before unlearning, subtracted from its reward; 0: off",
+        description="weight of a sample's mean NLL per token under the model before unlearning, subtracted from its reward; "
+        "0: off",
     )
     early_stopping: bool = Field(
         True, description="stop samples that can no longer be selected, for rewards that never rise as a sample grows"

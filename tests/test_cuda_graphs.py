@@ -1,0 +1,235 @@
+"""CUDA graphs of the decode step draw what the step itself draws, and what else needs a GPU.
+
+Without one, a step that is recorded as a function stands for a graph: it reads and writes the same memory.
+"""
+
+import copy
+import gc
+import weakref
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.config import ModelConfig
+from common.model import load_model
+from evaluation.metrics.quantization import load_with_bitsandbytes
+from generation import cuda_graphs, sampler
+from generation.cuda_graphs import GraphDecoder, decoder_of, use_cuda_graphs
+from generation.decoder import Decoder
+from generation.replica import Replica
+from generation.sampler import generate
+from generation.token_sampling import SamplingSettings
+from tests.test_sampling import random_model, random_prompts, sampled
+
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+PROMPTS, KEYS = random_prompts((3, 14, 7, 5, 11)), [(0, 1, i) for i in range(5)]
+draw = partial(sampled, prompts=PROMPTS, keys=KEYS, top_p=0.95, max_length=90)
+
+
+def stand_in(step):
+    """What `record` returns, without CUDA: a replay calls the step."""
+    result = step().clone()
+    return lambda: result.copy_(step()), result
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=gpu)])
+def device(request, monkeypatch):
+    """Graphs are switched on there; on a CPU with stand-ins, checked as often as on a GPU."""
+    if request.param == "cpu":
+        monkeypatch.setattr(cuda_graphs, "record", stand_in)
+        monkeypatch.setattr(cuda_graphs, "decoder_of", GraphDecoder)
+        monkeypatch.setattr(sampler, "decoder_of", GraphDecoder)
+        monkeypatch.setitem(sampler.CHECK_INTERVAL, "cpu", 8)
+    use_cuda_graphs("auto")
+    yield request.param
+    use_cuda_graphs(False)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """How often a decoder has taken a step itself, and how often a graph was replayed."""
+    counts = {"plain": 0, "replayed": 0}
+
+    def counting(name, function):
+        def call(*args):
+            counts[name] += 1
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(Decoder, "next_logits", counting("plain", Decoder.next_logits))
+    monkeypatch.setattr(GraphDecoder, "_replay", counting("replayed", GraphDecoder._replay))
+    return counts
+
+
+def without_graphs(monkeypatch, function):
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler, "decoder_of", Decoder)
+        return function()
+
+
+def graphs_of(model):
+    return cuda_graphs._of_model.get(model, "untried")
+
+
+def test_graphs_are_off_unless_switched_on():
+    model = random_model()
+    assert type(decoder_of(model)) is Decoder
+    on_cuda = SimpleNamespace(device=torch.device("cuda"), config=SimpleNamespace(_attn_implementation="sdpa"))
+    eager = SimpleNamespace(device=torch.device("cuda"), config=SimpleNamespace(_attn_implementation="eager"))
+    assert type(decoder_of(on_cuda)) is Decoder
+    try:
+        use_cuda_graphs("auto")
+        assert [type(decoder_of(some)) for some in (on_cuda, eager, model)] == [GraphDecoder, Decoder, Decoder]
+    finally:
+        use_cuda_graphs(False)
+    assert type(decoder_of(on_cuda)) is Decoder
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_graphs_draw_the_same_tokens_in_shrinking_batches(device, steps, monkeypatch, batch_size):
+    """Through several row counts and blocks of columns; a second call captures nothing."""
+    model = random_model().to(device)
+    draw_once = partial(draw, model, batch_size=batch_size)
+    expected = without_graphs(monkeypatch, draw_once)
+    steps["plain"] = 0
+    assert draw_once() == expected
+    captured = graphs_of(model).replays
+    assert len({rows for rows, _ in captured}) > 1
+    assert {columns for _, columns in captured} == {64, 128}
+    assert steps["plain"] == len(captured) < steps["replayed"]
+    assert draw_once() == expected
+    assert steps["plain"] == len(captured)
+
+
+def test_graphs_follow_the_weights(device, monkeypatch):
+    """Updated in place they are read anew; put elsewhere, the graphs are captured anew."""
+    model = random_model().to(device)
+    before, first = draw(model), graphs_of(model)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    after = draw(model)
+    assert after == without_graphs(monkeypatch, lambda: draw(model)) != before
+    assert graphs_of(model) is first
+    model.lm_head.weight.data = model.lm_head.weight.flip(0).contiguous()
+    assert draw(model) == before
+    assert graphs_of(model) is not first
+
+
+def test_two_models_take_turns(device, monkeypatch):
+    models = [random_model(seed=seed).to(device) for seed in (0, 1)]
+    expected = [without_graphs(monkeypatch, lambda model=model: draw(model)) for model in models]
+    assert expected[0] != expected[1]
+    for _ in range(2):
+        assert [draw(model) for model in models] == expected
+    assert graphs_of(models[0]) is not graphs_of(models[1])
+
+
+def test_larger_batches_get_larger_buffers(device, monkeypatch):
+    model = random_model().to(device)
+    for prompts, max_length in ((2, 40), (5, 90), (3, 40), (5, 200)):
+        options = {"prompts": PROMPTS[:prompts], "keys": KEYS[:prompts], "max_length": max_length}
+        assert draw(model, **options) == without_graphs(monkeypatch, lambda options=options: draw(model, **options))
+    assert graphs_of(model).seq_len == 256
+
+
+def test_layers_with_windows_go_without_graphs(device, steps):
+    model = random_model("gemma3_text").to(device)
+    draw(model)
+    assert (steps["replayed"], graphs_of(model)) == (0, "untried")
+
+
+def raising(step):
+    raise RuntimeError("no capture here")
+
+
+def wrong(step):
+    result = step() + 9
+    return lambda: None, result
+
+
+@pytest.mark.parametrize(("broken", "why"), [(raising, "no capture here"), (wrong, "not those of the step itself")])
+def test_graphs_that_do_not_work_are_given_up(device, steps, monkeypatch, caplog, broken, why):
+    model = random_model().to(device)
+    expected = without_graphs(monkeypatch, lambda: draw(model))
+    monkeypatch.setattr(cuda_graphs, "record", broken)
+    assert draw(model) == expected
+    assert draw(model) == expected
+    assert steps["replayed"] == 1, "they are tried once"
+    assert graphs_of(model) is None
+    assert [why in record.getMessage() for record in caplog.records if "graph" in record.getMessage()] == [True]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_graphs_do_not_keep_a_model():
+    use_cuda_graphs("auto")
+    try:
+        model = random_model().cuda()
+        draw(model)
+        gone = weakref.ref(model)
+        del model
+        gc.collect()
+        assert gone() is None
+    finally:
+        use_cuda_graphs(False)
+
+
+# --- what else needs a GPU ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_bfloat16_replica_is_sampled_on_a_gpu():
+    source = random_model().cuda()
+    replica = Replica(source, torch.bfloat16)
+    expected = draw(copy.deepcopy(source).bfloat16())
+    assert draw(replica.refresh()) == expected
+    with torch.no_grad():
+        source.lm_head.weight.copy_(source.lm_head.weight.flip(0))
+    assert draw(replica.refresh()) != expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_greedy_answers_on_a_gpu_are_those_of_the_cpu():
+    model = random_model()
+    settings = SamplingSettings(60)
+    expected = generate(model, PROMPTS, settings, [7])
+    assert generate(model.cuda(), PROMPTS, settings, [7]) == expected
+
+
+@pytest.fixture
+def checkpoint(tmp_path, model, tokenizer):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("bits", "kind"), [(8, "Linear8bitLt"), (4, "Linear4bit")])
+def test_bitsandbytes_loads_and_answers(checkpoint, bits, kind):
+    pytest.importorskip("bitsandbytes")
+    config = ModelConfig(path=checkpoint, dtype="bfloat16")
+    context = SimpleNamespace(model=SimpleNamespace(config=config), loader=SimpleNamespace(clear=lambda: None))
+    copy_ = load_with_bitsandbytes(context, bits)
+    assert type(copy_.model.layers[0].mlp.up_proj).__name__ == kind
+    assert generate(copy_, PROMPTS, SamplingSettings(30), [7])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_flash_attention_draws_as_sdpa_does(checkpoint, tokenizer):
+    pytest.importorskip("flash_attn")
+    answers = []
+    for kernel in ("sdpa", "flash_attention_2"):
+        config = ModelConfig(path=checkpoint, dtype="bfloat16", attn_implementation=kernel)
+        answers.append(generate(load_model(config, tokenizer).cuda(), PROMPTS, SamplingSettings(30), [7]))
+    assert [len(some) for some in answers[0]] == [len(some) for some in answers[1]]
+    assert [ids[0] for some in answers[0] for ids in some] == [ids[0] for some in answers[1] for ids in some]
