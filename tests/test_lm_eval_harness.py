@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import UserError
 from evaluation.metrics.lm_eval_harness import Harness, check
-from tests.conftest import evaluate_here
+from tests.helpers import evaluate_here
 
 pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")
 

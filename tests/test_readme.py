@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 
 from common.cli import allow_new_key
 from common.files import CONFIGS, ROOT, read_json_lines
-from tests.conftest import run_stage
+from tests.helpers import run_stage
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [

@@ -14,7 +14,7 @@ from evaluation.metrics import quantization, relearning
 from evaluation.metrics.quantization import Quantization, round_linear_layers, round_to_nearest
 from evaluation.metrics.relearning import Relearning, select_relearn_rows
 from evaluation.scores import Missing, Scores
-from tests.conftest import ROWS, write_rows
+from tests.helpers import ROWS, write_rows
 
 
 @pytest.fixture

@@ -1,20 +1,16 @@
 """leak@k against brute force, bounds against scipy and by simulation, target suppression by hand."""
 
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from common.config import EvaluationConfig
 from common.data import Row
 from common.rouge import rouge_l_recall
 from evaluation.metrics import prefill, sampling, target_suppression
 from evaluation.scores import Scores
-from tests.conftest import ROWS
-from tests.stubs import bigram_outputs, random_table
-from tests.test_passes import outputs_of
+from tests.helpers import ROWS, bigram_outputs, context_of, outputs_of, random_table
 
 # --- leak@k -------------------------------------------------------------------------------------------------------------
 
@@ -102,11 +98,6 @@ def test_clopper_pearson_is_wrong_about_as_often_as_it_may_be():
 
 
 # --- on a model ---------------------------------------------------------------------------------------------------------
-
-
-def context_of(outputs, rows, **sections):
-    config = SimpleNamespace(sections=sections, evaluation=EvaluationConfig(max_length=60), seed=3)
-    return SimpleNamespace(outputs=outputs, rows=lambda role: rows, config=config)
 
 
 def test_sampling_scores_come_from_one_set_of_samples(model, prompts):

@@ -5,29 +5,14 @@ import math
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
 from common.checkpoints import last_complete_checkpoint
 from common.collate import bucket_by_length, collate, sort_into_micro_batches
 from common.losses import answer_losses
 from common.prompts import Example
 from common.trainer import ExampleTrainer
-from tests.conftest import ROWS
+from tests.helpers import ROWS, arguments
 from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer
-
-
-def arguments(folder, batch_size, accumulation, **more):
-    values = {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        **{**values, **more},
-    )
 
 
 def gradients_of_one_step(trainer):
