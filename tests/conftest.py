@@ -20,6 +20,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PMC_ROOT", str(ROOT))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items):
+    """What needs the runs of `models_dir` is slow, and a GPU test without a GPU is skipped."""
+    has_gpu = torch.cuda.is_available()
+    for item in items:
+        if "models_dir" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("gpu") and not has_gpu:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     texts = [f"{row.question} {row.answer}" for row in ROWS]
