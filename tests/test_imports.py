@@ -144,7 +144,8 @@ def test_every_stage_is_a_script():
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
 def test_a_script_sets_the_path_before_it_imports_ours(path):
     body = ast.parse(path.read_text(encoding="utf-8")).body
-    first = next(i for i, node in enumerate(body) if sets_the_path(node))
+    first = next((i for i, node in enumerate(body) if sets_the_path(node)), len(body))
+    assert first < len(body)
     assert imported(ast.unparse(ast.Module(body[:first], []))) == {"sys", "pathlib"}
 
 
