@@ -20,6 +20,7 @@ from evaluation.model_outputs import ModelOutputs, TokenLogProbs
 from unlearning.pmc import PMC, PMCSettings
 from unlearning.trainer import UnlearningData
 
+TOKEN = "hf_" + "s3cret" * 5  # nobody's
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
