@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from common.collate import collate
-from common.config import PromptConfig
+from common.config import DataConfig, EvaluationConfig, ModelConfig, PromptConfig, RunConfig
 from common.files import ROOT
 from common.losses import answer_losses
 from common.new_model import new_model, train_tokenizer
 from common.prompts import PromptFormat
-from tests.helpers import CHAT_TEMPLATE, NEW, ROWS, run_stage
+from evaluation.context import EvaluationContext, Loader, open_model
+from evaluation.metrics.quantization import Quantization
+from evaluation.metrics.relearning import Relearning
+from tests.helpers import CHAT_TEMPLATE, NEW, ROWS, no_model, run_stage, write_rows
 
 # A second thread makes models this small slower, many times where the cores are busy. The stages' processes inherit it.
 torch.set_num_threads(1)
@@ -92,3 +95,35 @@ def models_dir(tmp_path_factory):
     run_stage("finetuning", "-cn=tiny", where, "training.num_epochs=12")
     (folder / "finetuned/tiny/seed-0+training.num_epochs-12").rename(folder / "finetuned/tiny/seed-0")
     return folder
+
+
+@pytest.fixture
+def context(model, tokenizer, tmp_path):
+    """A context of a saved model, with a retain-only model of other weights."""
+    for name in ("model", "retain"):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    splits = {"forget": write_rows(tmp_path, "gone", ROWS[:4]), "retain": write_rows(tmp_path, "kept", ROWS[4:])}
+    sections = {
+        "relearning": Relearning(num_epochs=40, learning_rate=1e-2, batch_size=2),
+        "quantization": Quantization(),
+    }
+    config = RunConfig(
+        seed=0,
+        model=ModelConfig(str(tmp_path / "model"), PromptConfig("plain")),
+        data=DataConfig(str(tmp_path), splits, {"question": "question", "answer": "answer"}),
+        evaluation=EvaluationConfig(max_length=60),
+        training={},
+        save_model=True,
+        overwrite=False,
+        keep_checkpoints=False,
+        output_dir=None,
+        models_dir=str(tmp_path),
+        sections=sections,
+    )
+    loader = Loader()
+    retain = open_model(config, ModelConfig(str(tmp_path / "retain"), PromptConfig("plain")), loader)
+    return EvaluationContext(config, loader, open_model(config, config.model, loader), lambda: retain, no_model)

@@ -17,6 +17,7 @@ from common.files import CONFIGS, ROOT, write_json_lines
 from common.prompts import PromptFormat
 from evaluation.main import evaluate
 from evaluation.model_outputs import ModelOutputs, TokenLogProbs
+from evaluation.scores import Missing
 from unlearning.pmc import PMC, PMCSettings
 from unlearning.trainer import UnlearningData
 
@@ -169,3 +170,7 @@ def outputs_of(model, prompts, **evaluation):
 def context_of(outputs, rows, **sections):
     config = SimpleNamespace(sections=sections, evaluation=EvaluationConfig(max_length=60), seed=3)
     return SimpleNamespace(outputs=outputs, rows=lambda role: rows, config=config)
+
+
+def no_model():
+    raise Missing("none is given")

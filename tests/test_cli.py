@@ -8,9 +8,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from common import cli
 from common.cli import allow_new_key, launch, prepare_process
 from common.errors import Interrupted, UserError
-from common.files import (
-    ROOT,
-)
+from common.files import ROOT
 from tests.helpers import TOKEN
 
 # --- environment --------------------------------------------------------------------------------------------------------
