@@ -23,12 +23,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PMC_ROOT", str(ROOT))
 
 
+SLOW_FIXTURES = {"models_dir", "memorized"}  # seconds of training
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items):
-    """What needs the runs of `models_dir` is slow, and a GPU test without a GPU is skipped."""
+    """Tests are slow whose fixtures are, and a GPU test is skipped without a GPU."""
     has_gpu = torch.cuda.is_available()
     for item in items:
-        if "models_dir" in item.fixturenames:
+        if not SLOW_FIXTURES.isdisjoint(item.fixturenames):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))

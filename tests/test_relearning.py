@@ -21,6 +21,7 @@ def answer_probabilities(context):
     return [t.log_probs for t in context.outputs.tokens_of_answers([(row.question, row.answer) for row in ROWS])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [relearning, quantization])
 def test_checkpoint_and_model_stay_as_they_are(context, family):
     before, shared = files(context.model.config.path), context.outputs.load()
@@ -34,6 +35,7 @@ def test_checkpoint_and_model_stay_as_they_are(context, family):
     assert all((one == other).all() for one, other in zip(after, untouched, strict=True))
 
 
+@pytest.mark.slow
 def test_relearning_teaches_the_copy(context):
     scores = Scores()
     relearning.measure(context, scores)
