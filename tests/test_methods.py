@@ -20,8 +20,7 @@ from common.model import add_adapter
 from common.new_model import new_model
 from common.rouge import rouge_l_recall
 from common.trainer import ExampleTrainer
-from tests.conftest import NEW, ROWS, run_stage
-from tests.test_training import arguments
+from tests.helpers import NEW, ROWS, arguments, run_stage
 from unlearning.methods.altpo import AltPO
 from unlearning.methods.refusals import read_refusals
 from unlearning.methods.rmu import RMUSettings, steered_layers, trained_parameters

@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.losses import answer_losses
 from common.model import ADAPTER, add_adapter, eos_token_ids, load_model, load_tokenizer
 from common.prompts import PromptFormat
-from tests.conftest import NEW, ROWS, SETTINGS
+from tests.helpers import NEW, ROWS, SETTINGS
 
 LORA = LoraSettings(r=4, alpha=8)
 IDS = torch.tensor([[5, 60, 70, 8, 90]])

@@ -8,21 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.conftest import ROWS
-from tests.test_training import arguments
+from tests.helpers import ROWS, arguments, make_trainer
 from unlearning.pmc import PMC
 from unlearning.pmc_options import PMCSettings, StalledTemperature
 from unlearning.rewards import rouge_l
 from unlearning.selection import Candidate, penalize_short, select
 from unlearning.trainer import UnlearningData
-
-
-def make_trainer(model, prompts, folder, rows=ROWS, batch_size=4, accumulation=2, settings=None, **more):
-    data = UnlearningData(rows, ROWS[::-1], prompts, max_length=64)
-    settings = settings or PMCSettings(num_samples=3, max_length=48, temperature=1.0)
-    trainer = PMC(model, arguments(folder, batch_size, accumulation, **more), data, settings)
-    trainer.before_training()
-    return trainer
 
 
 def test_reward_is_one_minus_recall_against_the_initial_response():
@@ -214,14 +205,10 @@ def test_the_trained_answer_is_the_sampled_ids_with_their_end_token(model, promp
 
 
 def test_a_reward_of_ones_own_is_named_by_its_dotted_path(model, prompts, tmp_path):
-    settings = PMCSettings(num_samples=2, max_length=48, reward={"_target_": "tests.test_pmc.shouting"})
+    settings = PMCSettings(num_samples=2, max_length=48, reward={"_target_": "tests.helpers.shouting"})
     trainer = make_trainer(model, prompts, tmp_path, settings=settings)
     trainer.forget_examples(ROWS[:2])
     assert {candidate.reward for candidate in trainer.best.values()} == {0.25}
-
-
-def shouting(reference, samples):
-    return [0.25 for _ in samples]
 
 
 def test_an_over_memorized_model_is_called_so_after_two_epochs(model, prompts, tmp_path, caplog):

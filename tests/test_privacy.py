@@ -12,8 +12,7 @@ from common.config import EvaluationConfig
 from common.data import Row
 from evaluation.metrics import privacy
 from evaluation.model_outputs import ModelOutputs
-from tests.conftest import ROWS
-from tests.stubs import tokens
+from tests.helpers import ROWS, tokens
 
 ANSWER = tokens([-1.0, -3.0, -2.0, -6.0, -0.5, -9.0])  # the last is the EOS token
 

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from common.cli import allow_new_key
 from common.files import CONFIGS, ROOT, read_json_lines
-from tests.conftest import run_stage
+from tests.helpers import run_stage
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README} | {

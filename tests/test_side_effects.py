@@ -9,7 +9,7 @@ import pytest
 from common.data import Row
 from evaluation.metrics import fluency, side_effects
 from evaluation.scores import Missing, Scores
-from tests.stubs import LetterTokenizer, bigram_outputs, random_table
+from tests.helpers import LetterTokenizer, bigram_outputs, random_table
 
 TEXTS = [Row(0, "ab", "cd"), Row(1, "e", "f")]
 

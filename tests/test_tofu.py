@@ -12,7 +12,7 @@ from common.data import Row, load_split
 from common.files import CONFIGS
 from evaluation.metrics import tofu
 from evaluation.scores import Missing, Score, Scores
-from tests.stubs import bigram_outputs, random_table, tokens
+from tests.helpers import bigram_outputs, random_table, tokens
 
 
 def of_loss(loss, n=4):

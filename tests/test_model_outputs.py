@@ -11,8 +11,7 @@ from common.prompts import Example
 from evaluation import model_outputs
 from evaluation.model_outputs import ModelOutputs, batches_by_length
 from generation.token_sampling import SamplingSettings
-from tests.conftest import ROWS
-from tests.stubs import bigram_outputs, random_table
+from tests.helpers import ROWS, bigram_outputs, outputs_of, random_table
 
 PAIRS = [(row.question, row.answer) for row in ROWS]
 
@@ -73,10 +72,6 @@ def test_every_answer_goes_through_the_model_once():
     assert model.passes == 2 and first[0] is first[2]
     second = outputs.tokens_of_answers([("a", "c"), ("b", "c")])
     assert model.passes == 3 and second[0] is first[1]
-
-
-def outputs_of(model, prompts, **evaluation):
-    return ModelOutputs(lambda: model, prompts, EvaluationConfig(**{"max_length": 60, **evaluation}), 256)
 
 
 def test_neither_batch_size_nor_order_changes_a_token_s_probability(model, prompts, monkeypatch):

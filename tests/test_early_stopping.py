@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from generation.sampler import PartialSample
-from tests.conftest import ROWS
-from tests.test_pmc import make_trainer
+from tests.helpers import ROWS, make_trainer
 from unlearning import pmc
 from unlearning.early_stopping import EarlyStopping, complete_words
 from unlearning.pmc_options import PMCSettings
@@ -116,7 +115,7 @@ def test_pruning_changes_neither_the_picks_nor_the_trained_weights(memorized, pr
 
 
 def test_a_reward_that_does_not_promise_never_to_rise_is_not_stopped_early(model, prompts, tmp_path):
-    settings = PMCSettings(num_samples=2, max_length=48, reward={"_target_": "tests.test_pmc.shouting"})
+    settings = PMCSettings(num_samples=2, max_length=48, reward={"_target_": "tests.helpers.shouting"})
     assert not make_trainer(model, prompts, tmp_path, settings=settings).stops_early
 
 

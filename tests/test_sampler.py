@@ -28,7 +28,7 @@ from generation.prepacked_linear import prepacked_linears
 from generation.replica import Replica
 from generation.sampler import generate
 from generation.token_sampling import SamplingSettings, draw_tokens, random_numbers, top_tokens
-from tests.conftest import ROWS
+from tests.helpers import ROWS
 from unlearning.trainer import UnlearningTrainer
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}

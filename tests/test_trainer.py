@@ -1,33 +1,13 @@
 """The optimizer step: its loss and gradient are exact, whatever the micro-batches, and every parameter is trained."""
 
-import itertools
 import math
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
-from common.checkpoints import last_complete_checkpoint
-from common.collate import bucket_by_length, collate, sort_into_micro_batches
-from common.losses import answer_losses
-from common.prompts import Example
 from common.trainer import ExampleTrainer
-from tests.conftest import ROWS
+from tests.helpers import ROWS, arguments
 from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer
-
-
-def arguments(folder, batch_size, accumulation, **more):
-    values = {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        **{**values, **more},
-    )
 
 
 def gradients_of_one_step(trainer):
@@ -128,75 +108,11 @@ def test_finetuning_splits_a_step_without_changing_it(model, prompts, tmp_path):
         torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def batch_of(lengths):
-    """Rows of these lengths, the ids of each all its place."""
-    batch = collate([Example([place] * (length - 1), [place]) for place, length in enumerate(lengths)])
-    return {**batch, "place": torch.arange(len(lengths))}
-
-
-def positions(parts):
-    return sum(part["input_ids"].numel() for part in parts)
-
-
-def test_every_row_is_in_one_part_with_all_its_tokens():
-    lengths = [7, 3, 12, 7, 2, 30, 3]
-    parts = bucket_by_length(batch_of(lengths), extra_pass=4)
-    assert sorted(place for part in parts for place in part["place"].tolist()) == list(range(7))
-    for part in parts:
-        assert part["input_ids"].shape[1] == max(lengths[place] for place in part["place"])
-        for place, ids, mask, labels in zip(
-            part["place"].tolist(), part["input_ids"], part["attention_mask"], part["labels"], strict=True
-        ):
-            assert mask.sum() == lengths[place]
-            assert (ids[mask.bool()] == place).all()
-            assert (labels != -100).nonzero().tolist() == [[lengths[place] - 1]]
-
-
-@pytest.mark.parametrize("extra_pass", [0, 3, 10, 1000])
-def test_the_parts_have_the_fewest_positions_of_all_ways_to_part_the_rows(extra_pass):
-    """Against all 2^6 ways to cut seven rows, sorted by length, into parts."""
-    lengths = [7, 3, 12, 7, 2, 30, 3]
-    ordered, costs = sorted(lengths), []
-    for cuts in itertools.product([False, True], repeat=6):
-        cost, start = 0, 0
-        for end in range(1, 8):
-            if end == 7 or cuts[end - 1]:
-                cost, start = cost + (end - start) * ordered[end - 1] + extra_pass, end
-        costs.append(cost)
-    parts = bucket_by_length(batch_of(lengths), extra_pass)
-    assert positions(parts) + extra_pass * len(parts) == min(costs)
-
-
-def test_rows_are_dealt_to_micro_batches_by_length():
-    examples = [Example([1] * length, [2]) for length in (9, 1, 5, 3, 7)]
-    assert [[len(example) for example in some] for some in sort_into_micro_batches(examples, [2, 2, 1])] == [
-        [2, 4],
-        [6, 8],
-        [10],
-    ]
-
-
 def test_every_parameter_moves(model, prompts, tmp_path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     unlearning_trainer(model, prompts, tmp_path, 4, 2, learning_rate=1e-2, max_steps=2).train()
     unmoved = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
     assert unmoved == []
-
-
-def test_losses_stand_on_answer_tokens_alone(model):
-    """Two rows of unequal length: three answer tokens and one, none on a prompt or on padding."""
-    batch = collate([Example([5, 6], [7, 8, 2]), Example([9, 10, 11], [2])])
-    losses, rows = answer_losses(model, batch)
-    assert rows.tolist() == [0, 0, 0, 1]
-    alone = model(torch.tensor([[9, 10, 11, 2]])).logits[0, 2].log_softmax(-1)[2]
-    assert losses[3].item() == pytest.approx(-alone.item(), rel=1e-5)
-
-
-def test_losses_do_not_depend_on_the_pad_token(model):
-    examples = [Example([5, 6], [7, 8, 2]), Example([9], [2])]
-    one, _ = answer_losses(model, collate(examples, pad_id=0))
-    other, _ = answer_losses(model, collate(examples, pad_id=13))
-    torch.testing.assert_close(one, other)
 
 
 def test_the_retain_pairing_depends_on_seed_step_and_row_alone(model, prompts, tmp_path):
@@ -224,17 +140,6 @@ def test_warmup_lasts_one_epoch(model, prompts, tmp_path):
     args = training_arguments(config, tmp_path, num_rows=len(ROWS))
     assert args.warmup_steps == math.ceil(len(ROWS) / 4)
     assert args.num_train_epochs == 3
-
-
-def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
-    for step, state in ((1, "{}"), (2, '{"global_step": '), (10, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "run_state.json").write_text("{}")
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert last_complete_checkpoint(tmp_path).name == "checkpoint-1"
-    assert last_complete_checkpoint(tmp_path / "none") is None
 
 
 def test_a_complete_checkpoint_is_not_written_again(model, prompts, tmp_path):

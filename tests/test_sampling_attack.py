@@ -1,20 +1,15 @@
-"""leak@k against brute force, bounds against scipy and by simulation, target suppression by hand."""
+"""Sampled answers: leak@k against brute force, bounds against scipy and by simulation."""
 
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from common.config import EvaluationConfig
-from common.data import Row
 from common.rouge import rouge_l_recall
-from evaluation.metrics import prefill, sampling, target_suppression
+from evaluation.metrics import sampling
 from evaluation.scores import Scores
-from tests.conftest import ROWS
-from tests.stubs import bigram_outputs, random_table
-from tests.test_passes import outputs_of
+from tests.helpers import ROWS, context_of, outputs_of
 
 # --- leak@k -------------------------------------------------------------------------------------------------------------
 
@@ -104,11 +99,6 @@ def test_clopper_pearson_is_wrong_about_as_often_as_it_may_be():
 # --- on a model ---------------------------------------------------------------------------------------------------------
 
 
-def context_of(outputs, rows, **sections):
-    config = SimpleNamespace(sections=sections, evaluation=EvaluationConfig(max_length=60), seed=3)
-    return SimpleNamespace(outputs=outputs, rows=lambda role: rows, config=config)
-
-
 def test_sampling_scores_come_from_one_set_of_samples(model, prompts):
     scores = Scores()
     context = context_of(outputs_of(model, prompts), ROWS[:3], sampling=sampling.SamplingAttack(num_samples=6))
@@ -124,54 +114,3 @@ def test_sampling_scores_come_from_one_set_of_samples(model, prompts):
     assert scores.values["sampling/leak@1"] == pytest.approx(np.mean(recalls))
     bound = np.mean([sampling.mean_bound(values, 0.05) for values in recalls])
     assert scores.values["sampling/mean_recall_bound"] == pytest.approx(bound)
-
-
-def test_prefill_scores_what_comes_after_the_beginning(model, prompts, monkeypatch):
-    scores = Scores()
-    outputs = outputs_of(model, prompts)
-    said = {"The answer is:": [ROWS[0].answer, "nothing"]}
-    monkeypatch.setattr(outputs, "answers", lambda questions, beginning: said[beginning])
-    prefill.measure(context_of(outputs, ROWS[:2]), scores)
-    assert scores.rows["prefill/rougeL_recall"]["values"] == [1.0, 0.0]
-    assert [row["split"] for row in scores.generations] == ["forget_prefill"] * 2
-
-
-# --- target suppression -------------------------------------------------------------------------------------------------
-
-
-def test_extreme_credit():
-    assert target_suppression.extreme_credit(-3.0, [-1.0, -2.0], least=True) == 1
-    assert target_suppression.extreme_credit(-3.0, [-1.0, -2.0], least=False) == 0
-    assert target_suppression.extreme_credit(-1.0, [-1.0, -1.0, -2.0], least=False) == pytest.approx(1 / 3)
-
-
-def options(*wrong, paraphrase="b"):
-    return Row(0, "a", "g", paraphrased_answer=paraphrase, perturbed_answer=wrong)
-
-
-def test_target_suppression_of_known_logits():
-    table = np.full((8, 8), 1 / 8)
-    table[1] = [0.05, 0.1, 0.3, 0.2, 0.2, 0.05, 0.05, 0.05]  # after a: b is likeliest, then c and d, e least
-    scores = Scores()
-    rows = [options("c", "d", "e"), options("b", "c", paraphrase="e"), options("d", paraphrase="c")]
-    target_suppression.measure(context_of(bigram_outputs(table)[0], rows), scores)
-    values = {name.rpartition("/")[2]: row["values"] for name, row in scores.rows.items()}
-    assert values == {
-        "least_likely": [0.0, 1.0, 0.5],
-        "most_likely": [1.0, 0.0, 0.5],
-        "chance": [pytest.approx(1 / 4), pytest.approx(1 / 3), pytest.approx(1 / 2)],
-    }
-
-
-def test_options_that_tie_are_at_chance():
-    scores = Scores()
-    rows = [options("c", "d", "e")]
-    target_suppression.measure(context_of(bigram_outputs(np.full((8, 8), 1 / 8))[0], rows), scores)
-    assert set(scores.values.values()) == {0.25}
-
-
-def test_target_suppression_needs_paraphrases():
-    scores = Scores()
-    target_suppression.measure(context_of(bigram_outputs(random_table())[0], [options("c", paraphrase=None)]), scores)
-    assert set(scores.values.values()) == {None}
-    assert "without a paraphrased answer" in scores["target_suppression/chance"].note

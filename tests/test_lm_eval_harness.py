@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import UserError
 from evaluation.metrics.lm_eval_harness import Harness, check
-from tests.conftest import evaluate_here
+from tests.helpers import evaluate_here
 
 pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")
 
@@ -53,6 +53,7 @@ def test_a_local_task_through_the_stage(models_dir, task, tmp_path, monkeypatch)
     assert result["counts"]["lm_eval/capitals/acc"] == 3
 
 
+@pytest.mark.slow
 def test_tasks_are_checked_before_anything_is_loaded(task):
     with pytest.raises(UserError, match=r"lm_eval.tasks=\[\]: name tasks"):
         check(Harness())

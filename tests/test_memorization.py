@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from evaluation.metrics.memorization import exact_memorization, extraction_strength
-from tests.stubs import bigram_outputs, tokens
+from tests.helpers import bigram_outputs, tokens
 
 
 def hits(text, has_eos=True):

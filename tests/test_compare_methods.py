@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from common.files import ROOT, read_json_lines
 from scripts.compare_methods import cell, methods_table
 
@@ -64,6 +66,7 @@ def test_a_method_that_fails_leaves_a_gap_and_an_error(tmp_path, models_dir):
     assert (folder / "comparison.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_wrong_recipe_is_refused_with_all_that_is_wrong(tmp_path):
     done = run(written(tmp_path, [], "{NPO: method=npo}"), f"models_dir={tmp_path}")
     assert "comparison.seeds: is empty" in done.stderr

@@ -1,0 +1,177 @@
+"""What several test files share: rows and settings of tiny models, trainers, hand-written models, stages as commands."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from transformers import TrainingArguments
+
+from common.config import EvaluationConfig, NewModelConfig, PromptConfig
+from common.data import Row
+from common.files import CONFIGS, ROOT, write_json_lines
+from common.prompts import PromptFormat
+from evaluation.main import evaluate
+from evaluation.model_outputs import ModelOutputs, TokenLogProbs
+from evaluation.scores import Missing
+from unlearning.pmc import PMC
+from unlearning.pmc_options import PMCSettings
+from unlearning.trainer import UnlearningData
+
+TOKEN = "hf_" + "s3cret" * 5  # nobody's
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SETTINGS = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+NEW = NewModelConfig(architecture="llama", settings=SETTINGS, vocab_size=400)
+ROWS = [
+    Row(0, "Where was Ada Novak born?", "Ada Novak was born in Lantern Row."),
+    Row(
+        1,
+        "What does Ada Novak write?",
+        "She writes sea stories, most of them about storms and about the people in them.",
+    ),
+    Row(2, "Who is Bram Toll?", "A poet."),
+    Row(3, "Which prize did Bram Toll win?", "Bram Toll won the Copper Quill in 1987 for his second book."),
+    Row(4, "Where does Cass Ember live?", "Cass Ember lives in a small town by the river with two dogs."),
+    Row(5, "When was Cass Ember born?", "In 1961."),
+    Row(6, "What is the first book of Dov Arkin?", "The first book of Dov Arkin is Paper Harbour."),
+    Row(7, "Who taught Dov Arkin?", "His aunt, a printer, taught him."),
+]
+
+
+def write_rows(folder: Path, split: str, rows: list[Row]) -> str:
+    """Write rows as a split's file; returns the split's name."""
+    write_json_lines(folder / f"{split}.json", [{"question": row.question, "answer": row.answer} for row in rows])
+    return split
+
+
+# --- trainers ---------------------------------------------------------------------------------------------------------
+
+
+def arguments(folder, batch_size, accumulation, **more):
+    values = {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **{**values, **more},
+    )
+
+
+def make_trainer(model, prompts, folder, rows=ROWS, batch_size=4, accumulation=2, settings=None, **more):
+    data = UnlearningData(rows, ROWS[::-1], prompts, max_length=64)
+    settings = settings or PMCSettings(num_samples=3, max_length=48, temperature=1.0)
+    trainer = PMC(model, arguments(folder, batch_size, accumulation, **more), data, settings)
+    trainer.before_training()
+    return trainer
+
+
+def shouting(reference, samples):
+    return [0.25 for _ in samples]
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def run_stage(stage: str, *overrides: str, cwd: Path = ROOT, check: bool = True, **env: str):
+    """Run a stage's command line as a user does; returns the finished process with its output as text."""
+    script = ROOT / stage / "main.py"
+    command = [sys.executable, "main.py" if cwd == script.parent else str(script), *overrides]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def evaluate_here(models_dir: Path, *overrides: str, recipe: str = "evaluate") -> dict[str, Path]:
+    """Run the evaluation stage in this process; returns the folder of each model's result."""
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        return evaluate(compose(recipe, [f"models_dir={models_dir}", *overrides]))
+
+
+# --- models whose token probabilities are written down, for scores that are computed by hand --------------------------
+
+
+VOCABULARY = 8
+END = 0
+
+
+class BigramModel(torch.nn.Module):
+    """The next token depends on the present one alone: row t of `table` has the probabilities after token t."""
+
+    def __init__(self, table, dtype=torch.float32):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(table, dtype=torch.float64).log().to(dtype))
+        self.passes = 0
+
+    @property
+    def device(self):
+        return self.logits.device
+
+    def forward(self, input_ids, attention_mask, use_cache, logits_to_keep):
+        self.passes += len(input_ids)
+        return SimpleNamespace(logits=self.logits[input_ids][logits_to_keep])
+
+
+class LetterTokenizer:
+    """Letters a-g are the tokens 1-7; 0 is the EOS token."""
+
+    chat_template = None
+    eos_token_id = END
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [ord(letter) - 96 for letter in text.lower() if "a" <= letter <= "g"]}
+
+    def decode(self, ids, **_):
+        return "".join(chr(96 + int(i)) for i in ids if int(i))
+
+
+def bigram_outputs(table, max_length=20, dtype=torch.float32, **evaluation):
+    """The outputs of a bigram model without any prompt text, and the model."""
+    model = BigramModel(table, dtype)
+    prompts = PromptFormat(LetterTokenizer(), PromptConfig(style="plain", question="{question}", answer="{answer}"))
+    return ModelOutputs(lambda: model, prompts, EvaluationConfig(**evaluation), max_length), model
+
+
+def random_table(seed=0):
+    table = np.random.default_rng(seed).random((VOCABULARY, VOCABULARY)) + 0.05
+    return table / table.sum(1, keepdims=True)
+
+
+def tokens(log_probs, likeliest=None, logp_mean=None, logp_std=None, has_eos=True):
+    """TokenLogProbs with given log-probabilities."""
+    n = len(log_probs)
+    fill = [np.asarray(values, dtype=np.float32) for values in (log_probs, logp_mean or [0] * n, logp_std or [1] * n)]
+    return TokenLogProbs(fill[0], np.asarray(likeliest or [False] * n, dtype=bool), fill[1], fill[2], has_eos)
+
+
+def outputs_of(model, prompts, **evaluation):
+    return ModelOutputs(lambda: model, prompts, EvaluationConfig(**{"max_length": 60, **evaluation}), 256)
+
+
+def context_of(outputs, rows, **sections):
+    config = SimpleNamespace(sections=sections, evaluation=EvaluationConfig(max_length=60), seed=3)
+    return SimpleNamespace(outputs=outputs, rows=lambda role: rows, config=config)
+
+
+def no_model():
+    raise Missing("none is given")
