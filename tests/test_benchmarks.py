@@ -19,7 +19,7 @@ from common.prompts import Example
 from common.rouge import rouge_l_recall
 from generation import sampler
 from generation.token_sampling import SamplingSettings
-from tests.test_sampling import random_model, random_prompts
+from tests.helpers import random_model, random_prompts
 
 SMALL = [
     "model.new.vocab_size=400",

@@ -21,7 +21,7 @@ from generation.decoder import Decoder
 from generation.replica import Replica
 from generation.sampler import generate
 from generation.token_sampling import SamplingSettings
-from tests.test_sampling import random_model, random_prompts, sampled
+from tests.helpers import random_model, random_prompts, sampled
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 PROMPTS, KEYS = random_prompts((3, 14, 7, 5, 11)), [(0, 1, i) for i in range(5)]

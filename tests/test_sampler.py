@@ -28,51 +28,14 @@ from generation.prepacked_linear import prepacked_linears
 from generation.replica import Replica
 from generation.sampler import generate
 from generation.token_sampling import SamplingSettings, draw_tokens, random_numbers, top_tokens
-from tests.helpers import ROWS
+from tests.helpers import ARCHITECTURES, ROWS, SAMPLED, SMALL, random_model, random_prompts, sampled
 from unlearning.trainer import UnlearningTrainer
-
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
-ARCHITECTURES = {
-    "llama": {**SMALL, "num_key_value_heads": 2},
-    "phi": SMALL,
-    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2},  # absolute positions: padding on the left must not shift them
-    "gemma3_text": {  # most layers see the last eight tokens only
-        **SMALL,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "sliding_window": 8,
-        "num_hidden_layers": 3,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    },
-}
-SAMPLED = {"temperature": 1.3, "top_k": 6, "top_p": 0.85}
-
-
-def random_model(architecture="llama", vocab_size=50, seed=0, scale=6.0):
-    torch.manual_seed(seed)
-    ids = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **ids, **ARCHITECTURES[architecture]))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(scale)
-    return model.eval()
-
-
-def random_prompts(lengths, vocab_size=50) -> list[list[int]]:
-    rng = np.random.default_rng(1)
-    return [rng.integers(1, vocab_size, length).tolist() for length in lengths]
 
 
 def hugging_face_greedy(model, prompt: list[int], max_length: int, ends: list[int]) -> list[int]:
     ids = torch.tensor([prompt])
     options = {"do_sample": False, "max_length": max_length, "eos_token_id": ends, "pad_token_id": 0}
     return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
-
-
-def sampled(model, prompts, keys, ends=(7,), max_length=30, num_samples=3, **options):
-    settings = SamplingSettings(max_length, num_samples, **{**SAMPLED, **options})
-    return generate(model, prompts, settings, list(ends), keys)
 
 
 # --- greedy -------------------------------------------------------------------------------------------------------------
