@@ -11,6 +11,7 @@ import importlib
 import inspect
 import re
 import sys
+import textwrap
 import types
 import typing
 from dataclasses import dataclass
@@ -259,48 +260,41 @@ def description_of(method: type) -> str:
 
 
 def metrics_page() -> str:
-    page = ""
-    if rows := metric_rows():
-        page += (
-            "## Scores\n\n" + table(["group", "score", "better", "what it is", "what it does not show"], rows) + "\n"
-        )
-    presets = getattr(registry, "PRESETS", None) or registry.GROUPS
-    page += "## Presets\n\n" + table(
+    page = "## Scores\n\n"
+    page += table(["group", "score", "better", "what it is", "what it does not show"], metric_rows())
+    page += "\n## Presets\n\n" + table(
         ["`metrics=`", "measures"],
-        [[f"`{name}`", ", ".join(f"`{group}`" for group in groups)] for name, groups in presets.items()],
+        [[f"`{name}`", ", ".join(f"`{group}`" for group in groups)] for name, groups in registry.PRESETS.items()],
     )
     page += "\n## Settings\n\n"
-    for name, settings_class in metric_settings().items():
+    for name, settings_class in registry.SETTINGS.items():
         page += section_table(name, settings_class, level=3)
     return page
 
 
 def metric_rows() -> list[list[str]]:
-    """A row of the table of scores for each: group, score, better, what it is, what it does not show.
-
-    Until the registry's groups describe their scores the table stands in docs/evaluation.md; take it out there then.
-    """
-    groups = getattr(registry, "METRIC_GROUPS", {})
+    """A row of the table of scores for each: group, score, better, what it is, what it does not show."""
     return [
-        [
-            f"`{name}`" if place == 0 else "",
-            f"`{score.pattern}`",
-            escaped(score.better),
-            escaped(score.meaning),
-            escaped(score.not_shown),
-        ]
-        for name, group in groups.items()
-        for place, score in enumerate(group.scores)
+        [f"`{name}`" if place == 0 else "", f"`{pattern}`", *map(escaped, texts)]
+        for name, group in registry.METRIC_GROUPS.items()
+        for place, (pattern, *texts) in enumerate(described_scores(inspect.getmodule(group.measure)))
     ]
 
 
-def metric_settings() -> dict[str, type]:
-    """Metric group -> its settings class, where it has one."""
-    groups = getattr(registry, "METRIC_GROUPS", None)
-    if groups is None:
-        return registry.SETTINGS
-    groups = groups.values() if isinstance(groups, dict) else groups
-    return {group.name: group.settings for group in groups if group.settings}
+def described_scores(module: types.ModuleType) -> list[tuple[str, ...]]:
+    """(name, better direction, meaning, what it does not show) of the scores under `Scores:` in a docstring.
+
+    Each entry reads `name (better): meaning. Not shown: text.`; a `*` in the name stands for what varies, and further lines are
+    indented. Raises ValueError for another form.
+    """
+    entries = re.split(r"\n(?=\S)", textwrap.dedent(module.__doc__.partition("\nScores:\n")[2]).strip())
+    found = []
+    for entry in entries:
+        parts = re.fullmatch(r"(\S+) \((.+?)\): (.+)\. Not shown: (.+)\.", " ".join(entry.split()))
+        if parts is None:
+            raise ValueError(f"{module.__name__}: Scores: {entry!r}: write `name (better): meaning. Not shown: text.`")
+        found.append(parts.groups())
+    return found
 
 
 def write_pages(folder: Path) -> None:

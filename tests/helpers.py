@@ -1,10 +1,11 @@
 """What several test files share: rows and settings of tiny models, trainers, hand-written models, stages as commands."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
@@ -102,6 +103,14 @@ def run_stage(stage: str, *overrides: str, cwd: Path = ROOT, check: bool = True,
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def docs_generator() -> ModuleType:
+    """The module docs/generate.py."""
+    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs/generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def evaluate_here(models_dir: Path, *overrides: str, recipe: str = "evaluate") -> dict[str, Path]:

@@ -1,5 +1,6 @@
 """The evaluation stage: what is chosen, what is compared to what, what is done once, and the same on two processes."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from common.errors import UserError
 from common.files import ROOT
 from evaluation.metrics.registry import METRIC_GROUPS, chosen_groups
 from evaluation.tables import score_table
-from tests.helpers import evaluate_here
+from tests.helpers import docs_generator, evaluate_here
 
 FOLDERS = {"vanilla": "pretrain-tiny", "finetuned": "tiny"}
 QUICK = ["sampling.num_samples=4", "relearning.learning_rate=1e-3"]
@@ -102,12 +103,16 @@ def test_every_score_is_complete(evaluated):
 
 
 def test_every_score_is_described_by_its_metric_group(evaluated):
+    generate = docs_generator()
+    described = {
+        name: [pattern for pattern, *_ in generate.described_scores(inspect.getmodule(group.measure))]
+        for name, group in METRIC_GROUPS.items()
+    }
     for name in evaluated[1]["vanilla"]["scores"]:
-        patterns = [score.pattern for group in METRIC_GROUPS.values() for score in group.scores]
+        patterns = [pattern for patterns in described.values() for pattern in patterns]
         assert sum(fnmatch(name, pattern) for pattern in patterns) == 1, name
-    for name, group in METRIC_GROUPS.items():
-        assert name == "headline" or all(score.pattern.startswith(f"{name}/") for score in group.scores)
-        assert set(group.models) <= {"retain_model", "base_model"}
+    for name, patterns in described.items():
+        assert patterns and (name == "headline" or all(pattern.startswith(f"{name}/") for pattern in patterns))
 
 
 def test_values_of_single_rows_are_kept(evaluated):
@@ -147,7 +152,7 @@ def test_notes_name_the_models_that_they_are_about():
 
 def test_what_was_measured_is_not_measured_again(evaluated, command, monkeypatch):
     before = {name: (folder / "result.json").read_bytes() for name, folder in evaluated[0].items()}
-    monkeypatch.setattr("evaluation.main.measure", None)
+    monkeypatch.setattr("evaluation.main.measure_groups", None)
     assert evaluate_here(*command) == evaluated[0]
     assert {name: (folder / "result.json").read_bytes() for name, folder in evaluated[0].items()} == before
 
@@ -189,14 +194,14 @@ def test_without_a_retain_only_model_what_needs_it_is_null_and_the_base_model_is
     ],
 )
 def test_wrong_input_is_named_before_anything_is_measured(models_dir, checkpoints, monkeypatch, overrides, message):
-    monkeypatch.setattr("evaluation.main.measure", None)
+    monkeypatch.setattr("evaluation.main.measure_groups", None)
     with pytest.raises(UserError) as caught:
         evaluate_here(models_dir, f"model.path={checkpoints['finetuned']}", *overrides)
     assert message.format(data=ROOT / "data" / "tiny") in str(caught.value)
 
 
 def test_a_broken_model_is_named_before_the_others_are_measured(models_dir, checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.main.measure", None)
+    monkeypatch.setattr("evaluation.main.measure_groups", None)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "result.json").write_text((checkpoints["vanilla"] / "result.json").read_text())
     with pytest.raises(UserError, match="broken: not a checkpoint"):

@@ -1,7 +1,6 @@
 """The README and docs/ tell the truth: commands compose, targets, modules, recipes and links are those on disk."""
 
 import dataclasses
-import importlib.util
 import re
 import shlex
 
@@ -13,7 +12,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from common.cli import allow_new_key
 from common.files import CONFIGS, ROOT, read_json_lines
-from tests.helpers import run_stage
+from tests.helpers import docs_generator, run_stage
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README} | {
@@ -152,10 +151,7 @@ def test_the_method_of_the_docs_runs(models_dir, tmp_path):
 
 @pytest.fixture(scope="module")
 def generate():
-    spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs/generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return docs_generator()
 
 
 @dataclasses.dataclass

@@ -1,11 +1,18 @@
-"""Refusals, repetition and perplexity of the forget answers."""
+"""Refusals, repetition and perplexity of the forget answers.
+
+Scores:
+    fluency/refusals (neither): fraction of forget answers that contain a common phrase of refusal. Not shown: whether
+        it is apt.
+    fluency/distinct_2 (higher): different word pairs over all word pairs of a forget answer. Not shown: truth or sense.
+    fluency/perplexity (lower): perplexity of the forget answers under the model before unlearning. Not shown: whether
+        the answer is a new one: the old answer has a low perplexity as well.
+"""
 
 import math
 import re
 from collections.abc import Sequence
 
 from evaluation.context import EvaluationContext
-from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.scores import Missing, Scores
 
 REFUSAL = re.compile(
@@ -51,31 +58,3 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         left_out = len(means) - len(kept)
         scores.add("fluency/perplexity", perplexity(kept), False, count=len(kept), left_out=left_out)
         scores.rows["fluency/log_prob_before_unlearning"] = {"split": "forget", "values": means}
-
-
-METRIC_GROUP = MetricGroup(
-    "fluency",
-    measure,
-    (
-        ScoreDescription(
-            "fluency/refusals",
-            "",
-            "fraction of forget answers that contain a common phrase of refusal",
-            "whether it is apt",
-        ),
-        ScoreDescription(
-            "fluency/distinct_2",
-            "higher",
-            "different word pairs over all word pairs of a forget answer",
-            "truth or sense",
-        ),
-        ScoreDescription(
-            "fluency/perplexity",
-            "lower",
-            "perplexity of the forget answers under the model before unlearning",
-            "whether the answer is a new one: the old answer has a low perplexity as well",
-        ),
-    ),
-    roles=("forget",),
-    models=("base_model",),
-)

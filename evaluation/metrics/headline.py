@@ -8,6 +8,16 @@ splits that it has: unlearn_quality = 100 * (1 - mean R of the forget splits), u
 
 Both are percentages, higher is better. Neither depends on fluency: an empty or garbled forget answer scores as well as a
 sensible wrong one, so the length of the forget answers and the fraction of empty ones are reported as well.
+
+Scores:
+    unlearn_quality (higher): 100 * (1 - mean ROUGE-L recall of greedy answers to the forget and the paraphrased forget
+        questions). Not shown: fluency; what sampling or token probabilities reveal.
+    utility (higher): 100 * mean ROUGE-L recall of greedy answers to retain, real authors and world facts questions. Not
+        shown: fluency; which of the splits fell.
+    rougeL_recall/* (lower on forget and forget_paraphrased, higher elsewhere): mean ROUGE-L recall of the greedy
+        answers of one split. Not shown: fluency; what is said beside the reference answer.
+    forget_answer_words (neither): mean number of words of a forget answer. Not shown: what the words say.
+    forget_answers_empty (lower): fraction of forget answers without a word. Not shown: whether the others make sense.
 """
 
 from collections import Counter
@@ -20,7 +30,6 @@ from common.data import Row, load_splits, scored_retain_rows
 from common.errors import UserError
 from common.rouge import rouge_l_recall
 from evaluation.context import EvaluationContext
-from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Scores
 
@@ -134,37 +143,3 @@ def counts(questions: Sequence[Question]) -> dict[str, int]:
     """How many rows the mean of each split is taken over."""
     rows = Counter(question.split for question in questions)
     return {split: rows[split] for split in ROLES if split in rows}
-
-
-METRIC_GROUP = MetricGroup(
-    "headline",
-    measure,
-    (
-        ScoreDescription(
-            "unlearn_quality",
-            "higher",
-            "100 * (1 - mean ROUGE-L recall of greedy answers to the forget and the paraphrased forget questions)",
-            "fluency; what sampling or token probabilities reveal",
-        ),
-        ScoreDescription(
-            "utility",
-            "higher",
-            "100 * mean ROUGE-L recall of greedy answers to retain, real authors and world facts questions",
-            "fluency; which of the splits fell",
-        ),
-        ScoreDescription(
-            "rougeL_recall/*",
-            "lower on forget and forget_paraphrased, higher elsewhere",
-            "mean ROUGE-L recall of the greedy answers of one split",
-            "fluency; what is said beside the reference answer",
-        ),
-        ScoreDescription("forget_answer_words", "", "mean number of words of a forget answer", "what the words say"),
-        ScoreDescription(
-            "forget_answers_empty",
-            "lower",
-            "fraction of forget answers without a word",
-            "whether the others make sense",
-        ),
-    ),
-    roles=ROLES,
-)

@@ -1,4 +1,8 @@
-"""General benchmarks through EleutherAI's lm-evaluation-harness, an optional extra (requirements-eval.txt)."""
+"""General benchmarks through EleutherAI's lm-evaluation-harness, an optional extra (requirements-eval.txt).
+
+Scores:
+    lm_eval/* (as the task says): every numeric metric of each named task. Not shown: what was forgotten.
+"""
 
 from functools import lru_cache
 from importlib.util import find_spec
@@ -9,7 +13,6 @@ from pydantic import Field
 from common.config import problem_list, section
 from common.errors import UserError, did_you_mean
 from evaluation.context import EvaluationContext
-from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.scores import Scores
 
 
@@ -73,18 +76,3 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
                 name = f"lm_eval/{task}/{metric}" + (f"/{how}" if how != "none" else "")
                 better = output["higher_is_better"][task].get(metric)
                 scores.add(name, float(value), better, count=rows)
-
-
-METRIC_GROUP = MetricGroup(
-    "lm_eval",
-    measure,
-    (
-        ScoreDescription(
-            "lm_eval/*", "as the task says", "every numeric metric of each named task", "what was forgotten"
-        ),
-    ),
-    roles=(),
-    settings=Harness,
-    check=check,
-    optional=True,
-)

@@ -1,12 +1,17 @@
 """How much of the forget answers a model has memorized: which of their tokens are the argmax under teacher forcing.
 
 Both scores are in [0, 1]; lower is better on forget. The EOS token is left out, as in OpenUnlearning (arXiv 2506.12618).
+
+Scores:
+    memorization/extraction_strength (lower): fraction of the answer generated from the shortest prefix that yields the
+        rest. Not shown: knowledge in other words.
+    memorization/exact_memorization (lower): fraction of the answer's tokens that are the argmax after the true tokens
+        before them. Not shown: knowledge in other words.
 """
 
 import numpy as np
 
 from evaluation.context import EvaluationContext
-from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.model_outputs import TokenLogProbs
 from evaluation.scores import Scores
 
@@ -38,24 +43,3 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
     answers = context.outputs.tokens_of_answers([(row.question, row.answer) for row in context.rows("forget")])
     for metric in (extraction_strength, exact_memorization):
         scores.mean(f"memorization/{metric.__name__}", "forget", [metric(answer) for answer in answers], False)
-
-
-METRIC_GROUP = MetricGroup(
-    "memorization",
-    measure,
-    (
-        ScoreDescription(
-            "memorization/extraction_strength",
-            "lower",
-            "fraction of the answer generated from the shortest prefix that yields the rest",
-            "knowledge in other words",
-        ),
-        ScoreDescription(
-            "memorization/exact_memorization",
-            "lower",
-            "fraction of the answer's tokens that are the argmax after the true tokens before them",
-            "knowledge in other words",
-        ),
-    ),
-    roles=("forget",),
-)

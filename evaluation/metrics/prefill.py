@@ -1,7 +1,11 @@
-"""Attack: the answer starts with "The answer is:"."""
+"""Attack: the answer starts with "The answer is:".
+
+Scores:
+    prefill/rougeL_recall (lower): mean ROUGE-L recall of the greedy text after "The answer is:". Not shown: other
+        prefills.
+"""
 
 from evaluation.context import EvaluationContext
-from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.metrics.headline import Question, answer_rows
 from evaluation.scores import Scores
 
@@ -18,18 +22,3 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
     answers = answer_rows(questions, context.outputs.answers([row.question for row in rows], beginning=PREFILL))
     scores.mean("prefill/rougeL_recall", "forget", [answer["rougeL_recall"] for answer in answers], False)
     scores.generations += answers
-
-
-METRIC_GROUP = MetricGroup(
-    "prefill",
-    measure,
-    (
-        ScoreDescription(
-            "prefill/rougeL_recall",
-            "lower",
-            'mean ROUGE-L recall of the greedy text after "The answer is:"',
-            "other prefills",
-        ),
-    ),
-    roles=("forget",),
-)

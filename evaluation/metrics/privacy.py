@@ -5,6 +5,13 @@ row gets a higher number than a holdout row, which no model has seen (ties count
 Above: the forget rows are still recognized. Below: they were pushed down so far that they are recognized by it.
 
 The attacks use the answer given its question, without the EOS token.
+
+Scores:
+    privacy/auc/* (0.5; for reference: that of the retain-only model): AUC of a membership-inference attack (loss, zlib,
+        min-k, min-k++, gradient norm, reference), forget rows against holdout rows. Not shown: what was learned; only
+        that it was seen.
+    privacy/privleak (0): min-k's AUC relative to the retain-only model's; below 0: still recognized, above: pushed
+        down. Not shown: what was learned; only that it was seen.
 """
 
 import zlib
@@ -20,7 +27,6 @@ from common.data import Row
 from common.losses import answer_losses
 from common.prompts import Example
 from evaluation.context import EvaluationContext
-from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.model_outputs import ModelOutputs, TokenLogProbs
 from evaluation.scores import Missing, Scores
 from generation.sampler import evaluation_mode
@@ -157,26 +163,3 @@ def _add_privleak(context: EvaluationContext, scores: Scores, splits: list[list[
     if own is None or reference in (None, 1.0):
         raise Missing("needs an AUC by min-k of this model and, below 1, of the retain-only model")
     scores.add("privacy/privleak", privleak(own, reference), None, ideal=0.0, note=note)
-
-
-METRIC_GROUP = MetricGroup(
-    "privacy",
-    measure,
-    (
-        ScoreDescription(
-            "privacy/auc/*",
-            "0.5; for reference: that of the retain-only model",
-            "AUC of a membership-inference attack (loss, zlib, min-k, min-k++, gradient norm, reference), forget rows against "
-            "holdout rows",
-            "what was learned; only that it was seen",
-        ),
-        ScoreDescription(
-            "privacy/privleak",
-            "0",
-            "min-k's AUC relative to the retain-only model's; below 0: still recognized, above: pushed down",
-            "what was learned; only that it was seen",
-        ),
-    ),
-    roles=SPLITS,
-    models=("retain_model", "base_model"),
-)

@@ -1,6 +1,10 @@
 """Does rounding the weights bring forgotten answers back? The headline scores of quantized copies of the model.
 
 Unlearning that moves the weights only a little can be undone by rounding (Zhang et al. 2024, arXiv 2410.16454).
+
+Scores:
+    quantization/* (as the headline score): unlearn quality, utility and forget recall with weights of 8 and 4 bits,
+        rounded to nearest or by bitsandbytes. Not shown: other quantization methods.
 """
 
 from importlib.util import find_spec
@@ -16,8 +20,7 @@ from common.config import section
 from common.errors import UserError
 from common.files import resolve_path
 from evaluation.context import EvaluationContext
-from evaluation.metric_group import MetricGroup, ScoreDescription
-from evaluation.metrics.headline import HIGHER_IS_BETTER, ROLES, load_questions, score_outputs
+from evaluation.metrics.headline import HIGHER_IS_BETTER, load_questions, score_outputs
 from evaluation.scores import Scores
 
 BLOCK = 64  # weights of a row that share a scale
@@ -104,19 +107,3 @@ def load_with_bitsandbytes(context: EvaluationContext, bits: int) -> PreTrainedM
         revision=context.model.config.revision,
         trust_remote_code=context.model.config.trust_remote_code,
     )
-
-
-METRIC_GROUP = MetricGroup(
-    "quantization",
-    measure,
-    (
-        ScoreDescription(
-            "quantization/*",
-            "as the headline score",
-            "unlearn quality, utility and forget recall with weights of 8 and 4 bits, rounded to nearest or by bitsandbytes",
-            "other quantization methods",
-        ),
-    ),
-    roles=ROLES,
-    settings=Quantization,
-)

@@ -1,11 +1,12 @@
 """The metric groups, in the order in which they are measured; `metrics` names some of them or a preset.
 
-A new metric group is one file with a METRIC_GROUP, and its line here.
+A new metric group is one file, whose docstring describes its scores, and one entry of METRIC_GROUPS.
 """
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import ListConfig
@@ -14,7 +15,6 @@ from common.config import RunConfig, problem_list
 from common.data import load_splits
 from common.errors import UserError, did_you_mean
 from evaluation.context import EvaluationContext
-from evaluation.metric_group import MetricGroup
 from evaluation.metrics import (
     fluency,
     headline,
@@ -33,23 +33,44 @@ from evaluation.scores import Scores
 
 log = logging.getLogger(__name__)
 
-# First those that need the evaluated model alone, then those that compare it to other models, then those that change copies:
-# few changes of the weights in memory.
-_MODULES = (
-    headline,
-    memorization,
-    sampling,
-    prefill,
-    target_suppression,
-    lm_eval_harness,
-    tofu,
-    privacy,
-    side_effects,
-    fluency,
-    quantization,
-    relearning,
-)
-METRIC_GROUPS: dict[str, MetricGroup] = {module.METRIC_GROUP.name: module.METRIC_GROUP for module in _MODULES}
+
+@dataclass(frozen=True)
+class MetricGroup:
+    """Scores that share their cost and are chosen together. Their names begin with the group's (except those of `headline`).
+
+    Attributes:
+        measure: adds the scores of the model under evaluation.
+        roles: roles of the splits that are read (keys of `data.splits`).
+        settings: class of the configuration section that has the group's name.
+        check: raises UserError for settings that cannot work, before anything is loaded.
+        optional: needs packages that are not always installed, so that `metrics=full` leaves it out.
+    """
+
+    measure: Callable[[EvaluationContext, Scores], None]
+    roles: Sequence[str]
+    settings: type | None = None
+    check: Callable[[Any], None] | None = None
+    optional: bool = False
+
+
+# First the groups that need the evaluated model alone, then those that compare it to other models, then those that change
+# copies, so that weights are seldom loaded anew.
+METRIC_GROUPS = {
+    "headline": MetricGroup(headline.measure, headline.ROLES),
+    "memorization": MetricGroup(memorization.measure, ["forget"]),
+    "sampling": MetricGroup(sampling.measure, ["forget"], sampling.SamplingAttack),
+    "prefill": MetricGroup(prefill.measure, ["forget"]),
+    "target_suppression": MetricGroup(target_suppression.measure, ["forget_paraphrased"]),
+    "lm_eval": MetricGroup(
+        lm_eval_harness.measure, [], lm_eval_harness.Harness, check=lm_eval_harness.check, optional=True
+    ),
+    "tofu": MetricGroup(tofu.measure, [*tofu.ROLES.values(), "forget_paraphrased"]),
+    "privacy": MetricGroup(privacy.measure, privacy.SPLITS),
+    "side_effects": MetricGroup(side_effects.measure, ["unrelated"]),
+    "fluency": MetricGroup(fluency.measure, ["forget"]),
+    "quantization": MetricGroup(quantization.measure, headline.ROLES, quantization.Quantization),
+    "relearning": MetricGroup(relearning.measure, ["forget"], relearning.Relearning),
+}
 PRESETS: dict[str, tuple[str, ...]] = {
     "full": tuple(name for name, group in METRIC_GROUPS.items() if not group.optional),
     "attacks": ("sampling", "prefill", "target_suppression", "quantization", "relearning"),

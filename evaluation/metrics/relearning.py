@@ -2,6 +2,18 @@
 
 Every model learns what it is finetuned on. An unlearned model has not forgotten if it learns the forget rows faster than a
 model that never saw them: so the same is done to the retain-only model where one is given.
+
+Scores:
+    relearning/rougeL_recall (lower): forget recall after relearning (by default one epoch on the forget rows). Not
+        shown: longer training, larger steps.
+    relearning/probability (lower): probability of the true forget answers after relearning. Not shown: longer training,
+        larger steps.
+    relearning/rougeL_recall_not_relearned (lower): the same recall over the forget rows that were not relearned
+        (fraction below 1). Not shown: longer training, larger steps.
+    relearning/rougeL_recall_gained (lower): forget recall after relearning minus before. Not shown: whether a model
+        that never saw the rows would gain less.
+    relearning/rougeL_recall_beyond_retain_model (0): forget recall after relearning minus that of the retain-only model
+        after the same. Not shown: longer training, larger steps.
 """
 
 import tempfile
@@ -19,7 +31,6 @@ from common.data import Row
 from common.errors import UserError
 from common.trainer import ExampleTrainer, training_arguments
 from evaluation.context import EvaluatedModel, EvaluationContext
-from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.metrics.tofu import probability, recalls
 from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Scores
@@ -106,44 +117,3 @@ def relearn(context: EvaluationContext, model: EvaluatedModel, relearn_rows: lis
         trainer = ExampleTrainer(copy, args, examples, model.tokenizer)
         trainer.train()
     return model.outputs.with_weights(trainer.model)
-
-
-METRIC_GROUP = MetricGroup(
-    "relearning",
-    measure,
-    (
-        ScoreDescription(
-            "relearning/rougeL_recall",
-            "lower",
-            "forget recall after relearning (by default one epoch on the forget rows)",
-            "longer training, larger steps",
-        ),
-        ScoreDescription(
-            "relearning/probability",
-            "lower",
-            "probability of the true forget answers after relearning",
-            "longer training, larger steps",
-        ),
-        ScoreDescription(
-            "relearning/rougeL_recall_not_relearned",
-            "lower",
-            "the same recall over the forget rows that were not relearned (fraction below 1)",
-            "longer training, larger steps",
-        ),
-        ScoreDescription(
-            "relearning/rougeL_recall_gained",
-            "lower",
-            "forget recall after relearning minus before",
-            "whether a model that never saw the rows would gain less",
-        ),
-        ScoreDescription(
-            "relearning/rougeL_recall_beyond_retain_model",
-            "0",
-            "forget recall after relearning minus that of the retain-only model after the same",
-            "longer training, larger steps",
-        ),
-    ),
-    roles=("forget",),
-    models=("retain_model",),
-    settings=Relearning,
-)

@@ -1,4 +1,17 @@
-"""Attack: many samples per forget question, of which the best is kept."""
+"""Attack: many samples per forget question, of which the best is kept.
+
+Scores:
+    sampling/leak@* (lower): expected best ROUGE-L recall of k samples per forget question. Not shown: attackers with
+        more than n samples.
+    sampling/leak_probability_bound (lower): mean over the questions of an upper bound, at level alpha, on the
+        probability that a sample leaks. Not shown: attackers with more than n samples; a bound over all questions at
+        once.
+    sampling/mean_recall_bound (lower): mean over the questions of an upper bound, at level alpha, on the mean recall of
+        a sample. Not shown: attackers with more than n samples; a bound over all questions at once.
+    sampling/recall_deviation_bound (lower): mean over the questions of an upper bound, at level alpha, on the standard
+        deviation of a sample's recall. Not shown: attackers with more than n samples; a bound over all questions at
+        once.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +24,6 @@ from scipy.stats import beta
 from common.config import section
 from common.rouge import rouge_l_recall
 from evaluation.context import EvaluationContext
-from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.scores import Scores
 from generation.token_sampling import SamplingSettings
 
@@ -110,37 +122,3 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         {"split": "forget", "index": row.index, "samples": texts, "rougeL_recall": values}
         for row, texts, values in zip(rows, samples, recalls, strict=True)
     ]
-
-
-METRIC_GROUP = MetricGroup(
-    "sampling",
-    measure,
-    (
-        ScoreDescription(
-            "sampling/leak@*",
-            "lower",
-            "expected best ROUGE-L recall of k samples per forget question",
-            "attackers with more than n samples",
-        ),
-        ScoreDescription(
-            "sampling/leak_probability_bound",
-            "lower",
-            "mean over the questions of an upper bound, at level alpha, on the probability that a sample leaks",
-            "attackers with more than n samples; a bound over all questions at once",
-        ),
-        ScoreDescription(
-            "sampling/mean_recall_bound",
-            "lower",
-            "mean over the questions of an upper bound, at level alpha, on the mean recall of a sample",
-            "attackers with more than n samples; a bound over all questions at once",
-        ),
-        ScoreDescription(
-            "sampling/recall_deviation_bound",
-            "lower",
-            "mean over the questions of an upper bound, at level alpha, on the standard deviation of a sample's recall",
-            "attackers with more than n samples; a bound over all questions at once",
-        ),
-    ),
-    roles=("forget",),
-    settings=SamplingAttack,
-)

@@ -1,11 +1,16 @@
-"""How unlearning changed the token probabilities of unrelated text."""
+"""How unlearning changed the token probabilities of unrelated text.
+
+Scores:
+    side_effects/probability_shift (0): mean change of the token probabilities of unrelated text against the model
+        before unlearning, with a histogram. Not shown: which text is affected; changes that cancel out.
+    side_effects/probability_shift_deviation (0): standard deviation of this change. Not shown: which text is affected.
+"""
 
 import numpy as np
 
 from common.data import Row
 from common.prompts import Example
 from evaluation.context import EvaluatedModel, EvaluationContext
-from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.scores import Missing, Scores
 
 HISTOGRAM_EDGES = np.linspace(-1, 1, 41)
@@ -40,25 +45,3 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         histogram = {"edges": HISTOGRAM_EDGES.round(2).tolist(), "counts": counts.tolist()}
         scores.add(names[0], float(shift.mean()), None, count=len(shift), ideal=0.0, histogram=histogram)
         scores.add(names[1], float(shift.std()), False, count=len(shift), ideal=0.0)
-
-
-METRIC_GROUP = MetricGroup(
-    "side_effects",
-    measure,
-    (
-        ScoreDescription(
-            "side_effects/probability_shift",
-            "0",
-            "mean change of the token probabilities of unrelated text against the model before unlearning, with a histogram",
-            "which text is affected; changes that cancel out",
-        ),
-        ScoreDescription(
-            "side_effects/probability_shift_deviation",
-            "0",
-            "standard deviation of this change",
-            "which text is affected",
-        ),
-    ),
-    roles=("unrelated",),
-    models=("base_model",),
-)

@@ -1,9 +1,16 @@
-"""Attack: pick the true answer among options by how (un)likely it is."""
+"""Attack: pick the true answer among options by how (un)likely it is.
+
+Scores:
+    target_suppression/least_likely (chance, and the value of the retain-only model): how often the true answer is the
+        least likely of the options. Not shown: options that are not in the data set.
+    target_suppression/most_likely (chance, and the value of the retain-only model): how often the true answer is the
+        most likely of the options. Not shown: options that are not in the data set.
+    target_suppression/chance (neither): one over the number of options. Not shown: anything about the model.
+"""
 
 from collections.abc import Sequence
 
 from evaluation.context import EvaluationContext
-from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.metrics.tofu import wrong_answers
 from evaluation.model_outputs import TokenLogProbs
 from evaluation.scores import Missing, Scores
@@ -40,25 +47,3 @@ def _credits(true: TokenLogProbs, wrong: Sequence[TokenLogProbs]) -> tuple[float
     if first is None or None in others:
         return None
     return extreme_credit(first, others, True), extreme_credit(first, others, False), 1 / (1 + len(others))
-
-
-METRIC_GROUP = MetricGroup(
-    "target_suppression",
-    measure,
-    (
-        ScoreDescription(
-            "target_suppression/least_likely",
-            "chance, and the value of the retain-only model",
-            "how often the true answer is the least likely of the options",
-            "options that are not in the data set",
-        ),
-        ScoreDescription(
-            "target_suppression/most_likely",
-            "chance, and the value of the retain-only model",
-            "how often the true answer is the most likely of the options",
-            "options that are not in the data set",
-        ),
-        ScoreDescription("target_suppression/chance", "", "one over the number of options", "anything about the model"),
-    ),
-    roles=("forget_paraphrased",),
-)

@@ -2,6 +2,18 @@
 
 Paraphrases and wrong answers are in the splits forget_paraphrased (of the forget set) and retain_perturbed.
 An answer's EOS token counts as one of its tokens, as in TOFU.
+
+Scores:
+    tofu/probability/* (lower on forget, higher elsewhere): length-normalized probability of the true answer; relative
+        to its wrong options for real authors and world facts. Not shown: what is said instead.
+    tofu/rougeL_recall/* (lower on forget, higher elsewhere): ROUGE-L recall of the greedy answers. Not shown: fluency;
+        what sampling or token probabilities reveal.
+    tofu/truth_ratio/* (higher): probability r of wrong answers relative to the true one: min(r, 1/r) on forget, max(0,
+        1 - r) elsewhere. Not shown: whether either is likely at all.
+    tofu/model_utility (higher): harmonic mean of probability, ROUGE-L recall and truth ratio on retain, real authors
+        and world facts. Not shown: which of the nine fell.
+    tofu/forget_quality (higher): p-value of the Kolmogorov-Smirnov test between the truth ratios on forget and those of
+        the retain-only model. Not shown: the size of a difference: with few rows every model passes.
 """
 
 import math
@@ -13,7 +25,6 @@ from scipy.stats import ks_2samp
 from common.data import Row
 from common.rouge import rouge_l_recall
 from evaluation.context import EvaluationContext
-from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.model_outputs import ModelOutputs, TokenLogProbs
 from evaluation.scores import Missing, Scores
 
@@ -141,43 +152,3 @@ def model_utility(scores: Scores) -> float:
     if absent:
         raise Missing(f"needs all of its nine parts; null: {', '.join(absent)}")
     return harmonic_mean(list(parts.values()))
-
-
-METRIC_GROUP = MetricGroup(
-    "tofu",
-    measure,
-    (
-        ScoreDescription(
-            "tofu/probability/*",
-            "lower on forget, higher elsewhere",
-            "length-normalized probability of the true answer; relative to its wrong options for real authors and world facts",
-            "what is said instead",
-        ),
-        ScoreDescription(
-            "tofu/rougeL_recall/*",
-            "lower on forget, higher elsewhere",
-            "ROUGE-L recall of the greedy answers",
-            "fluency; what sampling or token probabilities reveal",
-        ),
-        ScoreDescription(
-            "tofu/truth_ratio/*",
-            "higher",
-            "probability r of wrong answers relative to the true one: min(r, 1/r) on forget, max(0, 1 - r) elsewhere",
-            "whether either is likely at all",
-        ),
-        ScoreDescription(
-            "tofu/model_utility",
-            "higher",
-            "harmonic mean of probability, ROUGE-L recall and truth ratio on retain, real authors and world facts",
-            "which of the nine fell",
-        ),
-        ScoreDescription(
-            "tofu/forget_quality",
-            "higher",
-            "p-value of the Kolmogorov-Smirnov test between the truth ratios on forget and those of the retain-only model",
-            "the size of a difference: with few rows every model passes",
-        ),
-    ),
-    roles=(*ROLES.values(), "forget_paraphrased"),
-    models=("retain_model",),
-)
