@@ -14,7 +14,7 @@ from common.files import resolve_path, write_json_lines
 from common.prompts import PromptFormat, check_prompt_lengths
 from common.results import HISTORY, copy_result, result_of, stored_result, write_result
 from common.trainer import ExampleTrainer
-from evaluation.metrics.headline import add_scores, load_questions
+from evaluation.metrics.headline import load_questions, score_outputs
 from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Scores
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Evaluates models on one run's questions.
+    """Computes the headline scores on one run's questions and writes them.
 
     Args:
         config: the run's configuration.
@@ -41,11 +41,10 @@ class Evaluator:
         check_prompt_lengths(ids, config.evaluation.max_length, "evaluation.max_length")
 
     def evaluate(self, model: PreTrainedModel) -> Scores:
-        """Answer every question greedily and score the answers."""
+        """The headline scores of the model's greedy answers."""
         started = time.perf_counter()
-        scores = Scores()
         outputs = ModelOutputs(lambda: model, self.prompts, self.config.evaluation, self.config.data.max_length)
-        add_scores(scores, outputs, self.questions)
+        scores = score_outputs(outputs, self.questions)
         scores.seconds = {"evaluation": time.perf_counter() - started}
         return scores
 
@@ -65,9 +64,7 @@ class Evaluator:
             copy_result(checkpoint, folder)
             return
         log.info("evaluating the model that training starts from")
-        scores = self.evaluate(model)
-        write_result(folder, scores.as_result(), scores.row_files(), self.identity)
-        _log_scores(folder.name, scores)
+        self._write(folder, folder.name, self.evaluate(model))
 
     def finish(self, trainer: ExampleTrainer, folder: Path, stage: str) -> None:
         """Evaluate the trained model and write weights, history and result into `folder`."""
@@ -79,16 +76,12 @@ class Evaluator:
         stage_seconds = spent["training"] + spent.get("sampling", 0.0)
         evaluation_seconds = spent.get("evaluation", 0.0) + scores.seconds["evaluation"]
         scores.seconds = {**spent, stage: stage_seconds, "evaluation": evaluation_seconds}
-        start = self._start_as_seen_from(folder.parent)
-        write_result(folder, scores.as_result(), scores.row_files(), self.identity, start)
-        _log_scores(stage, scores)
+        start = self.config.model.path and resolve_path(self.config.model.path)
+        if start and Path(start).exists():  # relative to the run's folder, so that both can move together
+            start = os.path.relpath(start, folder.parent)
+        self._write(folder, stage, scores, start)
 
-    def _start_as_seen_from(self, folder: Path) -> str | None:
-        """The checkpoint that training started from, a folder relative to the run's, so that both can move together."""
-        path = self.config.model.path and resolve_path(self.config.model.path)
-        return os.path.relpath(path, folder) if path and Path(path).exists() else path
-
-
-def _log_scores(what: str, scores: Scores) -> None:
-    values = scores.values
-    log.info("%s: unlearn quality %.1f, utility %.1f", what, values["unlearn_quality"], values["utility"])
+    def _write(self, folder: Path, name: str, scores: Scores, started_from: str | None = None) -> None:
+        write_result(folder, scores.as_result(), scores.row_files(), self.identity, started_from)
+        values = scores.values
+        log.info("%s: unlearn quality %.1f, utility %.1f", name, values["unlearn_quality"], values["utility"])

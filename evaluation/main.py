@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: what they still know.
+"""Evaluate checkpoints: measure what they still know of the forget set, and what they know beside it.
 
     python evaluation/main.py -cd=configs -cn=evaluate model.path=models/unlearned/PMC-unlearn-tiny/seed-0
     python evaluation/main.py -cd=configs -cn=evaluate metrics=full "models=[models/finetuned/tiny/seed-0,FOLDER]"
@@ -15,6 +15,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the repository's root, not in this folder
 
 import dataclasses
+from collections.abc import Callable
 
 import hydra
 from omegaconf import DictConfig
@@ -26,7 +27,6 @@ from common.results import result_of, started_from, write_result
 from common.runs import RunFolder, comparable_config, run_folder, with_portable_paths
 from evaluation.context import EvaluatedModel, EvaluationContext, Loader
 from evaluation.inputs import fill_from_run, named_models, overrides_for, read_evaluation
-from evaluation.metrics.headline import HIGHER_IS_BETTER
 from evaluation.metrics.registry import check_inputs, chosen_groups, measure_groups
 from evaluation.scores import Missing
 from evaluation.tables import headline_table, score_table
@@ -40,21 +40,19 @@ def evaluate(cfg: DictConfig) -> dict[str, Path]:
         UserError: for whatever is wrong with the configuration, the data or a model.
     """
     loader = Loader()
-    jobs = {
-        name: Job(cfg, path, loader) for name, path in named_models(cfg).items()
-    }  # all are checked before the first runs
+    # The inputs of all models are checked before the first is measured.
+    jobs = {name: Job(cfg, path, loader) for name, path in named_models(cfg).items()}
     folders = {name: job.run() for name, job in jobs.items()}
     if is_first_process():
-        (job, *_) = jobs.values()
-        show_report(run_folder("evaluated", job.config) if cfg.models else job.folder, folders)
+        job = next(iter(jobs.values()))
+        table = headline_table if job.groups == ["headline"] else score_table
+        show_report(run_folder("evaluated", job.config) if cfg.models else job.folder, folders, table)
     return folders
 
 
-def show_report(folder: Path, folders: dict[str, Path]) -> None:
-    """Write the models' scores side by side into report.md, and print them."""
-    results = {name: result_of(of_model) for name, of_model in folders.items()}
-    only_headline = all(result["scores"].keys() <= HIGHER_IS_BETTER.keys() for result in results.values())
-    shown = headline_table(results) if only_headline else score_table(results)
+def show_report(folder: Path, folders: dict[str, Path], table: Callable[[dict[str, dict]], str]) -> None:
+    """Write a table of the models' scores into report.md, and print it."""
+    shown = table({name: result_of(of_model) for name, of_model in folders.items()})
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "report.md", f"# Evaluation\n\n{shown}\n")
     print(f"{shown}\n")
@@ -67,9 +65,9 @@ class Job:
     """The evaluation of one model of the command.
 
     Args:
-        cfg: of the command.
-        path: of the model.
-        loader: of the command's models.
+        cfg: configuration of the command.
+        path: folder or hub id of the model.
+        loader: keeps the command's models.
     Raises:
         UserError: for whatever is wrong with its configuration, or for a named model that does not exist.
     """
@@ -89,20 +87,20 @@ class Job:
         self.folder = run_folder("evaluated", self.config, overrides_for(path, self.config) if several else None)
         self.loader = loader
         self.model = loader.open(self.config, dataclasses.replace(self.config.model, path=self.path))
-        self.others: dict[str, str | None] = {}
+        self.others: dict[str, str] = {}
         for name in ("retain_model", "base_model"):
-            other = self.config.sections[name].path
-            self.others[name] = other and resolve_path(other)
-            try:
-                _ = other and self.open_other(name)
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from error
-        self.others["base_model"] = self.others["base_model"] or started_from(self.path)
+            if other := self.config.sections[name].path:
+                self.others[name] = resolve_path(other)
+                try:
+                    self.open_other(name)
+                except UserError as error:
+                    raise UserError(f"{name}: {error}") from error
+        if start := started_from(self.path):
+            self.others.setdefault("base_model", start)
         self.identity = comparable_config(cfg, made_by.get("id"))
         self.identity["compared_to"] = {
             name: with_portable_paths({"path": other, "id": (result_of(other) or {}).get("id")}, self.config.models_dir)
             for name, other in self.others.items()
-            if other
         }
 
     def run(self) -> Path:
@@ -116,24 +114,23 @@ class Job:
         return run.publish()
 
     def open_other(self, name: str) -> EvaluatedModel:
-        """A model to compare to, opened with the settings of the evaluated one."""
-        of_its_own = {"revision": None, "gguf_file": None, "lora": None, "made_by": None}
-        return self.loader.open(
-            self.config, dataclasses.replace(self.config.model, path=self.others[name], **of_its_own)
-        )
+        """A model to compare to, opened with the settings of the evaluated one that are not its own."""
+        its_own = {"revision": None, "gguf_file": None, "lora": None, "made_by": None}
+        model = dataclasses.replace(self.config.model, path=self.others[name], **its_own)
+        return self.loader.open(self.config, model)
 
     def retain_model(self) -> EvaluatedModel:
-        if self.others["retain_model"] is None:
+        if "retain_model" not in self.others:
             raise Missing("no retain-only model is given (retain_model.path)")
         return self.open_other("retain_model")
 
     def base_model(self) -> EvaluatedModel:
-        if self.others["base_model"] is None:
+        if "base_model" not in self.others:
             raise Missing("the model before unlearning is not known (base_model.path)")
         try:
             return self.open_other("base_model")
         except UserError as error:  # the path is not the user's but from the result of the run that trained it further
-            raise Missing(f"the model before unlearning is not there any more (base_model.path): {error}") from error
+            raise Missing(f"the model before unlearning cannot be loaded (base_model.path): {error}") from error
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="evaluate")

@@ -1,11 +1,11 @@
 """The outputs of one model that metrics share: greedy answers, samples and token log-probabilities.
 
-Greedy answers and token log-probabilities are cached: no metric computes again what another one has computed. On several
+Greedy answers and token log-probabilities are cached, so that none is computed for two metrics. On several
 processes (torchrun, accelerate) each handles a part of the rows, and all of them get all results.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -28,7 +28,7 @@ from generation.replica import Replica
 from generation.sampler import evaluation_mode, generate
 from generation.token_sampling import SamplingSettings
 
-T = TypeVar("T")
+T, K = TypeVar("T"), TypeVar("K", bound=Hashable)
 MAX_BATCH_TOKENS = 4096  # of a forward pass, padding included
 VOCABULARY_CHUNK = 256  # tokens whose probabilities over the whole vocabulary are in memory at once
 
@@ -90,7 +90,7 @@ class ModelOutputs:
         self.max_length = max_length
         self._in_bf16 = has_fast_bf16() if evaluation.bf16 == "auto" else evaluation.bf16
         self.seconds: dict[str, float] = {}
-        self._answers: dict[tuple[int, ...], str] = {}
+        self._answers: dict[tuple[int, ...], list[str]] = {}
         self._tokens: dict[tuple[tuple[int, ...], tuple[int, ...]], TokenLogProbs] = {}
 
     def with_weights(self, model: PreTrainedModel) -> "ModelOutputs":
@@ -106,23 +106,19 @@ class ModelOutputs:
             beginning: text that the response is made to begin with; the answer is what follows it.
         """
         begun = self.prompts.answer(beginning)[:-1] if beginning else []
-        asked = [(*self.prompts.prompt(question), *begun) for question in questions]
-        new = [ids for ids in dict.fromkeys(asked) if ids not in self._answers]
-        if new:
-            settings = SamplingSettings(self.evaluation.max_length, batch_size=self.evaluation.batch_size)
-            with self._timed("greedy answers"):
-                texts = self._generate(new, settings, None)
-            self._answers.update((ids, text) for ids, (text,) in zip(new, texts, strict=True))
-        return [self._answers[ids] for ids in asked]
+        prompts = [(*self.prompts.prompt(question), *begun) for question in questions]
+        settings = SamplingSettings(self.evaluation.max_length, batch_size=self.evaluation.batch_size)
+        answers = self._cached("greedy answers", self._answers, prompts, lambda new: self._generate(new, settings))
+        return [text for (text,) in answers]
 
     def samples(self, questions: Sequence[str], settings: SamplingSettings, seed: int) -> list[list[str]]:
         """`settings.num_samples` sampled answers to every question, each question with its own rng key."""
-        asked = [tuple(self.prompts.prompt(question)) for question in questions]
+        prompts = [tuple(self.prompts.prompt(question)) for question in questions]
         with self._timed("samples"):
-            return self._generate(asked, settings, [(seed, index) for index in range(len(asked))])
+            return self._generate(prompts, settings, [(seed, index) for index in range(len(prompts))])
 
     def _generate(
-        self, prompts: list[tuple[int, ...]], settings: SamplingSettings, keys: list[tuple[int, ...]] | None
+        self, prompts: list[tuple[int, ...]], settings: SamplingSettings, rng_keys: list[tuple[int, ...]] | None = None
     ) -> list[list[str]]:
         check_prompt_lengths([list(ids) for ids in prompts], settings.max_length, "evaluation.max_length")
         model = self.load()
@@ -132,9 +128,9 @@ class ModelOutputs:
 
         def texts_of(indices: list[int]) -> list[list[str]]:
             eos_ids = eos_token_ids(model, self.prompts.eos_token_id)
-            own = [keys[index] for index in indices] if keys else None
+            own_keys = [rng_keys[index] for index in indices] if rng_keys else None
             ids = [list(prompts[index]) for index in indices]
-            generated = generate(model, ids, settings, eos_ids, rng_keys=own, description="answering")
+            generated = generate(model, ids, settings, eos_ids, rng_keys=own_keys, description="answering")
             return [[self.prompts.text(answer) for answer in answers] for answers in generated]
 
         return _distributed(order, texts_of)
@@ -147,12 +143,8 @@ class ModelOutputs:
 
     def tokens(self, examples: Sequence[Example]) -> list[TokenLogProbs]:
         """Token log-probabilities of the answers of examples; an answer without a token has empty arrays."""
-        asked = [(tuple(example.prompt), tuple(example.answer)) for example in examples]
-        new = [key for key in dict.fromkeys(asked) if key not in self._tokens]
-        if new:
-            with self._timed("token probabilities"):
-                self._tokens.update(zip(new, self._token_log_probs(new), strict=True))
-        return [self._tokens[key] for key in asked]
+        keys = [(tuple(example.prompt), tuple(example.answer)) for example in examples]
+        return self._cached("token probabilities", self._tokens, keys, self._token_log_probs)
 
     def _token_log_probs(self, keys: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[TokenLogProbs]:
         model = self.load()
@@ -174,6 +166,14 @@ class ModelOutputs:
         with self._timed(kind), suitable_threads(model):
             indices = list(range(len(examples)))
             return _distributed(indices, lambda own: [output(model, examples[index]) for index in own])
+
+    def _cached(self, kind: str, cache: dict[K, T], keys: list[K], compute: Callable[[list[K]], list[T]]) -> list[T]:
+        """The value of each key; those that are not in the cache are computed and added."""
+        new = [key for key in dict.fromkeys(keys) if key not in cache]
+        if new:
+            with self._timed(kind):
+                cache.update(zip(new, compute(new), strict=True))
+        return [cache[key] for key in keys]
 
     @contextmanager
     def _timed(self, kind: str) -> Iterator[None]:

@@ -5,7 +5,7 @@ import pytest
 from common.config import DataConfig, EvaluationConfig
 from common.errors import UserError
 from common.files import write_json_lines
-from evaluation.metrics.headline import Question, counts, load_questions, score_answers
+from evaluation.metrics.headline import Question, load_questions, score_answers
 
 
 def question(split, reference, index=0):
@@ -22,21 +22,31 @@ def test_scores_by_hand():
         question("world_facts", "rome"),
     ]
     answers = ["one four", "", "zero", "green red", "ann lee", "rome it is"]
-    scores, rows = score_answers(questions, answers)
+    measured = score_answers(questions, answers)
+    scores = measured.values
     # recalls: forget 2/4 and 0, paraphrased 0, retain 1/2, real authors 1, world facts 1
-    assert [row["rougeL_recall"] for row in rows] == [0.5, 0.0, 0.0, 0.5, 1.0, 1.0]
+    assert [row["rougeL_recall"] for row in measured.generations] == [0.5, 0.0, 0.0, 0.5, 1.0, 1.0]
     assert scores["rougeL_recall/forget"] == 0.25
     assert scores["unlearn_quality"] == pytest.approx(50 * (2 - 0.25 - 0))
     assert scores["utility"] == pytest.approx(100 / 3 * 2.5)
     assert scores["forget_answer_words"] == 1.0
     assert scores["forget_answers_empty"] == 0.5
-    assert counts(questions) == {
-        "forget": 2,
-        "forget_paraphrased": 1,
-        "retain": 1,
-        "real_authors": 1,
-        "world_facts": 1,
+    assert measured.as_result()["counts"] == {
+        "rougeL_recall/forget": 2,
+        "rougeL_recall/forget_paraphrased": 1,
+        "rougeL_recall/retain": 1,
+        "rougeL_recall/real_authors": 1,
+        "rougeL_recall/world_facts": 1,
+        "forget_answer_words": 2,
+        "forget_answers_empty": 2,
     }
+    better = measured.as_result()["higher_is_better"]
+    assert [name for name, higher in better.items() if higher is False] == [
+        "rougeL_recall/forget",
+        "rougeL_recall/forget_paraphrased",
+        "forget_answers_empty",
+    ]
+    assert [name for name, higher in better.items() if higher is None] == ["forget_answer_words"]
 
 
 def test_a_data_set_of_forget_and_retain_alone_is_scored_on_what_it_has(tmp_path):
@@ -46,7 +56,7 @@ def test_a_data_set_of_forget_and_retain_alone_is_scored_on_what_it_has(tmp_path
     data = DataConfig(str(tmp_path), splits, {"question": "q", "answer": "a"})
     questions = load_questions(data, EvaluationConfig())
     assert [(q.split, q.reference) for q in questions] == [("forget", "one two"), ("retain", "red")]
-    scores, _ = score_answers(questions, ["two", "red"])
+    scores = score_answers(questions, ["two", "red"]).values
     assert (scores["unlearn_quality"], scores["utility"]) == (50.0, 100.0)
 
 

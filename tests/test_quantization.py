@@ -67,7 +67,7 @@ def test_quantized_scores_are_those_of_the_rounded_copy(context):
     copy = context.outputs.with_weights(
         round_linear_layers(context.loader.fresh(context.model.config, context.model.tokenizer), 4)
     )
-    values, _ = quantization.score_outputs(copy, questions)
+    values = quantization.score_outputs(copy, questions).values
     assert scores.values["quantization/4bit/unlearn_quality"] == values["unlearn_quality"]
 
 

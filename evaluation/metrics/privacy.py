@@ -81,12 +81,8 @@ def gradient_norm(model: PreTrainedModel, example: Example) -> float | None:
     return -(sum(gradient.double().square().sum().item() for gradient in gradients if gradient is not None) ** 0.5)
 
 
-ATTACKS: dict[str, Callable[[TokenLogProbs, str], float | None]] = {
-    "loss": loss,
-    "zlib": zlib_loss,
-    "min_k": min_k,
-    "min_k_plus_plus": min_k_plus_plus,
-}
+Attack = Callable[[TokenLogProbs, str], float | None]
+ATTACKS: dict[str, Attack] = {"loss": loss, "zlib": zlib_loss, "min_k": min_k, "min_k_plus_plus": min_k_plus_plus}
 
 
 def auc(members: Sequence[float | None], others: Sequence[float | None]) -> float | None:
@@ -109,26 +105,19 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
     """The AUC of every attack, and privleak."""
     names = [f"privacy/auc/{name}" for name in (*ATTACKS, "gradient_norm", "reference")] + ["privacy/privleak"]
     with scores.null_if_missing(dict.fromkeys(names)):
-        splits = [context.rows(role) for role in SPLITS]
+        outputs, splits = context.outputs, [context.rows(role) for role in SPLITS]
         for name, attack in ATTACKS.items():
-            _add_auc(scores, name, *(attacked(context.outputs, rows, attack) for rows in splits))
-        examples = [
-            [context.outputs.prompts.example(row, context.outputs.max_length) for row in rows] for rows in splits
-        ]
-        _add_auc(
-            scores,
-            "gradient_norm",
-            *(context.outputs.each("gradient norms", of_split, gradient_norm) for of_split in examples),
-        )
+            _add_auc(scores, name, *(attacked(outputs, rows, attack) for rows in splits))
+        examples = ([outputs.prompts.example(row, outputs.max_length) for row in rows] for rows in splits)
+        norms = (outputs.each("gradient norms", of_split, gradient_norm) for of_split in examples)
+        _add_auc(scores, "gradient_norm", *norms)
         with scores.null_if_missing({"privacy/auc/reference": None}):
             base = context.find_base_model().outputs
-            _add_auc(scores, "reference", *(against_reference(context.outputs, base, rows) for rows in splits))
+            _add_auc(scores, "reference", *(against_reference(outputs, base, rows) for rows in splits))
         _add_privleak(context, scores, splits)
 
 
-def attacked(
-    outputs: ModelOutputs, rows: Sequence[Row], attack: Callable[[TokenLogProbs, str], float | None]
-) -> list[float | None]:
+def attacked(outputs: ModelOutputs, rows: Sequence[Row], attack: Attack) -> list[float | None]:
     """An attack's number for every row."""
     answers = outputs.tokens_of_answers([(row.question, row.answer) for row in rows])
     return [attack(tokens, row.answer) for tokens, row in zip(answers, rows, strict=True)]

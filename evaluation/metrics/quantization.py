@@ -20,7 +20,7 @@ from common.config import section
 from common.errors import UserError
 from common.files import resolve_path
 from evaluation.context import EvaluationContext
-from evaluation.metrics.headline import HIGHER_IS_BETTER, load_questions, score_outputs
+from evaluation.metrics.headline import load_questions, score_outputs
 from evaluation.scores import Scores
 
 BLOCK = 64  # weights of a row that share a scale
@@ -48,10 +48,10 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
     settings: Quantization = context.config.sections["quantization"]
     questions = load_questions(context.config.data, context.config.evaluation)
     for bits in settings.bits:
-        # The copy is named nowhere: its memory is free before the next one is made.
-        values, _ = score_outputs(context.outputs.with_weights(quantized(context, settings.method, bits)), questions)
+        # No variable holds the copy, so that its memory is free before the next one is made.
+        measured = score_outputs(context.outputs.with_weights(quantized(context, settings.method, bits)), questions)
         for name in SCORES:
-            scores.add(f"quantization/{bits}bit/{name}", values[name], HIGHER_IS_BETTER[name])
+            scores.add(f"quantization/{bits}bit/{name}", measured[name].value, measured[name].higher_is_better)
 
 
 def quantized(context: EvaluationContext, method: str, bits: int) -> PreTrainedModel:

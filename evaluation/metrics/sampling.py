@@ -45,9 +45,8 @@ def leak_at_k(values: Sequence[float], k: int) -> float:
     sum over j of S_(j) C(j-1, k-1) / C(n, k), S_(j) the j-th smallest of n: unbiased for the expected largest of k samples
     (arXiv 2511.04934). k = 1 is the mean, k = n the largest.
     """
-    return math.fsum(
-        s * weight for s, weight in zip(sorted(values), _weights_of_order_statistics(len(values), k), strict=True)
-    )
+    weights = _weights_of_order_statistics(len(values), k)
+    return math.fsum(value * weight for value, weight in zip(sorted(values), weights, strict=True))
 
 
 @lru_cache
@@ -99,12 +98,9 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
     attack: SamplingAttack = context.config.sections["sampling"]
     rows = context.rows("forget")
     n, alpha = attack.num_samples, attack.alpha
+    evaluation = context.config.evaluation
     settings = SamplingSettings(
-        context.config.evaluation.max_length,
-        n,
-        attack.temperature,
-        top_p=attack.top_p,
-        batch_size=context.config.evaluation.batch_size,
+        evaluation.max_length, n, attack.temperature, top_p=attack.top_p, batch_size=evaluation.batch_size
     )
     samples = context.outputs.samples([row.question for row in rows], settings, context.config.seed)
     recalls = [[rouge_l_recall(row.answer, text) for text in texts] for row, texts in zip(rows, samples, strict=True)]

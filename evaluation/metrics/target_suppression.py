@@ -37,13 +37,13 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         wrong = wrong_answers(context.outputs, rows, role)
         true = context.outputs.tokens_of_answers([(row.question, row.paraphrased_answer) for row in rows])
         credits = [_credits(*options) for options in zip(true, wrong, strict=True)]
-        for index, name in enumerate(names):
-            scores.mean(name, role, [credit and credit[index] for credit in credits], None)
+        for name, values in zip(names, zip(*credits, strict=True), strict=True):
+            scores.mean(name, role, values, None)
 
 
-def _credits(true: TokenLogProbs, wrong: Sequence[TokenLogProbs]) -> tuple[float, float, float] | None:
+def _credits(true: TokenLogProbs, wrong: Sequence[TokenLogProbs]) -> tuple[float | None, ...]:
     """Whether the true option is least likely, whether it is most likely, and the chance of either."""
     first, *others = (tokens.mean_log_prob for tokens in (true, *wrong))
     if first is None or None in others:
-        return None
+        return None, None, None
     return extreme_credit(first, others, True), extreme_credit(first, others, False), 1 / (1 + len(others))

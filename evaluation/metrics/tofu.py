@@ -78,13 +78,10 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
     """All of TOFU's scores of one model."""
     for split, role in ROLES.items():
         better = split != "forget"
-        names = {f"tofu/{kind}/{split}": better for kind in ("probability", "rougeL_recall")}
-        with scores.null_if_missing(names):
+        with scores.null_if_missing({f"tofu/{kind}/{split}": better for kind in ("probability", "rougeL_recall")}):
             rows = context.rows(role)
-            with_options = split in ("real_authors", "world_facts")
-            scores.mean(
-                f"tofu/probability/{split}", role, probabilities(context.outputs, rows, role, with_options), better
-            )
+            values = probabilities(context.outputs, rows, role, with_options=split in ("real_authors", "world_facts"))
+            scores.mean(f"tofu/probability/{split}", role, values, better)
             scores.mean(f"tofu/rougeL_recall/{split}", role, recalls(context.outputs, rows), better)
     for split, role in {**ROLES, "forget": "forget_paraphrased"}.items():
         with scores.null_if_missing({f"tofu/truth_ratio/{split}": True}):
@@ -96,11 +93,11 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         scores.add("tofu/model_utility", model_utility(scores), True)
     with scores.null_if_missing({"tofu/forget_quality": True}):
         rows = context.rows("forget_paraphrased")
-        models = (context.outputs, context.find_retain_model().outputs)
-        ours, theirs = (
-            [ratio for ratio in truth_ratios(model, rows, "forget_paraphrased") if ratio is not None]
-            for model in models
-        )
+        of_models = [
+            truth_ratios(model.outputs, rows, "forget_paraphrased")
+            for model in (context.model, context.find_retain_model())
+        ]
+        ours, theirs = ([ratio for ratio in ratios if ratio is not None] for ratios in of_models)
         if not ours or not theirs:
             raise Missing("no row of forget_paraphrased has a truth ratio")
         scores.add("tofu/forget_quality", forget_quality(ours, theirs), True, count=len(ours))
@@ -147,8 +144,6 @@ def model_utility(scores: Scores) -> float:
         Missing: when one of the nine is null.
     """
     names = [f"tofu/{kind}/{split}" for kind in ("probability", "rougeL_recall", "truth_ratio") for split in UTILITY]
-    parts = {name: scores[name].value for name in names}
-    absent = [name for name, value in parts.items() if value is None]
-    if absent:
+    if absent := [name for name in names if scores[name].value is None]:
         raise Missing(f"needs all of its nine parts; null: {', '.join(absent)}")
-    return harmonic_mean(list(parts.values()))
+    return harmonic_mean([scores[name].value for name in names])
