@@ -18,7 +18,7 @@ from evaluation.scores import Missing
 
 @dataclass
 class EvaluatedModel:
-    """A checkpoint: where it is, its tokenizer, its outputs, and what else a metric group keeps of it in `cache`."""
+    """A checkpoint: where it is, its tokenizer, its outputs; `cache` holds what else a metric group stores."""
 
     config: ModelConfig
     tokenizer: PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ class Loader:
         """A checkpoint whose weights are loaded when outputs are first needed.
 
         Raises:
-            UserError: when it is no checkpoint.
+            UserError: when the path holds no checkpoint.
         """
         key = repr((model, config.evaluation, config.data))
         if key not in self._opened:
@@ -65,7 +65,7 @@ class Loader:
         return load_model(config, tokenizer, trainable).to(PartialState().device)
 
     def clear(self) -> None:
-        """Free the weights, also those that only reference cycles hold: a Trainer's hold weights and optimizer."""
+        """Free the weights. Reference cycles are collected, too: those of a Trainer hold its weights and its optimizer."""
         self._loaded = None
         gc.collect()
 
@@ -78,7 +78,7 @@ class EvaluationContext:
         config: of the run; `config.sections` has the settings of the metric groups.
         loader: where fresh copies of the model come from.
         model: under evaluation.
-        find_retain_model, find_base_model: give the model finetuned without the forget set, and the model before
+        find_retain_model, find_base_model: return the model finetuned without the forget set, and the model before
             unlearning; raise Missing where there is none.
     """
 
@@ -97,7 +97,7 @@ class EvaluationContext:
         """The rows of the split that has a role.
 
         Raises:
-            Missing: when none has it.
+            Missing: when no split has it.
             UserError: when the split does not exist.
         """
         if self.config.data.splits.get(role) is None:

@@ -1,4 +1,4 @@
-"""What an evaluation command names: the models, their configuration, and what they are compared to."""
+"""The inputs of an evaluation: the models, their configuration, and the models that they are compared to."""
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -46,14 +46,14 @@ def named_models(cfg: DictConfig) -> dict[str, str]:
 
 
 def overrides_for(path: str, config: RunConfig) -> list[str]:
-    """The overrides of a command that would evaluate this one of several models alone: they name its folder."""
+    """The overrides of the command that would evaluate this model alone; its folder is named by them."""
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     kept = [word for word in overrides if word.partition("=")[0].lstrip("+~") not in ("models", "model.path")]
     return [*kept, f"model.path={with_portable_paths(path, config.models_dir)}"]
 
 
 def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
-    """Give the keys that are null in `model`, `data` and `evaluation` the values of the run that made the checkpoint, in place.
+    """Fill the keys of `model`, `data` and `evaluation` that are null with those of the run that made the checkpoint, in place.
 
     Where the data is that run's, splits and columns that the command names are added to the run's.
 

@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: measure what they still know of the forget set, and what they know beside it.
+"""Evaluate checkpoints: measure what they still know of the forget set, and what else they know.
 
     python evaluation/main.py -cd=configs -cn=evaluate model.path=models/unlearned/PMC-unlearn-tiny/seed-0
     python evaluation/main.py -cd=configs -cn=evaluate metrics=full "models=[models/finetuned/tiny/seed-0,FOLDER]"

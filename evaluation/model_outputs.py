@@ -7,7 +7,7 @@ processes (torchrun, accelerate) each handles a part of the rows, and all of the
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TypeVar
 
@@ -52,7 +52,7 @@ class TokenLogProbs:
     has_eos: bool
 
     def without_eos(self) -> "TokenLogProbs":
-        """The same without the EOS token, which carries nothing of what the text says."""
+        """The same without the EOS token, which is no part of the text."""
         if not self.has_eos:
             return self
         kept = (array[:-1] for array in (self.log_probs, self.is_argmax, self.logp_mean, self.logp_std))
@@ -64,34 +64,25 @@ class TokenLogProbs:
         return float(self.log_probs.mean(dtype=np.float64)) if len(self.log_probs) else None
 
 
+@dataclass(eq=False)
 class ModelOutputs:
     """A model's outputs, computed when they are first needed.
 
-    Args:
-        load: gives the model.
+    Attributes:
+        load: returns the model.
         prompts: its prompt format.
         evaluation: longest answer, batch size, and whether a bfloat16 copy generates.
         max_length: maximum tokens of a question with its given answer; longer answers are cut as in training.
-
-    Attributes:
         seconds: kind of output -> time that it took.
     """
 
-    def __init__(
-        self,
-        load: Callable[[], PreTrainedModel],
-        prompts: PromptFormat,
-        evaluation: EvaluationConfig,
-        max_length: int,
-    ):
-        self.load = load
-        self.prompts = prompts
-        self.evaluation = evaluation
-        self.max_length = max_length
-        self._in_bf16 = has_fast_bf16() if evaluation.bf16 == "auto" else evaluation.bf16
-        self.seconds: dict[str, float] = {}
-        self._answers: dict[tuple[int, ...], list[str]] = {}
-        self._tokens: dict[tuple[tuple[int, ...], tuple[int, ...]], TokenLogProbs] = {}
+    load: Callable[[], PreTrainedModel]
+    prompts: PromptFormat
+    evaluation: EvaluationConfig
+    max_length: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    _answers: dict[tuple[int, ...], list[str]] = field(default_factory=dict)
+    _tokens: dict[tuple[tuple[int, ...], tuple[int, ...]], TokenLogProbs] = field(default_factory=dict)
 
     def with_weights(self, model: PreTrainedModel) -> "ModelOutputs":
         """The outputs, still to be computed, of a copy whose weights were changed."""
@@ -122,7 +113,8 @@ class ModelOutputs:
     ) -> list[list[str]]:
         check_prompt_lengths([list(ids) for ids in prompts], settings.max_length, "evaluation.max_length")
         model = self.load()
-        if self._in_bf16 and model.dtype == torch.float32:
+        in_bf16 = has_fast_bf16() if self.evaluation.bf16 == "auto" else self.evaluation.bf16
+        if in_bf16 and model.dtype == torch.float32:
             model = Replica(model, torch.bfloat16).model
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
 

@@ -1,4 +1,4 @@
-"""The look of all plots, and the plot of a run's report."""
+"""The style of all plots, and the plot of a run's report."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ def new_figure(width: float, height: float, panels: int = 1, grid: str = "both")
         width, height: in inches.
         grid: axis whose grid lines are drawn: x, y or both.
     """
-    from matplotlib.figure import Figure  # importing it takes a while, and most commands draw nothing
+    from matplotlib.figure import Figure  # slow to import, and most commands draw nothing
 
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     all_axes = list(figure.subplots(1, panels, squeeze=False)[0])

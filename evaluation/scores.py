@@ -10,7 +10,7 @@ from common.results import GENERATIONS, ROWS, SAMPLES
 
 
 class Missing(Exception):
-    """Something that a score needs was not given; the text says what, and how to give it."""
+    """Something that a score needs was not given; the message names it, and the key that gives it."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Scores:
             AUC is computed from the rows of two splits.
         generations: one row per greedy answer.
         samples: one row per question with its sampled answers.
-        seconds: where the time went; `evaluation` is all of it.
+        seconds: part of the evaluation -> its time; `evaluation` is the total.
     """
 
     by_name: dict[str, Score] = field(default_factory=dict)

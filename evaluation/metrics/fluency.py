@@ -2,8 +2,9 @@
 
 Scores:
     fluency/refusals (neither): fraction of forget answers that contain a common phrase of refusal. Not shown: whether
-        it is apt.
-    fluency/distinct_2 (higher): different word pairs over all word pairs of a forget answer. Not shown: truth or sense.
+        the refusal is appropriate.
+    fluency/distinct_2 (higher): distinct pairs of neighboring words over all such pairs of a forget answer. Not shown:
+        whether the answer is true or makes sense.
     fluency/perplexity (lower): perplexity of the forget answers under the model before unlearning. Not shown: whether
         the answer is a new one: the old answer has a low perplexity as well.
 """
@@ -28,7 +29,7 @@ def is_refusal(answer: str) -> bool:
 
 
 def distinct_2(answer: str) -> float | None:
-    """Different pairs of neighboring words over all pairs (Li et al. 2016, arXiv 1510.03055); None below two words.
+    """Distinct pairs of neighboring words over all pairs (Li et al. 2016, arXiv 1510.03055); None below two words.
 
     1: nothing is repeated; near 0: the answer repeats itself.
     """

@@ -14,10 +14,10 @@ Scores:
     unlearn_quality (higher): 100 * (1 - mean ROUGE-L recall of greedy answers to the forget and the paraphrased forget
         questions). Not shown: fluency; what sampling or token probabilities reveal.
     utility (higher): 100 * mean ROUGE-L recall of greedy answers to retain, real authors and world facts questions. Not
-        shown: fluency; which of the splits fell.
+        shown: fluency; on which split the answers got worse.
     rougeL_recall/* (lower on forget and forget_paraphrased, higher elsewhere): mean ROUGE-L recall of the greedy
-        answers of one split. Not shown: fluency; what is said beside the reference answer.
-    forget_answer_words (neither): mean number of words of a forget answer. Not shown: what the words say.
+        answers of one split. Not shown: fluency; what an answer contains beside the reference.
+    forget_answer_words (neither): mean number of words of a forget answer. Not shown: what the answers contain.
     forget_answers_empty (lower): fraction of forget answers without a word. Not shown: whether the others make sense.
 """
 

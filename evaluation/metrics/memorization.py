@@ -4,9 +4,9 @@ Both scores are in [0, 1]; lower is better on forget. The EOS token is left out,
 
 Scores:
     memorization/extraction_strength (lower): fraction of the answer generated from the shortest prefix that yields the
-        rest. Not shown: knowledge in other words.
+        rest. Not shown: knowledge that is expressed in other words.
     memorization/exact_memorization (lower): fraction of the answer's tokens that are the argmax after the true tokens
-        before them. Not shown: knowledge in other words.
+        before them. Not shown: knowledge that is expressed in other words.
 """
 
 import numpy as np

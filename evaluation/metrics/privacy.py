@@ -2,16 +2,16 @@
 
 Each attack gives a row a number that is high if the row looks like a training row. The AUC is the probability that a forget
 row gets a higher number than a holdout row, which no model has seen (ties count half). 0.5: they cannot be told apart.
-Above: the forget rows are still recognized. Below: they were pushed down so far that they are recognized by it.
+Above: the forget rows are still recognized. Below: their probabilities were lowered so far that they stand out.
 
 The attacks use the answer given its question, without the EOS token.
 
 Scores:
     privacy/auc/* (0.5; for reference: that of the retain-only model): AUC of a membership-inference attack (loss, zlib,
-        min-k, min-k++, gradient norm, reference), forget rows against holdout rows. Not shown: what was learned; only
-        that it was seen.
-    privacy/privleak (0): min-k's AUC relative to the retain-only model's; below 0: still recognized, above: pushed
-        down. Not shown: what was learned; only that it was seen.
+        min-k, min-k++, gradient norm, reference), forget rows against holdout rows. Not shown: what was learned, only
+        that the rows were seen.
+    privacy/privleak (0): min-k's AUC relative to the retain-only model's; below 0: still recognized, above:
+        probabilities too low. Not shown: what was learned, only that the rows were seen.
 """
 
 import zlib
@@ -96,7 +96,8 @@ def auc(members: Sequence[float | None], others: Sequence[float | None]) -> floa
 def privleak(auc_of_model: float, auc_of_retain_model: float) -> float:
     """100 * ((1 - AUC) - (1 - AUC_retain)) / (1 - AUC_retain), AUC by min-k (MUSE, arXiv 2407.06460). 0 is best.
 
-    Below 0: the forget rows are recognized more easily than in a model that never saw them. Above: they are pushed down.
+    Below 0: the forget rows are recognized more easily than in a model that never saw them. Above: they stand out by
+    probabilities that are too low.
     """
     return 100 * ((1 - auc_of_model) - (1 - auc_of_retain_model)) / (1 - auc_of_retain_model)
 

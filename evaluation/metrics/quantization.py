@@ -63,7 +63,7 @@ def quantized(context: EvaluationContext, method: str, bits: int) -> PreTrainedM
 
 @torch.no_grad()
 def round_linear_layers(model: PreTrainedModel, bits: int) -> PreTrainedModel:
-    """Round the weights of every linear layer but the head, in place: what is computed is what such weights would give.
+    """Round the weights of every linear layer but the head, in place: the model computes as if they were quantized.
 
     Raises:
         UserError: when the model has no linear layer of torch's.
@@ -82,7 +82,7 @@ def round_to_nearest(weight: torch.Tensor, bits: int) -> None:
     """Round a weight matrix, shape (outputs, inputs), in place to 2^bits - 1 evenly spaced values, symmetric around 0.
 
     Each BLOCK of a row has its own scale: its largest absolute value becomes the largest integer, 2^(bits-1) - 1. In
-    float32: a bfloat16 cannot tell which of two integers beyond 64 a half lies next to.
+    float32: a bfloat16 beyond 64 has too few digits to be rounded to the nearest integer.
     """
     largest = 2 ** (bits - 1) - 1
     for block in weight.split(BLOCK, dim=1):

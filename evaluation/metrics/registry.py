@@ -36,21 +36,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MetricGroup:
-    """Scores that share their cost and are chosen together. Their names begin with the group's (except those of `headline`).
+    """Scores that are measured together. Their names begin with the group's (except those of `headline`).
 
     Attributes:
         measure: adds the scores of the model under evaluation.
         roles: roles of the splits that are read (keys of `data.splits`).
         settings: class of the configuration section that has the group's name.
         check: raises UserError for settings that cannot work, before anything is loaded.
-        optional: needs packages that are not always installed, so that `metrics=full` leaves it out.
     """
 
     measure: Callable[[EvaluationContext, Scores], None]
     roles: Sequence[str]
     settings: type | None = None
     check: Callable[[Any], None] | None = None
-    optional: bool = False
 
 
 # First the groups that need the evaluated model alone, then those that compare it to other models, then those that change
@@ -61,9 +59,7 @@ METRIC_GROUPS = {
     "sampling": MetricGroup(sampling.measure, ["forget"], sampling.SamplingAttack),
     "prefill": MetricGroup(prefill.measure, ["forget"]),
     "target_suppression": MetricGroup(target_suppression.measure, ["forget_paraphrased"]),
-    "lm_eval": MetricGroup(
-        lm_eval_harness.measure, [], lm_eval_harness.Harness, check=lm_eval_harness.check, optional=True
-    ),
+    "lm_eval": MetricGroup(lm_eval_harness.measure, [], lm_eval_harness.Harness, lm_eval_harness.check),
     "tofu": MetricGroup(tofu.measure, [*tofu.ROLES.values(), "forget_paraphrased"]),
     "privacy": MetricGroup(privacy.measure, privacy.SPLITS),
     "side_effects": MetricGroup(side_effects.measure, ["unrelated"]),
@@ -71,11 +67,11 @@ METRIC_GROUPS = {
     "quantization": MetricGroup(quantization.measure, headline.ROLES, quantization.Quantization),
     "relearning": MetricGroup(relearning.measure, ["forget"], relearning.Relearning),
 }
-PRESETS: dict[str, tuple[str, ...]] = {
-    "full": tuple(name for name, group in METRIC_GROUPS.items() if not group.optional),
-    "attacks": ("sampling", "prefill", "target_suppression", "quantization", "relearning"),
+PRESETS = {
+    "full": [name for name in METRIC_GROUPS if name != "lm_eval"],  # which needs another package, and tasks
+    "attacks": ["sampling", "prefill", "target_suppression", "quantization", "relearning"],
 }
-SETTINGS: dict[str, type] = {name: group.settings for name, group in METRIC_GROUPS.items() if group.settings}
+SETTINGS = {name: group.settings for name, group in METRIC_GROUPS.items() if group.settings}
 
 
 def chosen_groups(metrics: Any) -> list[str]:
@@ -85,7 +81,7 @@ def chosen_groups(metrics: Any) -> list[str]:
         UserError: for a name that is neither a metric group nor a preset.
     """
     names = list(metrics) if isinstance(metrics, list | ListConfig) else [metrics]
-    known = {**{name: (name,) for name in METRIC_GROUPS}, **PRESETS}
+    known = {name: [name] for name in METRIC_GROUPS} | PRESETS
     problems = [
         f"metrics={name}: no such metrics{did_you_mean(str(name), known)} (known: {', '.join(known)})"
         for name in names
@@ -107,8 +103,9 @@ def check_inputs(config: RunConfig, groups: Sequence[str]) -> None:
         if check := METRIC_GROUPS[name].check:
             check(config.sections[name])
     headline.load_questions(config.data, config.evaluation)
-    roles = dict.fromkeys(role for name in groups for role in METRIC_GROUPS[name].roles if role not in headline.ROLES)
-    load_splits(config.data, tuple(role for role in roles if config.data.splits.get(role) is not None))
+    roles = dict.fromkeys(role for name in groups for role in METRIC_GROUPS[name].roles)
+    given = [role for role in roles if config.data.splits.get(role) is not None]
+    load_splits(config.data, tuple(role for role in given if role not in headline.ROLES))
 
 
 def measure_groups(context: EvaluationContext, groups: Sequence[str]) -> Scores:

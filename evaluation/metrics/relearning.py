@@ -31,7 +31,7 @@ from common.data import Row
 from common.errors import UserError
 from common.trainer import ExampleTrainer, training_arguments
 from evaluation.context import EvaluatedModel, EvaluationContext
-from evaluation.metrics.tofu import probability, recalls
+from evaluation.metrics.tofu import probabilities, recalls
 from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Scores
 
@@ -81,9 +81,8 @@ def relearned(
     """Recall and probability of every row after a fresh copy of the model relearned some; done once for each model."""
     if "relearning" not in model.cache:
         copy = relearn(context, model, relearn_rows)
-        answers = copy.tokens_of_answers([(row.question, row.answer) for row in rows])
-        probabilities = [probability(answer) for answer in answers]
-        model.cache["relearning"] = {"recall": recalls(copy, rows), "probability": probabilities}
+        of_rows = probabilities(copy, rows, "forget", with_options=False)
+        model.cache["relearning"] = {"recall": recalls(copy, rows), "probability": of_rows}
     return model.cache["relearning"]
 
 

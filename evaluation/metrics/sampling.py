@@ -65,7 +65,7 @@ def leak_probability_bound(leaks: int, n: int, alpha: float) -> float:
 
 
 def mean_bound(values: Sequence[float], alpha: float) -> float:
-    """Upper bound on the mean of what the values in [0, 1] are samples of, whatever its distribution, level 1 - alpha.
+    """Upper bound on the mean of a variable in [0, 1] from samples of it, whatever its distribution; level 1 - alpha.
 
     The mean under the lowest distribution function in the Dvoretzky-Kiefer-Wolfowitz band, max(0, F_n - e) with
     e = sqrt(ln(1 / alpha) / 2n): a mass of e moves from the lowest values to 1. Source: arXiv 2410.03523.
@@ -74,7 +74,7 @@ def mean_bound(values: Sequence[float], alpha: float) -> float:
 
 
 def deviation_bound(values: Sequence[float], alpha: float) -> float:
-    """Upper bound on the standard deviation of what the values in [0, 1] are samples of, level 1 - alpha.
+    """Upper bound on the standard deviation of a variable in [0, 1] from samples of it; level 1 - alpha.
 
     sqrt(largest E[X^2] - smallest E[X]^2) over the two-sided Dvoretzky-Kiefer-Wolfowitz band F_n +- e with
     e = sqrt(ln(2 / alpha) / 2n); no distribution on [0, 1] has more than 1/2. Source: arXiv 2410.03523.

@@ -5,13 +5,13 @@ An answer's EOS token counts as one of its tokens, as in TOFU.
 
 Scores:
     tofu/probability/* (lower on forget, higher elsewhere): length-normalized probability of the true answer; relative
-        to its wrong options for real authors and world facts. Not shown: what is said instead.
+        to its wrong options for real authors and world facts. Not shown: what the model answers instead.
     tofu/rougeL_recall/* (lower on forget, higher elsewhere): ROUGE-L recall of the greedy answers. Not shown: fluency;
         what sampling or token probabilities reveal.
     tofu/truth_ratio/* (higher): probability r of wrong answers relative to the true one: min(r, 1/r) on forget, max(0,
         1 - r) elsewhere. Not shown: whether either is likely at all.
     tofu/model_utility (higher): harmonic mean of probability, ROUGE-L recall and truth ratio on retain, real authors
-        and world facts. Not shown: which of the nine fell.
+        and world facts. Not shown: which of the nine got worse.
     tofu/forget_quality (higher): p-value of the Kolmogorov-Smirnov test between the truth ratios on forget and those of
         the retain-only model. Not shown: the size of a difference: with few rows every model passes.
 """
@@ -53,7 +53,7 @@ def truth_ratio(true: TokenLogProbs, wrong: Sequence[TokenLogProbs]) -> float | 
     means = [tokens.mean_log_prob for tokens in (true, *wrong)]
     if None in means:
         return None
-    return math.exp(min(fmean(means[1:]) - means[0], 700))  # the largest number that has an exponential
+    return math.exp(min(fmean(means[1:]) - means[0], 700))  # exp of more than 709 overflows
 
 
 def forget_truth_ratio(ratio: float) -> float:
@@ -69,7 +69,7 @@ def utility_truth_ratio(ratio: float) -> float:
 def forget_quality(ratios: Sequence[float], retain_model_ratios: Sequence[float]) -> float:
     """p-value of the two-sample Kolmogorov-Smirnov test between two models' truth ratios on forget; higher is better.
 
-    A low value says that the model differs from one that never saw the forget set. It falls with the number of rows.
+    A low value means that the model differs from one that never saw the forget set. It falls with the number of rows.
     """
     return float(ks_2samp(ratios, retain_model_ratios).pvalue)
 
