@@ -1,8 +1,7 @@
 """One model under evaluation with what it is compared to. The weights of one model are in memory at a time."""
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accelerate import PartialState
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.config import ModelConfig, RunConfig
 from common.data import Row, load_split
+from common.errors import UserError
 from common.model import load_model, load_tokenizer
 from common.prompts import PromptFormat
 from evaluation.model_outputs import ModelOutputs
@@ -78,15 +78,14 @@ class EvaluationContext:
         config: of the run; `config.sections` has the settings of the metric groups.
         loader: where fresh copies of the model come from.
         model: under evaluation.
-        find_retain_model, find_base_model: return the model finetuned without the forget set, and the model before
-            unlearning; raise Missing where there is none.
+        others: paths of the models that it is compared to, by name: `retain_model`, finetuned without the forget set, and
+            `base_model`, the model before unlearning.
     """
 
     config: RunConfig
     loader: Loader
     model: EvaluatedModel
-    find_retain_model: Callable[[], EvaluatedModel]
-    find_base_model: Callable[[], EvaluatedModel]
+    others: dict[str, str]
     _rows: dict[str, list[Row]] = field(default_factory=dict)
 
     @property
@@ -105,3 +104,23 @@ class EvaluationContext:
         if role not in self._rows:
             self._rows[role] = load_split(self.config.data, role)
         return self._rows[role]
+
+    def find_retain_model(self) -> EvaluatedModel:
+        """The model finetuned without the forget set; raises Missing when none is given."""
+        if "retain_model" not in self.others:
+            raise Missing("no retain-only model is given (retain_model.path)")
+        return self.open_other("retain_model")
+
+    def find_base_model(self) -> EvaluatedModel:
+        """The model before unlearning; raises Missing when it is not known or cannot be loaded."""
+        if "base_model" not in self.others:
+            raise Missing("the model before unlearning is not known (base_model.path)")
+        try:
+            return self.open_other("base_model")
+        except UserError as error:  # the path is not the user's but from the result of the run that trained it further
+            raise Missing(f"the model before unlearning cannot be loaded (base_model.path): {error}") from error
+
+    def open_other(self, name: str) -> EvaluatedModel:
+        """A model to compare to, opened with the evaluated model's settings, except those that are about its files."""
+        of_files = {"revision": None, "gguf_file": None, "lora": None, "made_by": None}
+        return self.loader.open(self.config, replace(self.config.model, path=self.others[name], **of_files))

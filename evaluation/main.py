@@ -25,10 +25,9 @@ from common.errors import UserError
 from common.files import CONFIGS, is_first_process, looks_local, resolve_path, write_text
 from common.results import result_of, started_from, write_result
 from common.runs import RunFolder, comparable_config, run_folder, with_portable_paths
-from evaluation.context import EvaluatedModel, EvaluationContext, Loader
+from evaluation.context import EvaluationContext, Loader
 from evaluation.inputs import fill_from_run, named_models, overrides_for, read_evaluation
 from evaluation.metrics.registry import check_inputs, chosen_groups, measure_groups
-from evaluation.scores import Missing
 from evaluation.tables import headline_table, score_table
 from generation.cuda_graphs import use_cuda_graphs
 
@@ -85,22 +84,21 @@ class Job:
         self.groups = chosen_groups(cfg.metrics)
         check_inputs(self.config, self.groups)
         self.folder = run_folder("evaluated", self.config, overrides_for(path, self.config) if several else None)
-        self.loader = loader
-        self.model = loader.open(self.config, dataclasses.replace(self.config.model, path=self.path))
-        self.others: dict[str, str] = {}
-        for name in ("retain_model", "base_model"):
-            if other := self.config.sections[name].path:
-                self.others[name] = resolve_path(other)
-                try:
-                    self.open_other(name)
-                except UserError as error:
-                    raise UserError(f"{name}: {error}") from error
+        model = loader.open(self.config, dataclasses.replace(self.config.model, path=self.path))
+        given = {name: self.config.sections[name].path for name in ("retain_model", "base_model")}
+        others = {name: resolve_path(other) for name, other in given.items() if other}
+        self.context = EvaluationContext(self.config, loader, model, others)
+        for name in others:
+            try:
+                self.context.open_other(name)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
         if start := started_from(self.path):
-            self.others.setdefault("base_model", start)
+            others.setdefault("base_model", start)
         self.identity = comparable_config(cfg, made_by.get("id"))
         self.identity["compared_to"] = {
             name: with_portable_paths({"path": other, "id": (result_of(other) or {}).get("id")}, self.config.models_dir)
-            for name, other in self.others.items()
+            for name, other in others.items()
         }
 
     def run(self) -> Path:
@@ -108,29 +106,9 @@ class Job:
         run = RunFolder(self.folder, self.identity, self.path)
         if not self.config.overwrite and run.is_done():
             return run.folder
-        context = EvaluationContext(self.config, self.loader, self.model, self.retain_model, self.base_model)
-        scores = measure_groups(context, self.groups)
+        scores = measure_groups(self.context, self.groups)
         write_result(run.open(fresh=True), scores.as_result(), scores.row_files(), self.identity)
         return run.publish()
-
-    def open_other(self, name: str) -> EvaluatedModel:
-        """A model to compare to, opened with the settings of the evaluated one that are not its own."""
-        its_own = {"revision": None, "gguf_file": None, "lora": None, "made_by": None}
-        model = dataclasses.replace(self.config.model, path=self.others[name], **its_own)
-        return self.loader.open(self.config, model)
-
-    def retain_model(self) -> EvaluatedModel:
-        if "retain_model" not in self.others:
-            raise Missing("no retain-only model is given (retain_model.path)")
-        return self.open_other("retain_model")
-
-    def base_model(self) -> EvaluatedModel:
-        if "base_model" not in self.others:
-            raise Missing("the model before unlearning is not known (base_model.path)")
-        try:
-            return self.open_other("base_model")
-        except UserError as error:  # the path is not the user's but from the result of the run that trained it further
-            raise Missing(f"the model before unlearning cannot be loaded (base_model.path): {error}") from error
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="evaluate")

@@ -15,7 +15,7 @@ from common.prompts import PromptFormat
 from evaluation.context import EvaluationContext, Loader
 from evaluation.metrics.quantization import Quantization
 from evaluation.metrics.relearning import Relearning
-from tests.helpers import CHAT_TEMPLATE, NEW, ROWS, no_model, run_stage, write_rows
+from tests.helpers import CHAT_TEMPLATE, NEW, ROWS, run_stage, write_rows
 
 # A second thread makes models this small slower, many times where the cores are busy. The stages' processes inherit it.
 torch.set_num_threads(1)
@@ -128,5 +128,5 @@ def context(model, tokenizer, tmp_path):
         sections=sections,
     )
     loader = Loader()
-    retain = loader.open(config, ModelConfig(str(tmp_path / "retain"), PromptConfig("plain")))
-    return EvaluationContext(config, loader, loader.open(config, config.model), lambda: retain, no_model)
+    others = {"retain_model": str(tmp_path / "retain")}
+    return EvaluationContext(config, loader, loader.open(config, config.model), others)
