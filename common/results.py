@@ -95,7 +95,7 @@ def stored_result(folder: str | Path, identity: dict[str, Any]) -> dict | None:
 
 
 def _evaluation_inputs(identity: dict[str, Any]) -> tuple:
-    """The part of a run's configuration that its headline scores depend on, beside the weights."""
+    """The part of a run's configuration that its headline scores depend on, besides the weights."""
     data, evaluation = identity["data"], identity["evaluation"]
     splits = {role: split for role, split in data["splits"].items() if role != "train"}
     settings = [evaluation.get(key) for key in ("max_length", "full_eval", "bf16")]

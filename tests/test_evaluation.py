@@ -32,7 +32,7 @@ def test_headline_is_always_measured_and_first():
     assert chosen_groups("tofu") == ["headline", "tofu"]
 
 
-def test_groups():
+def test_presets():
     assert chosen_groups("full") == [name for name in METRIC_GROUPS if name != "lm_eval"]
     assert chosen_groups(["full", "lm_eval"]) == list(METRIC_GROUPS)
     assert set(chosen_groups("attacks")) == {
@@ -40,7 +40,7 @@ def test_groups():
     }
 
 
-def test_a_mistyped_family_is_refused_with_the_closest():
+def test_a_mistyped_metric_is_refused_with_the_closest():
     with pytest.raises(UserError, match="metrics=privcy: no such metrics; did you mean 'privacy'"):
         chosen_groups(["tofu", "privcy"])
     with pytest.raises(UserError, match="metrics=None: no such metrics"):
@@ -127,7 +127,7 @@ def test_values_of_single_rows_are_kept(evaluated):
     assert splits == {"forget", "forget_paraphrased", "retain", "real_authors", "world_facts", "forget_prefill"}
 
 
-def test_the_models_stand_side_by_side(evaluated, models_dir):
+def test_the_report_has_a_column_for_each_model(evaluated, models_dir):
     report = (models_dir / "side-by-side" / "report.md").read_text()
     for line in (
         "| score | better | vanilla | finetuned |",
@@ -173,7 +173,7 @@ def test_without_a_retain_only_model_what_needs_it_is_null_and_the_base_model_is
     assert scores["privacy/privleak"] is not None and "AUC of 0.5" in notes["privacy/privleak"]
     assert scores["tofu/truth_ratio/retain"] is None and "retain_perturbed" in notes["tofu/truth_ratio/retain"]
     assert scores["tofu/model_utility"] is None and "tofu/truth_ratio/retain" in notes["tofu/model_utility"]
-    # The run that made the checkpoint says what it started from.
+    # The result of the run that made the checkpoint names what it started from.
     assert scores["fluency/perplexity"] > 1 and scores["privacy/auc/reference"] > 0.9
     assert result["config"]["compared_to"]["base_model"]["path"] == "models/finetuned/pretrain-tiny/seed-0"
     assert "sampling/leak@1" not in scores

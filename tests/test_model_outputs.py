@@ -1,4 +1,4 @@
-"""The shared passes: what is read off known logits, once, whatever the batch."""
+"""Outputs that metrics share: equal to those of known logits, computed once, the same for every batch size."""
 
 import math
 
@@ -96,7 +96,7 @@ def test_token_probabilities_are_those_of_a_plain_forward_pass(model, prompts):
         assert found.log_probs == pytest.approx(plain, abs=1e-5)
 
 
-def test_the_parts_of_a_pass_change_nothing(model, prompts, monkeypatch):
+def test_chunks_of_the_vocabulary_change_nothing(model, prompts, monkeypatch):
     whole = outputs_of(model, prompts).tokens_of_answers(PAIRS)
     monkeypatch.setattr(model_outputs, "VOCABULARY_CHUNK", 5)
     for one, other in zip(whole, outputs_of(model, prompts).tokens_of_answers(PAIRS), strict=True):
@@ -136,7 +136,7 @@ def test_samples_do_not_depend_on_the_batch_size(model, prompts):
     assert other != found[0]
 
 
-def test_the_time_of_each_kind_of_pass_is_kept(model, prompts):
+def test_the_time_of_each_kind_of_output_is_kept(model, prompts):
     outputs = outputs_of(model, prompts)
     outputs.answers([ROWS[0].question])
     outputs.tokens_of_answers(PAIRS[:2])

@@ -1,4 +1,4 @@
-"""Relearning changes copies alone, neither the checkpoint nor the model that other metrics ask; so does quantization."""
+"""Relearning changes copies alone, neither the checkpoint nor the model that other metrics use; so does quantization."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Means are taken over the rows that have a value, and what is missing says why."""
+"""Means are taken over the rows that have a value, and a missing score has a note with the reason."""
 
 import pytest
 
