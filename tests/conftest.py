@@ -116,7 +116,7 @@ def context(model, tokenizer, tmp_path):
     }
     config = RunConfig(
         seed=0,
-        model=ModelConfig(str(tmp_path / "model"), PromptConfig("plain")),
+        model=ModelConfig(path=str(tmp_path / "model"), prompt=PromptConfig("plain")),
         data=DataConfig(str(tmp_path), splits, {"question": "question", "answer": "answer"}),
         evaluation=EvaluationConfig(max_length=60),
         training={},
@@ -128,5 +128,5 @@ def context(model, tokenizer, tmp_path):
         sections=sections,
     )
     loader = Loader()
-    retain = loader.open(config, ModelConfig(str(tmp_path / "retain"), PromptConfig("plain")))
+    retain = loader.open(config, ModelConfig(path=str(tmp_path / "retain"), prompt=PromptConfig("plain")))
     return EvaluationContext(config, loader, loader.open(config, config.model), lambda: retain, no_model)
