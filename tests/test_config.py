@@ -8,6 +8,7 @@ import hydra
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from pydantic import NonNegativeFloat, PositiveInt
 from pydantic.fields import FieldInfo
 
 from benchmarks.worker import BenchmarkSettings
@@ -20,13 +21,14 @@ from common.config import (
     StageConfig,
     fields_of,
     read_config,
+    section,
 )
 from common.errors import UserError
 from common.files import CONFIGS, ROOT
 from evaluation.inputs import SECTIONS, fill_from_run, read_evaluation
 from evaluation.metrics.registry import METRIC_GROUPS
 from unlearning.main import method_class
-from unlearning.trainer import UnlearningTrainer
+from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 COMPARISONS = sorted(f"compare/{path.stem}" for path in CONFIGS.glob("compare/*.yaml"))
 BENCHMARKS = sorted(f"benchmark/{path.stem}" for path in CONFIGS.glob("benchmark/*.yaml") if path.stem != "default")
@@ -485,6 +487,53 @@ def test_a_key_that_does_not_fit_does_not_hide_another_of_its_section():
     assert {line.split("=")[0].split(":")[0].strip(" -") for line in message.splitlines()[1:]} == {
         *("method.num_samples", "method.top_p", "method.foo"),
     }
+
+
+# --- settings of a user's own method ------------------------------------------------------------------------------------
+
+
+@section
+class OwnSection(MethodSettings):
+    depth: PositiveInt = 2
+    """How deep."""
+
+
+@dataclasses.dataclass
+class OwnSubclass(MethodSettings):
+    depth: PositiveInt = 2
+    parts: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class OwnDataclass:
+    gamma: NonNegativeFloat = 1.0
+    depth: PositiveInt = 2
+    lambda_unlearning: float = 1.0
+
+
+@pytest.mark.parametrize("settings_class", [OwnSection, OwnSubclass, OwnDataclass])
+def test_settings_of_a_user_s_own_method(settings_class):
+    def read_own(**method):
+        cfg = compose("unlearn-tiny")
+        cfg.method = {"_target_": "own.Method", **method}
+        return read_config(cfg, settings_class, also=("finetuned",)).settings
+
+    settings = read_own(gamma=2)
+    assert isinstance(settings, settings_class)
+    assert (settings.gamma, settings.lambda_unlearning, settings.depth) == (2.0, 1.0, 2)
+    assert dataclasses.replace(settings, depth=3).depth == 3
+    with pytest.raises(UserError) as caught:
+        read_own(gamma=-1, depth=0.5, dept=1)
+    lines = caught.value.args[0].splitlines()[1:]
+    assert any(line.startswith("  - method.gamma=-1: expected float, at least 0") for line in lines)
+    assert any(line.startswith("  - method.depth=0.5: expected int, more than 0") for line in lines)
+    assert any(line.startswith("  - method.dept: no such key; did you mean 'method.depth'?") for line in lines)
+
+
+def test_a_subclass_keeps_the_descriptions_of_its_parent():
+    fields = fields_of(OwnSection)
+    assert fields["gamma"].description == fields_of(MethodSettings)["gamma"].description == "Weight of the forget loss."
+    assert fields["depth"].description == "How deep."
 
 
 # --- evaluation takes what is null from the run -------------------------------------------------------------------------
