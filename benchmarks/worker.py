@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field
+from pydantic import NonNegativeInt, PositiveInt
 from transformers import TrainerCallback, set_seed
 
 from benchmarks.baseline import BaselinePMC, baseline_answers
@@ -40,16 +40,18 @@ BASELINE_EVALUATION_BATCH = 256  # as the published recipes have it
 
 @section
 class BenchmarkSettings:
-    steps: int = Field(3, ge=1, description="optimizer steps of each trainer that are timed")
-    warmup_steps: int = Field(1, ge=0, description="steps of each trainer before these")
-    evaluation_questions: int = Field(140, ge=0, description="questions that are answered greedily; 0: none")
-    interleaved: bool = Field(
-        True, description="both trainers in memory at once, taking turns; false: one after the other"
-    )
-    questions: int = Field(
-        0, ge=0, description="forget questions of the whole run that the figures are extrapolated to; 0: none"
-    )
-    published_minutes: float | None = Field(None, description="what the paper's authors report for that run")
+    steps: PositiveInt = 3
+    """Optimizer steps of each trainer that are timed."""
+    warmup_steps: NonNegativeInt = 1
+    """Steps of each trainer before these."""
+    evaluation_questions: NonNegativeInt = 140
+    """Questions that are answered greedily; 0: none."""
+    interleaved: bool = True
+    """Both trainers in memory at once, taking turns; false: one after the other."""
+    questions: NonNegativeInt = 0
+    """Forget questions of the whole run that the figures are extrapolated to; 0: none."""
+    published_minutes: float | None = None
+    """What the paper's authors report for that run."""
 
 
 def read(cfg: DictConfig) -> tuple[RunConfig, BenchmarkSettings]:

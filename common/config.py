@@ -6,6 +6,7 @@ anything is loaded.
 
 import dataclasses
 import json
+import types
 import typing
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal, NotRequired
@@ -15,27 +16,43 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, ValidationInfo, create_model, field_validator
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
+from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from typing_extensions import TypedDict, is_typeddict
 
 from common.errors import UserError, did_you_mean
 
-# Of every section: no unknown keys; true and "5" are no numbers, nor are infinity and NaN.
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+# Unknown keys are refused; true and "5" are not numbers, nor are infinity and NaN.
+STRICT = ConfigDict(
+    extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+)
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 @typing.dataclass_transform(field_specifiers=(Field,))
 def section(cls: type) -> Any:
-    """Make the class a dataclass that refuses what does not fit its fields."""
-    return dataclass(cls, config=STRICT)
+    """Make the class a dataclass that checks its fields; the text under a field is the field's description."""
+    made = dataclass(cls, config=STRICT)
+    for name, field in made.__pydantic_fields__.items():
+        for parent in cls.__mro__[1:]:  # pydantic reads only the texts in the class itself
+            inherited = getattr(parent, "__pydantic_fields__", {}).get(name)
+            field.description = field.description or (inherited and inherited.description)
+        field.description = field.description and " ".join(field.description.split())
+    return made
 
 
 @section
 class PromptConfig:
-    style: Literal["chat", "plain"] = Field(description="chat: the tokenizer's chat template; plain: plain text")
-    system: str | None = Field(None, description="system message of a chat")
-    date_string: str | None = Field(None, description="date that a chat template prints, null: not passed")
-    question: str = Field("Question: {question}\nAnswer:", description="plain style: the prompt")
-    answer: str = Field(" {answer}", description="plain style: what follows the prompt, before the EOS token")
+    style: Literal["chat", "plain"]
+    """chat: the tokenizer's chat template; plain: plain text."""
+    system: str | None = None
+    """System message of a chat."""
+    date_string: str | None = None
+    """Date that a chat template prints, null: not passed."""
+    question: str = "Question: {question}\nAnswer:"
+    """plain style: the prompt."""
+    answer: str = " {answer}"
+    """plain style: what follows the prompt, before the EOS token."""
 
     @field_validator("question", "answer")
     @classmethod
@@ -47,41 +64,55 @@ class PromptConfig:
 
 @section
 class LoraSettings:
-    r: int = Field(16, ge=1, description="rank of the adapter")
-    alpha: int = Field(32, description="scale of the adapter, its output is multiplied by alpha / r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    target_modules: Any = Field("all-linear", description="names of the layers that get an adapter, or all-linear")
-    merge: bool = Field(False, description="save the merged model instead of the adapter")
+    r: PositiveInt = 16
+    """Rank of the adapter."""
+    alpha: int = 32
+    """Scale of the adapter, its output is multiplied by alpha / r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: Any = "all-linear"
+    """Names of the layers that get an adapter, or all-linear."""
+    merge: bool = False
+    """Save the merged model instead of the adapter."""
 
 
 @section
 class NewModelConfig:
     """A model made from nothing: random weights, and a byte-level BPE tokenizer trained on the data set's text."""
 
-    architecture: str = Field(description="model_type of transformers, for instance llama")
-    settings: dict[str, Any] = Field(
-        default_factory=dict, description="arguments of the architecture's configuration class"
-    )
-    vocab_size: int = Field(2000, ge=300, description="number of tokens of the tokenizer")
-    tokenizer_splits: list[str] = Field(
-        default_factory=list, description="splits whose questions and answers the tokenizer is trained on"
-    )
+    architecture: str
+    """model_type of transformers, for instance llama."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the architecture's configuration class."""
+    vocab_size: int = Field(2000, ge=300)
+    """Number of tokens of the tokenizer."""
+    tokenizer_splits: list[str] = Field(default_factory=list)
+    """Splits whose questions and answers the tokenizer is trained on."""
 
 
 @section
 class ModelConfig:
-    new: NewModelConfig | None = Field(None, kw_only=True, description="make a new model instead of loading one")
-    path: str | None = Field(description="hub id, or local folder of the weights")
-    prompt: PromptConfig = Field(description="how a question is put to the model")
-    revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    gguf_file: str | None = Field(None, description="name of a GGUF file inside the path, dequantized on loading")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="type of the parameters")
-    attn_implementation: str | None = Field(
-        None, description="attention kernel of transformers (sdpa, flash_attention_2, eager), null: its default"
-    )
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the weights")
-    lora: LoraSettings | None = Field(None, description="train a LoRA adapter instead of all parameters")
-    made_by: str | None = Field(None, description="command that makes the path, shown when it is missing")
+    _: dataclasses.KW_ONLY  # a field with a default stands first: `path` is checked after `new`
+    new: NewModelConfig | None = None
+    """Make a new model instead of loading one."""
+    path: str | None
+    """Hub id, or local folder of the weights."""
+    prompt: PromptConfig
+    """How a question is put to the model."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    gguf_file: str | None = None
+    """Name of a GGUF file inside the path, dequantized on loading."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the parameters."""
+    attn_implementation: str | None = None
+    """Attention kernel of transformers (sdpa, flash_attention_2, eager), null: its default."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the weights."""
+    lora: LoraSettings | None = None
+    """Train a LoRA adapter instead of all parameters."""
+    made_by: str | None = None
+    """Command that makes the path, shown when it is missing."""
 
     @field_validator("path")
     @classmethod
@@ -101,67 +132,71 @@ class Columns(TypedDict):
 
 @section
 class DataConfig:
-    path: str = Field(description="hub id, or a local folder of <split>.json files in JSON lines")
-    splits: dict[str, str | None] = Field(description="role: split, null for a role that the data set lacks")
-    columns: Columns = Field(description="field: column of the files")
-    max_length: int = Field(256, ge=2, description="longest training example in tokens; longer answers are cut there")
-    hub_configurations: bool = Field(
-        True, description="on the hub every split is a configuration of its own, as in TOFU"
-    )
+    path: str
+    """Hub id, or a local folder of <split>.json files in JSON lines."""
+    splits: dict[str, str | None]
+    """role: split, null for a role that the data set lacks."""
+    columns: Columns
+    """field: column of the files."""
+    max_length: int = Field(256, ge=2)
+    """Longest training example in tokens; longer answers are cut there."""
+    hub_configurations: bool = True
+    """On the hub every split is a configuration of its own, as in TOFU."""
 
 
 @section
 class EvaluationConfig:
-    max_length: int = Field(200, ge=1, description="prompt and greedy answer together, in tokens")
-    batch_size: int | None = Field(
-        None, ge=1, description="answers generated side by side, at most; null: as many as a tenth of the memory holds"
-    )
-    full_eval: bool = Field(False, description="score all retain rows instead of 400 drawn with a fixed seed")
-    bf16: Literal[False, True, "auto"] = Field(
-        False, description="generate answers with a bfloat16 copy of a float32 model, auto: where the hardware has it"
-    )
-    every_epochs: int = Field(
-        0, ge=0, description="also evaluate after every so many epochs of training; 0: only at the end"
-    )
-    start: bool = Field(True, description="also evaluate the model that training starts from")
+    max_length: PositiveInt = 200
+    """Prompt and greedy answer together, in tokens."""
+    batch_size: int | None = Field(None, gt=0)
+    """Answers generated side by side, at most; null: as many as a tenth of the memory holds."""
+    full_eval: bool = False
+    """Score all retain rows instead of 400 drawn with a fixed seed."""
+    bf16: Literal[False, True, "auto"] = False
+    """Generate answers with a bfloat16 copy of a float32 model, auto: where the hardware has it."""
+    every_epochs: NonNegativeInt = 0
+    """Also evaluate after every so many epochs of training; 0: only at the end."""
+    start: bool = True
+    """Also evaluate the model that training starts from."""
 
 
 @section
 class GenerationConfig:
-    cuda_graphs: Literal[False, "auto"] = Field(
-        False, description="record the decode step as CUDA graphs: false, or auto on an NVIDIA GPU"
-    )
+    cuda_graphs: Literal[False, "auto"] = False
+    """Record the decode step as CUDA graphs: false, or auto on an NVIDIA GPU."""
 
 
-@dataclasses.dataclass
-class RunConfig:
-    """Everything that a stage's command line and recipe settle, read and checked."""
+@section
+class StageConfig:
+    """The keys that every stage has, besides `training`."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32, description="seed of data order, sampling and new weights")]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    """Seed of data order, sampling and new weights."""
     model: ModelConfig
     data: DataConfig
     evaluation: EvaluationConfig
-    training: dict[str, Any]
-    save_model: Annotated[bool, Field(description="keep the weights beside the results")]
-    overwrite: Annotated[bool, Field(description="redo a run whose result is there")]
-    keep_checkpoints: Annotated[bool, Field(description="keep the trainer's checkpoints after the run")]
-    output_dir: Annotated[
-        str | None, Field(description="folder of the run; null: models/<stage>/<recipe>/<seed and overrides>")
-    ]
-    models_dir: Annotated[str, Field(description="folder of all runs")]
+    save_model: bool
+    """Keep the weights beside the results."""
+    overwrite: bool
+    """Redo a run whose result is there."""
+    keep_checkpoints: bool
+    """Keep the trainer's checkpoints after the run."""
+    output_dir: str | None
+    """Folder of the run; null: models/<stage>/<recipe>/<seed and overrides>."""
+    models_dir: str
+    """Folder of all runs."""
     generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunConfig(StageConfig):
+    """The checked configuration of a run."""
+
+    training: dict[str, Any]
     settings: Any = None
-    """The unlearning method's own knobs (its `Settings` dataclass); None in the other stages."""
+    """The unlearning method's settings (its `Settings` dataclass); None in the other stages."""
     sections: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further sections that only one stage has, by their names."""
-
-
-# The keys that every stage has, with their types; `training` is added by `_training_schema`.
-KEYS = {
-    name: hint
-    for name, hint in typing.get_type_hints(RunConfig, include_extras=True).items()
-    if name not in ("training", "settings", "sections")
-}
 
 
 def read_config(
@@ -188,11 +223,12 @@ def read_config(
     training = values.get("training")
     for key in REFUSED.keys() & training if isinstance(training, dict) else ():
         problems[f"training.{key}"] = f"training.{key}: {REFUSED[key]}"
-    optional = {"training": (_training_schema() | None, None), **dict.fromkeys(also, (Any, None))}
-    required = {name: (hint, ...) for name, hint in {**KEYS, **method, **sections}.items()}
-    read = _validated(required | optional, values, problems)
+    keys = {name: (field.annotation, field) for name, field in fields_of(StageConfig).items()}
+    keys |= {name: (kind, ...) for name, kind in {**method, **sections}.items()}
+    keys |= {"training": (_training_schema() | None, None), **dict.fromkeys(also, (Any, None))}
+    read = _validated(keys, values, problems)
     return RunConfig(
-        **{name: getattr(read, name) for name in KEYS},
+        **{name: getattr(read, name) for name in fields_of(StageConfig)},
         training=training or {},
         settings=getattr(read, "method", None),
         sections={name: getattr(read, name) for name in sections},
@@ -232,10 +268,14 @@ def _plain(node: Any, problems: dict[str, str], prefix: str = "") -> Any:
 
 
 def _validated(keys: dict[str, Any], values: dict[str, Any], problems: dict[str, str]) -> Any:
-    """The values as a model of these keys; raises a UserError with `problems` and all that pydantic finds."""
+    """The values as a model with these keys.
+
+    Raises:
+        UserError: listing `problems` and all that pydantic finds in other keys.
+    """
     schema = create_model("Configuration", __config__=STRICT, **keys)
     read = None
-    try:  # as JSON: strict about numbers and texts, while a dictionary becomes a section
+    try:  # JSON: numbers and texts are checked strictly, while a dictionary becomes a section
         read = schema.model_validate_json(json.dumps(values, default=str))
     except ValidationError as errors:
         for error in errors.errors(include_url=False):
@@ -246,18 +286,8 @@ def _validated(keys: dict[str, Any], values: dict[str, Any], problems: dict[str,
     return read
 
 
-def fields_of(hint: Any) -> dict[str, FieldInfo] | None:
-    """The keys of the section in `X` or `X | None`; None where X is no section."""
-    for option in typing.get_args(hint) or (hint,):
-        if hasattr(option, "__pydantic_fields__"):
-            return option.__pydantic_fields__
-        if is_typeddict(option) or dataclasses.is_dataclass(option):  # the latter: of a user's own method
-            return {name: FieldInfo.from_annotation(kind) for name, kind in typing.get_type_hints(option).items()}
-    return None
-
-
 def _problem(schema: type, error: Any) -> tuple[str, str]:
-    """The key of one of pydantic's errors, and what to say of it."""
+    """The key of one of pydantic's errors, and the message about it."""
     path, hint, field, fields = [], schema, FieldInfo(), {}
     for part in error["loc"]:
         if (found := fields_of(hint)) is not None:
@@ -268,41 +298,49 @@ def _problem(schema: type, error: Any) -> tuple[str, str]:
         else:  # the option of a union that was tried
             break
         path.append(str(part))
-    *above, name = path
-    key, text = ".".join(path), error["msg"]
+    key = ".".join(path)
     if error["type"] == "missing":
         return key, f"{key}: missing; give it a value"
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        prefix = "".join(f"{part}." for part in above)
         known = f" (known: {', '.join(fields)})" if len(fields) < 30 else " (see TrainingArguments)"
-        return key, f"{key}: no such key{did_you_mean(name, fields, prefix)}{known}"
+        return key, f"{key}: no such key{did_you_mean(path[-1], fields, key.removesuffix(path[-1]))}{known}"
     if error["type"] == "value_error":
-        text = str(error["ctx"]["error"])
+        return key, f"{key}={error['input']}: {error['ctx']['error']}"
+    finite = "finite " if error["type"] == "finite_number" else ""
+    meaning = f" ({field.description.removesuffix('.')})" if field.description else ""
+    return key, f"{key}={error['input']}: expected {finite}{type_name(hint, field.metadata)}{meaning}"
+
+
+def fields_of(hint: Any) -> dict[str, FieldInfo] | None:
+    """The fields of the section in `X` or `X | None`; None where X is no section."""
+    for option in typing.get_args(hint) or (hint,):
+        if "__pydantic_fields__" in getattr(option, "__dict__", {}):
+            return option.__pydantic_fields__
+        if is_typeddict(option) or dataclasses.is_dataclass(option):  # the latter: a dataclass without @section
+            hints = typing.get_type_hints(option, include_extras=True)
+            return {name: FieldInfo.from_annotation(kind) for name, kind in hints.items()}
+    return None
+
+
+LIMITS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
+
+
+def type_name(hint: Any, limits: typing.Iterable[Any] = ()) -> str:
+    """`int or null, at least 1`: the type as YAML has it, and its range."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        name = " or ".join(map(type_name, typing.get_args(hint)))
+    elif typing.get_origin(hint) is Literal:
+        name = " or ".join(json.dumps(value).strip('"') for value in typing.get_args(hint))
+    elif fields_of(hint) is not None:
+        name = "section"
+    elif typing.get_args(hint):
+        name = f"{typing.get_origin(hint).__name__}[{', '.join(map(type_name, typing.get_args(hint)))}]"
     else:
-        meaning = f" ({field.description})" if field.description else ""
-        text = f"expected {_allowed(name, hint, field, error['type'])}{meaning}"
-    return key, f"{key}={error['input']}: {text}"
-
-
-def _allowed(name: str, hint: Any, field: FieldInfo, error: str) -> str:
-    """What a key of this type and range may be, in words."""
-    if fields_of(hint) is not None:
-        return "a section with keys"
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(str(value).lower() for value in typing.get_args(hint))
-    if not error.startswith(("greater_than", "less_than", "finite_number")):
-        return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-    bounds = {sign: getattr(bound, sign) for bound in field.metadata for sign in SIGNS if hasattr(bound, sign)}
-    finite = ["a finite number"] if error == "finite_number" else []
-    if len(bounds) == 2:
-        (low, least), (high, most) = bounds.items()
-        return ", ".join([*finite, f"{least} {SIGNS[low]} {name} {SIGNS[high]} {most}"])
-    words = {"gt": "more than {}", "ge": "at least {}"}
-    texts = [words[sign].format(least) if least or sign == "gt" else "0 or more" for sign, least in bounds.items()]
-    return ", ".join(finite + texts)
-
-
-SIGNS = {"gt": "<", "ge": "<=", "lt": "<", "le": "<="}
+        name = {type(None): "null", Any: "any"}.get(hint) or getattr(hint, "__name__", str(hint))
+    bounds = [
+        f"{word} {getattr(limit, sign)}" for limit in limits for sign, word in LIMITS.items() if hasattr(limit, sign)
+    ]
+    return ", ".join([name, *bounds])
 
 
 # --- training: Hugging Face TrainingArguments, by their own names ------------------------------------------------------
@@ -329,13 +367,12 @@ def _training_schema() -> type:
     from transformers import TrainingArguments
 
     hints = typing.get_type_hints(TrainingArguments)
-    types = {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments) if field.init}
-    types |= dict.fromkeys(REFUSED, Any)
-    types |= dict.fromkeys(("num_epochs", "num_train_epochs", "learning_rate"), Annotated[float, Field(gt=0)])
-    types |= dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), Annotated[int, Field(ge=1)])
-    types["warmup_epochs"] = Annotated[float, Field(ge=0)]
-    types["bf16"] = Literal[False, True, "auto"]
+    kinds = {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments) if field.init}
+    kinds |= dict.fromkeys(("num_epochs", "num_train_epochs", "learning_rate"), PositiveFloat)
+    kinds |= dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), PositiveInt)
+    kinds["warmup_epochs"] = NonNegativeFloat
+    kinds["bf16"] = Literal[False, True, "auto"]
     trackers = hints["report_to"]
-    types["report_to"] = Annotated[trackers, AfterValidator(_installed)]
-    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-    return create_model("Training", __config__=config, **{name: (hint, None) for name, hint in types.items()})
+    kinds["report_to"] = Annotated[trackers, AfterValidator(_installed)]
+    config = STRICT | {"arbitrary_types_allowed": True, "validate_default": False}
+    return create_model("Training", __config__=config, **{name: (kind, None) for name, kind in kinds.items()})

@@ -2,13 +2,13 @@
 
     python docs/generate.py
 
-`fields_of` reads a settings class, `metric_rows` the metric registry; everything else here is Markdown.
+`settings_fields` reads a settings class, `metric_rows` the metric registry; everything else here is Markdown.
 """
 
-import ast
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import sys
 import textwrap
@@ -24,12 +24,11 @@ if __name__ == "__main__":
 from hydra.utils import get_class
 from omegaconf import MISSING, OmegaConf
 
-from common.config import RunConfig
+from common.config import StageConfig, fields_of, type_name
 from common.files import CONFIGS, write_text
 from evaluation.metrics import registry
 
 REQUIRED = "required"
-GENERIC_LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 @dataclass(frozen=True)
@@ -43,103 +42,36 @@ class SettingsField:
     nested: type | None = None
 
 
-def fields_of(settings_class: type) -> list[SettingsField]:
-    """The fields of a dataclass, a pydantic dataclass or a pydantic model, in the order of the code."""
-    annotations = typing.get_type_hints(settings_class)
-    if validated := getattr(settings_class, "__pydantic_fields__", None):
-        literals = {} if all(info.description for info in validated.values()) else literals_under(settings_class)
-        return [
-            SettingsField(
-                name,
-                type_name(annotations.get(name, info.annotation), info.metadata),
-                REQUIRED if info.is_required() else yaml_value(info.get_default(call_default_factory=True)),
-                info.description or literals.get(name, ""),
-                nested_settings(annotations.get(name, info.annotation)),
-            )
-            for name, info in validated.items()
-        ]
-    literals = literals_under(settings_class)
+def settings_fields(settings_class: type) -> list[SettingsField]:
+    """The fields of a settings class, in the order of the code."""
     return [
         SettingsField(
-            field.name,
-            type_name(annotations[field.name]),
-            yaml_value(default_of(field)),
-            literals.get(field.name, ""),
-            nested_settings(annotations[field.name]),
+            name,
+            type_name(field.annotation, field.metadata),
+            REQUIRED if field.is_required() else yaml_value(field.get_default(call_default_factory=True)),
+            (field.description or "").removesuffix("."),
+            nested_settings(field.annotation),
         )
-        for field in dataclasses.fields(settings_class)
+        for name, field in fields_of(settings_class).items()
     ]
-
-
-def literals_under(settings_class: type) -> dict[str, str]:
-    """Field -> the string literal that stands under it, in the class or in those that it inherits from."""
-    found: dict[str, str] = {}
-    for cls in reversed(settings_class.__mro__):
-        if not dataclasses.is_dataclass(cls):
-            continue
-        body = ast.parse(inspect.cleandoc("\n" + inspect.getsource(cls))).body[0].body
-        for field, text in zip(body, body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[field.target.id] = " ".join(inspect.cleandoc(str(text.value.value)).split())
-    return found
-
-
-def default_of(field: dataclasses.Field) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return MISSING if field.default is dataclasses.MISSING else field.default
 
 
 def yaml_value(value: Any) -> str:
     """A value as one writes it in YAML: null, true, [8, 4]."""
-    if isinstance(value, str) and value == MISSING:
-        return REQUIRED
-    if dataclasses.is_dataclass(value) or hasattr(value, "model_fields"):
+    if dataclasses.is_dataclass(value):
         return "see below"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {yaml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(yaml_value(item) for item in value) + "]"
-    return str(value).replace("\n", "\\n") if value != "" else '""'
-
-
-def type_name(hint: Any, limits: typing.Iterable[Any] = ()) -> str:
-    """`int or null`, `false or auto`, `float, > 0`: the type with the values that are allowed."""
-    if typing.get_origin(hint) is typing.Annotated:
-        hint, *inner = typing.get_args(hint)
-        limits = [*limits, *inner]
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        name = " or ".join(type_name(option) for option in typing.get_args(hint))
-    elif typing.get_origin(hint) is typing.Literal:
-        name = " or ".join(yaml_value(option) for option in typing.get_args(hint))
-    elif hint is types.NoneType:
-        name = "null"
-    elif nested_settings(hint):
-        name = "section"
-    elif hint is Any:
-        name = "any"
-    elif typing.get_args(hint):
-        name = f"{typing.get_origin(hint).__name__}[{', '.join(type_name(part) for part in typing.get_args(hint))}]"
-    else:
-        name = getattr(hint, "__name__", str(hint))
-    bounds = [
-        f"{sign} {getattr(limit, key):g}"
-        for limit in limits
-        for key, sign in GENERIC_LIMITS.items()
-        if isinstance(getattr(limit, key, None), int | float)
-    ]
-    return ", ".join([name, *bounds])
+    if isinstance(value, str):
+        return REQUIRED if value == MISSING else value.replace("\n", "\\n") or '""'
+    return json.dumps(value)
 
 
 def nested_settings(hint: Any) -> type | None:
     """The settings class in `X` or `X | None`; None for other types."""
-    options = typing.get_args(hint) if typing.get_args(hint) else (hint,)
-    return next(
-        (o for o in options if isinstance(o, type) and (dataclasses.is_dataclass(o) or hasattr(o, "model_fields"))),
-        None,
-    )
+    return next((option for option in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(option)), None)
 
 
 # --- Markdown ---
@@ -156,7 +88,7 @@ def code(text: str) -> str:
 
 def section_table(name: str, settings_class: type, values: dict[str, Any] | None = None, level: int = 2) -> str:
     """A heading and the table of a section, followed by those of the sections inside it."""
-    fields = fields_of(settings_class)
+    fields = settings_fields(settings_class)
     page = f"{'#' * level} `{name}`\n\n{settings_table(fields, values)}\n"
     for field in fields:
         if field.nested:
@@ -213,8 +145,7 @@ def yaml_comments(name: str, keys: typing.Callable[[str], bool]) -> str:
 
 def fixed_sections() -> dict[str, type]:
     """Section -> its settings class, of the sections that every stage has."""
-    hints = typing.get_type_hints(RunConfig)
-    return {name: nested_settings(hint) for name, hint in hints.items() if nested_settings(hint)}
+    return {field.name: field.nested for field in settings_fields(StageConfig) if field.nested}
 
 
 def configuration_page() -> str:
@@ -239,7 +170,7 @@ def methods_page() -> str:
         values = dict(OmegaConf.to_container(OmegaConf.load(path), resolve=False))
         method = get_class(values.pop("_target_"))
         page += f"## `{path.stem}`\n\n{description_of(method)}\n"
-        fields = fields_of(method.Settings)
+        fields = settings_fields(method.Settings)
         page += settings_table(fields, values) if fields else "It has no settings.\n"
         page += "\n"
     return page

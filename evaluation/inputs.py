@@ -2,7 +2,6 @@
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
-from pydantic import Field
 
 from common.config import RunConfig, read_config, section
 from common.errors import UserError
@@ -14,7 +13,8 @@ from evaluation.metrics.registry import SETTINGS
 class OtherModel:
     """A model that the evaluated one is compared to."""
 
-    path: str | None = Field(None, description="folder of a run or any checkpoint, or hub id")
+    path: str | None = None
+    """Folder of a run or any checkpoint, or hub id."""
 
 
 SECTIONS = {**SETTINGS, "retain_model": OtherModel, "base_model": OtherModel}

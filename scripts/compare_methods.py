@@ -57,10 +57,14 @@ COLUMNS = {
 
 @section
 class ComparisonSettings:
-    seeds: list[int] = Field(min_length=1, description="every method runs with each")
-    before: list[str] = Field(description="stages that make the model to be unlearned, each with its arguments")
-    methods: dict[str, str] = Field(min_length=1, description="name in the table: arguments of unlearning/main.py")
-    metrics: list[str] = Field(min_length=1, description="metric groups of evaluation/main.py")
+    seeds: list[int] = Field(min_length=1)
+    """Every method runs with each."""
+    before: list[str]
+    """Stages that make the model to be unlearned, each with its arguments."""
+    methods: dict[str, str] = Field(min_length=1)
+    """Name in the table: arguments of unlearning/main.py."""
+    metrics: list[str] = Field(min_length=1)
+    """Metric groups of evaluation/main.py."""
 
     @field_validator("methods")
     @classmethod

@@ -116,7 +116,7 @@ def context(model, tokenizer, tmp_path):
     }
     config = RunConfig(
         seed=0,
-        model=ModelConfig(str(tmp_path / "model"), PromptConfig("plain")),
+        model=ModelConfig(path=str(tmp_path / "model"), prompt=PromptConfig("plain")),
         data=DataConfig(str(tmp_path), splits, {"question": "question", "answer": "answer"}),
         evaluation=EvaluationConfig(max_length=60),
         training={},

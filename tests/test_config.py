@@ -8,25 +8,27 @@ import hydra
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from pydantic import NonNegativeFloat, PositiveInt
 from pydantic.fields import FieldInfo
 
 from benchmarks.worker import BenchmarkSettings
 from common.config import (
-    KEYS,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
     PromptConfig,
     RunConfig,
+    StageConfig,
     fields_of,
     read_config,
+    section,
 )
 from common.errors import UserError
 from common.files import CONFIGS, ROOT
 from evaluation.inputs import SECTIONS, fill_from_run, read_evaluation
 from evaluation.metrics.registry import METRIC_GROUPS
 from unlearning.main import method_class
-from unlearning.trainer import UnlearningTrainer
+from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 COMPARISONS = sorted(f"compare/{path.stem}" for path in CONFIGS.glob("compare/*.yaml"))
 BENCHMARKS = sorted(f"benchmark/{path.stem}" for path in CONFIGS.glob("benchmark/*.yaml") if path.stem != "default")
@@ -153,7 +155,7 @@ def test_section_of_evaluation_and_dataclass_have_the_same_keys_and_values(secti
 
 
 def test_code_that_comes_with_weights_is_not_run_by_default():
-    assert ModelConfig("x", PromptConfig("plain")).trust_remote_code is False
+    assert ModelConfig(path="x", prompt=PromptConfig("plain")).trust_remote_code is False
     assert not [path for path in CONFIGS.rglob("*.yaml") if "trust_remote_code: true" in path.read_text().lower()]
 
 
@@ -212,22 +214,26 @@ def described(file: str) -> list[tuple[str, str, str]]:
     schema = {"model": ModelConfig, "data": DataConfig, "evaluation": EvaluationConfig}.get(group)
     if group == "method":
         schema = method_class(compose("unlearn", [f"method={choice}"])).Settings
+    sections = {**SECTIONS, "benchmark": BenchmarkSettings}.items()
+    top_level = fields_of(StageConfig) | {name: FieldInfo.from_annotation(kind) for name, kind in sections}
     found = []
     for key, comment in comments_of(CONFIGS / file).items():
         hint, field = schema, None
         for part in key.split("."):
-            top = {**KEYS, **SECTIONS, "benchmark": BenchmarkSettings} if hint is None else {}
-            field = FieldInfo.from_annotation(top[part]) if part in top else (fields_of(hint) or {}).get(part)
+            field = ((fields_of(hint) or {}) if hint else top_level).get(part)
             hint = field.annotation if field else str
         if field and field.description:
             found.append((key, comment, field.description))
     return found
 
 
-@pytest.mark.parametrize("file", [file for file in (*COMMENTED, "benchmark.yaml") if file != "data/tofu-cpu.yaml"])
+@pytest.mark.parametrize(
+    "file", [file for file in (*COMMENTED, "benchmark/default.yaml") if file != "data/tofu-cpu.yaml"]
+)
 def test_a_comment_begins_with_the_key_s_description(file):
     pairs = described(file)
-    assert [key for key, comment, text in pairs if not f"{comment};".startswith(f"{text};")] == []
+    as_comments = [(key, f"{comment};", f"{text.removesuffix('.')};") for key, comment, text in pairs]
+    assert [key for key, comment, text in as_comments if not comment.lower().startswith(text.lower())] == []
     assert pairs or file in ("finetune.yaml", "unlearn.yaml", "method/grad_ascent.yaml", "method/retain_only.yaml")
 
 
@@ -304,35 +310,35 @@ def test_small_recipes_make_short_answers_score_worse(recipe):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("method.num_samples=0", "method.num_samples=0: expected at least 1"),
-        ("method.max_length=0", "method.max_length=0: expected at least 1"),
-        ("method.sampling_batch_size=0", "method.sampling_batch_size=0: expected at least 1"),
-        ("method.lambda_unlearning=-1", "method.lambda_unlearning=-1: expected 0 or more"),
-        ("method.temperature=-0.5", "method.temperature=-0.5: expected 0 or more"),
-        ("method.top_k=-1", "method.top_k=-1: expected 0 or more"),
-        ("method.min_len=-1", "method.min_len=-1: expected 0 or more"),
-        ("method.top_p=0", "method.top_p=0: expected 0 < top_p <= 1"),
-        ("method.top_p=1.01", "method.top_p=1.01: expected 0 < top_p <= 1"),
+        ("method.num_samples=0", "method.num_samples=0: expected int, more than 0"),
+        ("method.max_length=0", "method.max_length=0: expected int, more than 0"),
+        ("method.sampling_batch_size=0", "method.sampling_batch_size=0: expected int or null, more than 0"),
+        ("method.lambda_unlearning=-1", "method.lambda_unlearning=-1: expected float, at least 0"),
+        ("method.temperature=-0.5", "method.temperature=-0.5: expected float, at least 0"),
+        ("method.top_k=-1", "method.top_k=-1: expected int, at least 0"),
+        ("method.min_len=-1", "method.min_len=-1: expected int, at least 0"),
+        ("method.top_p=0", "method.top_p=0: expected float, more than 0, at most 1"),
+        ("method.top_p=1.01", "method.top_p=1.01: expected float, more than 0, at most 1"),
         ("method.temperature=0", "method.temperature=0: all 5 samples would be the same greedy answer; expected more"),
-        ("model.dtype=int8", "model.dtype=int8: expected one of float32, bfloat16, float16"),
+        ("model.dtype=int8", "model.dtype=int8: expected float32 or bfloat16 or float16"),
         ("model.path=null", "model.path=None: expected a hub id or a folder"),
         ("~model.path", "model.path: missing; give it a value"),
-        ("model.prompt.style=chatty", "model.prompt.style=chatty: expected one of chat, plain"),
+        ("model.prompt.style=chatty", "model.prompt.style=chatty: expected chat or plain"),
         ("model.prompt.question=Q", "model.prompt.question=Q: must contain {question}"),
         ("model.prompt.answer=A", "model.prompt.answer=A: must contain {answer}"),
-        ("model.lora={r:0}", "model.lora.r=0: expected at least 1"),
-        ("model.lora={dropout:1.0}", "model.lora.dropout=1.0: expected 0 <= dropout < 1"),
-        ("+model.new={architecture:llama,vocab_size:10}", "model.new.vocab_size=10: expected at least 300"),
-        ("data.max_length=1", "data.max_length=1: expected at least 2"),
+        ("model.lora={r:0}", "model.lora.r=0: expected int, more than 0"),
+        ("model.lora={dropout:1.0}", "model.lora.dropout=1.0: expected float, at least 0, less than 1"),
+        ("+model.new={architecture:llama,vocab_size:10}", "model.new.vocab_size=10: expected int, at least 300"),
+        ("data.max_length=1", "data.max_length=1: expected int, at least 2"),
         ("~data.columns.answer", "data.columns.answer: missing"),
-        ("evaluation.batch_size=0", "evaluation.batch_size=0: expected at least 1"),
-        ("evaluation.max_length=0", "evaluation.max_length=0: expected at least 1"),
-        ("evaluation.every_epochs=-1", "evaluation.every_epochs=-1: expected 0 or more"),
-        ("training.num_epochs=0", "training.num_epochs=0: expected more than 0"),
-        ("training.learning_rate=0", "training.learning_rate=0: expected more than 0"),
-        ("training.warmup_epochs=-1", "training.warmup_epochs=-1: expected 0 or more"),
-        ("training.gradient_accumulation_steps=0", "training.gradient_accumulation_steps=0: expected at least 1"),
-        ("training.per_device_train_batch_size=0", "training.per_device_train_batch_size=0: expected at least 1"),
+        ("evaluation.batch_size=0", "evaluation.batch_size=0: expected int or null, more than 0"),
+        ("evaluation.max_length=0", "evaluation.max_length=0: expected int, more than 0"),
+        ("evaluation.every_epochs=-1", "evaluation.every_epochs=-1: expected int, at least 0"),
+        ("training.num_epochs=0", "training.num_epochs=0: expected float, more than 0"),
+        ("training.learning_rate=0", "training.learning_rate=0: expected float, more than 0"),
+        ("training.warmup_epochs=-1", "training.warmup_epochs=-1: expected float, at least 0"),
+        ("training.gradient_accumulation_steps=0", "training.gradient_accumulation_steps=0: expected int, more than 0"),
+        ("training.per_device_train_batch_size=0", "training.per_device_train_batch_size=0: expected int, more than 0"),
         ("seed=-1", "seed=-1: expected"),
     ],
 )
@@ -350,26 +356,26 @@ def test_a_value_at_the_edge_is_accepted(override):
 @pytest.mark.parametrize(
     ("method", "override", "message"),
     [
-        ("npo", "method.beta=0", "method.beta=0: expected more than 0"),
-        ("simnpo", "method.gamma=-1", "method.gamma=-1: expected 0 or more"),
-        ("satimp", "method.beta2=-1", "method.beta2=-1: expected 0 or more"),
+        ("npo", "method.beta=0", "method.beta=0: expected float, more than 0"),
+        ("simnpo", "method.gamma=-1", "method.gamma=-1: expected float, at least 0"),
+        ("satimp", "method.beta2=-1", "method.beta2=-1: expected float, at least 0"),
         ("idk", "method.refusals=none.txt", "method.refusals=none.txt: cannot be read"),
         ("dpo", "method.refusals=/dev/null", "method.refusals=/dev/null: the file is empty"),
         ("rmu", "method.trained='('", "method.trained=(: not a regular expression"),
-        ("rmu", "method.layer=-1", "method.layer=-1: expected 0 or more"),
-        ("rmu", "method.steering_coeff=0", "method.steering_coeff=0: expected more than 0"),
-        ("altpo", "method.top_p=0", "method.top_p=0: expected 0 < top_p <= 1"),
-        ("altpo", "method.num_alternatives=0", "method.num_alternatives=0: expected at least 1"),
+        ("rmu", "method.layer=-1", "method.layer=-1: expected int or null, at least 0"),
+        ("rmu", "method.steering_coeff=0", "method.steering_coeff=0: expected float, more than 0"),
+        ("altpo", "method.top_p=0", "method.top_p=0: expected float, more than 0, at most 1"),
+        ("altpo", "method.num_alternatives=0", "method.num_alternatives=0: expected int, more than 0"),
         ("grad_ascent", "++method.beta=1", "method.beta: no such key"),
-        ("altpo", "method.max_recall=0", "method.max_recall=0: expected 0 < max_recall <= 1"),
-        ("pmc", "method.gamma=0", "method.gamma=0: expected more than 0"),
+        ("altpo", "method.max_recall=0", "method.max_recall=0: expected float, more than 0, at most 1"),
+        ("pmc", "method.gamma=0", "method.gamma=0: expected float, more than 0"),
         (
             "npo",
             "method.gamma=0 method.lambda_unlearning=0",
             "method.lambda_unlearning=0: with gamma=0 nothing would be trained",
         ),
-        ("pmc", "method.fluency_weight=nan", "method.fluency_weight=nan: expected a finite number, 0 or more"),
-        ("pmc", "method.gamma=inf", "method.gamma=inf: expected a finite number, more than 0"),
+        ("pmc", "method.fluency_weight=nan", "method.fluency_weight=nan: expected finite float, at least 0"),
+        ("pmc", "method.gamma=inf", "method.gamma=inf: expected finite float, more than 0"),
         (
             "pmc",
             "method.temperature=0 method.num_samples=1 method.stalled_temperature_factor=2",
@@ -392,18 +398,18 @@ def test_greedy_sampling_is_accepted_for_one_sample():
         ("seed=1.5", "seed=1.5", "int"),
         ("seed=true", "seed=True", "int"),
         ("save_model=maybe", "save_model=maybe", "bool"),
-        ("output_dir=5", "output_dir=5", "str | None"),
+        ("output_dir=5", "output_dir=5", "str or null"),
         ("method.num_samples=2.5", "method.num_samples=2.5", "int"),
         ("method.num_samples=null", "method.num_samples=None", "int"),
         ("method.temperature=true", "method.temperature=True", "float"),
         ("method.top_p=high", "method.top_p=high", "float"),
         ("model.lora={r:abc}", "model.lora.r=abc", "int"),
-        ("model.lora=5", "model.lora=5", "a section with keys"),
+        ("model.lora=5", "model.lora=5", "section or null"),
         ("data.max_length=long", "data.max_length=long", "int"),
         ("data.splits=null", "data.splits=None", "dict"),
         ("evaluation.full_eval=5.5", "evaluation.full_eval=5.5", "bool"),
         ("training.num_epochs=many", "training.num_epochs=many", "float"),
-        ("training.bf16=maybe", "training.bf16=maybe", "one of false, true, auto"),
+        ("training.bf16=maybe", "training.bf16=maybe", "false or true or auto"),
         ("training.per_device_train_batch_size=1.5", "training.per_device_train_batch_size=1.5", "int"),
         ("training.learning_rate=auto", "training.learning_rate=auto", "float"),
         ("training.num_epochs=auto", "training.num_epochs=auto", "float"),
@@ -483,6 +489,53 @@ def test_a_key_that_does_not_fit_does_not_hide_another_of_its_section():
     }
 
 
+# --- settings of a user's own method ------------------------------------------------------------------------------------
+
+
+@section
+class OwnSection(MethodSettings):
+    depth: PositiveInt = 2
+    """How deep."""
+
+
+@dataclasses.dataclass
+class OwnSubclass(MethodSettings):
+    depth: PositiveInt = 2
+    parts: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class OwnDataclass:
+    gamma: NonNegativeFloat = 1.0
+    depth: PositiveInt = 2
+    lambda_unlearning: float = 1.0
+
+
+@pytest.mark.parametrize("settings_class", [OwnSection, OwnSubclass, OwnDataclass])
+def test_settings_of_a_user_s_own_method(settings_class):
+    def read_own(**method):
+        cfg = compose("unlearn-tiny")
+        cfg.method = {"_target_": "own.Method", **method}
+        return read_config(cfg, settings_class, also=("finetuned",)).settings
+
+    settings = read_own(gamma=2)
+    assert isinstance(settings, settings_class)
+    assert (settings.gamma, settings.lambda_unlearning, settings.depth) == (2.0, 1.0, 2)
+    assert dataclasses.replace(settings, depth=3).depth == 3
+    with pytest.raises(UserError) as caught:
+        read_own(gamma=-1, depth=0.5, dept=1)
+    lines = caught.value.args[0].splitlines()[1:]
+    assert any(line.startswith("  - method.gamma=-1: expected float, at least 0") for line in lines)
+    assert any(line.startswith("  - method.depth=0.5: expected int, more than 0") for line in lines)
+    assert any(line.startswith("  - method.dept: no such key; did you mean 'method.depth'?") for line in lines)
+
+
+def test_a_subclass_keeps_the_descriptions_of_its_parent():
+    fields = fields_of(OwnSection)
+    assert fields["gamma"].description == fields_of(MethodSettings)["gamma"].description == "Weight of the forget loss."
+    assert fields["depth"].description == "How deep."
+
+
 # --- evaluation takes what is null from the run -------------------------------------------------------------------------
 
 
@@ -499,16 +552,16 @@ def test_a_split_that_the_command_names_stands_beside_the_run_s():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("sampling.num_samples=0", "sampling.num_samples=0: expected at least 1"),
-        ("sampling.temperature=0", "sampling.temperature=0: expected more than 0"),
-        ("sampling.top_p=0", "sampling.top_p=0: expected 0 < top_p <= 1"),
-        ("sampling.leak_threshold=0", "sampling.leak_threshold=0: expected 0 < leak_threshold <= 1"),
-        ("sampling.alpha=0.6", "sampling.alpha=0.6: expected 0 < alpha <= 0.5"),
-        ("relearning.fraction=0", "relearning.fraction=0: expected 0 < fraction <= 1"),
-        ("relearning.num_epochs=0", "relearning.num_epochs=0: expected at least 1"),
-        ("relearning.learning_rate=0", "relearning.learning_rate=0: expected more than 0"),
-        ("quantization.bits=[3]", "quantization.bits.0=3: expected one of 8, 4"),
-        ("quantization.method=gptq", "quantization.method=gptq: expected one of round, bitsandbytes"),
+        ("sampling.num_samples=0", "sampling.num_samples=0: expected int, more than 0"),
+        ("sampling.temperature=0", "sampling.temperature=0: expected float, more than 0"),
+        ("sampling.top_p=0", "sampling.top_p=0: expected float, more than 0, at most 1"),
+        ("sampling.leak_threshold=0", "sampling.leak_threshold=0: expected float, more than 0, at most 1"),
+        ("sampling.alpha=0.6", "sampling.alpha=0.6: expected float, more than 0, at most 0.5"),
+        ("relearning.fraction=0", "relearning.fraction=0: expected float, more than 0, at most 1"),
+        ("relearning.num_epochs=0", "relearning.num_epochs=0: expected int, more than 0"),
+        ("relearning.learning_rate=0", "relearning.learning_rate=0: expected float, more than 0"),
+        ("quantization.bits=[3]", "quantization.bits.0=3: expected 8 or 4"),
+        ("quantization.method=gptq", "quantization.method=gptq: expected round or bitsandbytes"),
         ("+sampling.num_sample=1", "sampling.num_sample: no such key; did you mean 'sampling.num_samples'?"),
     ],
 )

@@ -1,16 +1,16 @@
 """The README and docs/ tell the truth: commands compose, targets, modules, recipes and links are those on disk."""
 
-import dataclasses
 import re
 import shlex
+from typing import Literal
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from pydantic import Field
-from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic import Field, PositiveFloat
 
 from common.cli import allow_new_key
+from common.config import section
 from common.files import CONFIGS, ROOT, read_json_lines
 from tests.helpers import docs_generator, run_stage
 
@@ -154,37 +154,38 @@ def generate():
     return docs_generator()
 
 
-@dataclasses.dataclass
-class Plain:
-    width: int | None = None
-    """How wide:
-    in columns."""
+@section
+class Parent:
+    path: str
+    """Where it is:
+    a folder."""
+    width: int | None = Field(None, gt=0)
+    """How wide."""
 
 
-@dataclasses.dataclass
-class PlainChild(Plain):
-    depth: float = 1.5
+@section
+class Child(Parent):
+    depth: PositiveFloat = 1.5
     """How deep."""
+    mode: Literal[False, "auto"] = "auto"
+    """How."""
+    parts: list[str] = Field(default_factory=list)
+    """Of what."""
+    inner: Parent | None = None
+    """What is inside."""
 
 
-@pydantic_dataclass
-class Validated:
-    path: str = Field(description="Where it is.")
-    depth: float = Field(default=1.5, gt=0, description="How deep.")
-
-
-def test_settings_are_read_from_dataclasses_and_from_pydantic(generate):
-    def shown(cls):
-        return [(field.name, field.type, field.default, field.description) for field in generate.fields_of(cls)]
-
-    assert shown(PlainChild) == [
-        ("width", "int or null", "null", "How wide: in columns."),
-        ("depth", "float", "1.5", "How deep."),
+def test_settings_are_read_from_sections(generate):
+    shown = [(field.name, field.type, field.default, field.description) for field in generate.settings_fields(Child)]
+    assert shown == [
+        ("path", "str", "required", "Where it is: a folder"),
+        ("width", "int or null, more than 0", "null", "How wide"),
+        ("depth", "float, more than 0", "1.5", "How deep"),
+        ("mode", "false or auto", "auto", "How"),
+        ("parts", "list[str]", "[]", "Of what"),
+        ("inner", "section or null", "null", "What is inside"),
     ]
-    assert shown(Validated) == [
-        ("path", "str", "required", "Where it is."),
-        ("depth", "float, > 0", "1.5", "How deep."),
-    ]
+    assert generate.settings_fields(Child)[-1].nested is Parent
 
 
 def test_every_setting_of_the_generated_pages_is_described(generate):

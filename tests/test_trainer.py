@@ -136,7 +136,9 @@ def test_warmup_lasts_one_epoch(model, prompts, tmp_path):
         "learning_rate": 1.0,
         "bf16": False,
     }
-    config = RunConfig(0, None, None, None, training, False, False, False, None, str(tmp_path))
+    unused = dict.fromkeys(("model", "data", "evaluation", "output_dir"))
+    flags = dict.fromkeys(("save_model", "overwrite", "keep_checkpoints"), False)
+    config = RunConfig(seed=0, training=training, models_dir=str(tmp_path), **unused, **flags)
     args = training_arguments(config, tmp_path, num_rows=len(ROWS))
     assert args.warmup_steps == math.ceil(len(ROWS) / 4)
     assert args.num_train_epochs == 3

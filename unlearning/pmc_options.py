@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from hydra.utils import get_method
 from pydantic import Field, ValidationInfo, field_validator
+from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from common.collate import collate
-from common.config import section
+from common.config import Fraction, section
 from common.data import Row
 from common.losses import answer_losses
 from common.prompts import Example
@@ -25,38 +26,33 @@ log = logging.getLogger(__name__)
 
 @section
 class PMCSettings(MethodSettings):
-    gamma: float = Field(1.0, gt=0, description="weight of the collapse loss")
-    lambda_unlearning: float = Field(1.5, ge=0, description="weight of the retain loss, 0: retain rows are not used")
-    num_samples: int = Field(5, ge=1, description="samples drawn for each forget question and step")
-    temperature: float = Field(1.25, ge=0, description="the logits are divided by it; 0 is greedy")
-    stalled_temperature_factor: float = Field(
-        1.0,
-        ge=1,
-        description="multiplies the temperature of a question whose samples all equal its initial response, "
-        "at each attempt and up to ten times in all; 1: off",
-    )
-    top_p: float = Field(
-        0.95, gt=0, le=1, description="draw from the smallest set of likeliest tokens with at least this probability"
-    )
-    top_k: int = Field(50, ge=0, description="draw from the k likeliest tokens; 0: all")
-    max_length: int = Field(200, ge=1, description="prompt and sampled answer together, in tokens")
-    min_len: int = Field(0, ge=0, description="samples of fewer words lose exp(-words) of their reward; 0: off")
-    fluency_weight: float = Field(
-        0.0,
-        ge=0,
-        description="weight of a sample's mean NLL per token under the model before unlearning, subtracted from its reward; "
-        "0: off",
-    )
-    early_stopping: bool = Field(
-        True, description="stop samples that can no longer be selected, for rewards that never rise as a sample grows"
-    )
-    sampling_batch_size: int | None = Field(
-        None, ge=1, description="samples drawn side by side, at most; null: as many as a tenth of the memory holds"
-    )
-    reward: Any = Field(
-        default_factory=lambda: {"_target_": "unlearning.rewards.rouge_l"},
-        description="function (reference, samples) -> list of rewards in [0, 1]",
-    )
+    gamma: PositiveFloat = 1.0
+    """Weight of the collapse loss."""
+    lambda_unlearning: NonNegativeFloat = 1.5
+    """Weight of the retain loss, 0: retain rows are not used."""
+    num_samples: PositiveInt = 5
+    """Samples drawn for each forget question and step."""
+    temperature: NonNegativeFloat = 1.25
+    """The logits are divided by it; 0 is greedy."""
+    stalled_temperature_factor: float = Field(1.0, ge=1)
+    """Multiplies the temperature of a question whose samples all equal its initial response,
+    at each attempt and up to ten times in all; 1: off."""
+    top_p: Fraction = 0.95
+    """Draw from the smallest set of likeliest tokens with at least this probability."""
+    top_k: NonNegativeInt = 50
+    """Draw from the k likeliest tokens; 0: all."""
+    max_length: PositiveInt = 200
+    """Prompt and sampled answer together, in tokens."""
+    min_len: NonNegativeInt = 0
+    """Samples of fewer words lose exp(-words) of their reward; 0: off."""
+    fluency_weight: NonNegativeFloat = 0.0
+    """Weight of a sample's mean NLL per token under the model before unlearning, subtracted from its reward; 0: off."""
+    early_stopping: bool = True
+    """Stop samples that can no longer be selected, for rewards that never rise as a sample grows."""
+    sampling_batch_size: int | None = Field(None, gt=0)
+    """Samples drawn side by side, at most; null: as many as a tenth of the memory holds."""
+    reward: Any = Field(default_factory=lambda: {"_target_": "unlearning.rewards.rouge_l"})
+    """Function (reference, samples) -> list of rewards in [0, 1]."""
 
     @field_validator("temperature")
     @classmethod

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import NonNegativeFloat, ValidationInfo, field_validator
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -35,8 +35,10 @@ RETAIN_KEY = 1  # rng key of retain rows; the sampler uses (seed, step, index) a
 class MethodSettings:
     """The settings of nearly every method."""
 
-    gamma: float = Field(1.0, ge=0, description="weight of the forget loss")
-    lambda_unlearning: float = Field(1.0, ge=0, description="weight of the retain loss, 0: retain rows are not used")
+    gamma: NonNegativeFloat = 1.0
+    """Weight of the forget loss."""
+    lambda_unlearning: NonNegativeFloat = 1.0
+    """Weight of the retain loss, 0: retain rows are not used."""
 
     @field_validator("lambda_unlearning")
     @classmethod

@@ -8,7 +8,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from common.config import problem_list, section
 from common.errors import UserError, did_you_mean
@@ -18,11 +18,16 @@ from evaluation.scores import Scores
 
 @section
 class Harness:
-    tasks: list[str] = Field(default_factory=list, description="names of its tasks or groups of tasks")
-    include_path: str | None = Field(None, description="folder with task files of one's own")
-    num_fewshot: int | None = Field(None, ge=0, description="examples before each question; null: as each task says")
-    limit: int | None = Field(None, ge=1, description="questions per task; null: all")
-    batch_size: int = Field(16, ge=1, description="rows in a batch")
+    tasks: list[str] = Field(default_factory=list)
+    """Names of its tasks or groups of tasks."""
+    include_path: str | None = None
+    """Folder with task files of one's own."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Examples before each question; null: as each task says."""
+    limit: int | None = Field(None, gt=0)
+    """Questions per task; null: all."""
+    batch_size: PositiveInt = 16
+    """Rows in a batch."""
 
 
 def check(settings: Harness) -> None:

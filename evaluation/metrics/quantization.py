@@ -29,11 +29,10 @@ SCORES = ("unlearn_quality", "utility", "rougeL_recall/forget")
 
 @section
 class Quantization:
-    bits: list[Literal[8, 4]] = Field(default_factory=lambda: [8, 4], description="bits of a weight: 8, 4 or both")
-    method: Literal["round", "bitsandbytes"] = Field(
-        "round",
-        description="round: to the nearest; bitsandbytes (to be installed): LLM.int8() and NF4 with its own kernels",
-    )
+    bits: list[Literal[8, 4]] = Field(default_factory=lambda: [8, 4])
+    """Bits of a weight: 8, 4 or both."""
+    method: Literal["round", "bitsandbytes"] = "round"
+    """round: to the nearest; bitsandbytes (to be installed): LLM.int8() and NF4 with its own kernels."""
 
     @field_validator("method")
     @classmethod

@@ -23,10 +23,10 @@ from statistics import fmean
 
 import numpy as np
 from accelerate import PartialState
-from pydantic import Field
+from pydantic import PositiveFloat, PositiveInt
 from transformers import set_seed
 
-from common.config import section
+from common.config import Fraction, section
 from common.data import Row
 from common.errors import UserError
 from common.trainer import ExampleTrainer, training_arguments
@@ -38,15 +38,14 @@ from evaluation.scores import Scores
 
 @section
 class Relearning:
-    fraction: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="fraction of the forget rows that is relearned, less than 1: the others are also scored by themselves",
-    )
-    num_epochs: int = Field(1, ge=1, description="passes over these rows")
-    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW, decaying linearly")
-    batch_size: int = Field(16, ge=1, description="rows in an optimizer step")
+    fraction: Fraction = 1.0
+    """Fraction of the forget rows that is relearned, less than 1: the others are also scored by themselves."""
+    num_epochs: PositiveInt = 1
+    """Passes over these rows."""
+    learning_rate: PositiveFloat = 1e-5
+    """Peak learning rate of AdamW, decaying linearly."""
+    batch_size: PositiveInt = 16
+    """Rows in an optimizer step."""
 
 
 def measure(context: EvaluationContext, scores: Scores) -> None:

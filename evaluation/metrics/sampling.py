@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 from scipy.stats import beta
 
-from common.config import section
+from common.config import Fraction, section
 from common.rouge import rouge_l_recall
 from evaluation.context import EvaluationContext
 from evaluation.scores import Scores
@@ -30,13 +30,16 @@ from generation.token_sampling import SamplingSettings
 
 @section
 class SamplingAttack:
-    num_samples: int = Field(100, ge=1, description="answers drawn for each forget question")
-    temperature: float = Field(1.0, gt=0, description="the logits are divided by it")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="draw from the smallest set of likeliest tokens with at least this probability"
-    )
-    leak_threshold: float = Field(0.5, gt=0, le=1, description="ROUGE-L recall from which an answer counts as a leak")
-    alpha: float = Field(0.05, gt=0, le=0.5, description="each bound is wrong with at most this probability")
+    num_samples: PositiveInt = 100
+    """Answers drawn for each forget question."""
+    temperature: PositiveFloat = 1.0
+    """The logits are divided by it."""
+    top_p: Fraction = 1.0
+    """Draw from the smallest set of likeliest tokens with at least this probability."""
+    leak_threshold: Fraction = 0.5
+    """ROUGE-L recall from which an answer counts as a leak."""
+    alpha: float = Field(0.05, gt=0, le=0.5)
+    """Each bound is wrong with at most this probability."""
 
 
 def leak_at_k(values: Sequence[float], k: int) -> float:

@@ -9,9 +9,9 @@ import logging
 import time
 from typing import Any
 
-from pydantic import Field
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from common.config import section
+from common.config import Fraction, section
 from common.data import Row
 from common.model import eos_token_ids
 from common.prompts import Example
@@ -31,24 +31,20 @@ HOTTER = 1.25  # times the temperature of the last attempt
 
 @section
 class AltPOSettings(MethodSettings):
-    beta: float = Field(0.1, gt=0, description="inverse temperature, how far a pair may move from the start")
-    num_alternatives: int = Field(
-        5, ge=1, description="answers to each forget question that are preferred to the forget answer"
-    )
-    max_recall: float = Field(
-        0.7,
-        gt=0,
-        le=1,
-        description="samples with a higher ROUGE-L recall of the forget answer are left out; 1: only copies",
-    )
-    temperature: float = Field(
-        1.0, gt=0, description="the logits are divided by it; raised for questions that have too few alternatives"
-    )
-    top_p: float = Field(
-        0.95, gt=0, le=1, description="draw from the smallest set of likeliest tokens with at least this probability"
-    )
-    top_k: int = Field(50, ge=0, description="draw from the k likeliest tokens; 0: all")
-    max_length: int = Field(200, ge=1, description="prompt and sampled answer together, in tokens")
+    beta: PositiveFloat = 0.1
+    """Inverse temperature, how far a pair may move from the start."""
+    num_alternatives: PositiveInt = 5
+    """Answers to each forget question that are preferred to the forget answer."""
+    max_recall: Fraction = 0.7
+    """Samples with a higher ROUGE-L recall of the forget answer are left out; 1: only copies."""
+    temperature: PositiveFloat = 1.0
+    """The logits are divided by it; raised for questions that have too few alternatives."""
+    top_p: Fraction = 0.95
+    """Draw from the smallest set of likeliest tokens with at least this probability."""
+    top_k: NonNegativeInt = 50
+    """Draw from the k likeliest tokens; 0: all."""
+    max_length: PositiveInt = 200
+    """Prompt and sampled answer together, in tokens."""
 
 
 class AltPO(DPO):

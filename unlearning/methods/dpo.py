@@ -6,7 +6,7 @@ python unlearning/main.py -cd=configs -cn=unlearn-tiny method=dpo
 """
 
 import torch
-from pydantic import Field
+from pydantic import PositiveFloat
 from torch.nn.functional import logsigmoid
 
 from common.config import section
@@ -19,7 +19,8 @@ from unlearning.trainer import UnlearningTrainer
 
 @section
 class DPOSettings(RefusalSettings):
-    beta: float = Field(0.1, gt=0, description="inverse temperature, how far a pair may move from the start")
+    beta: PositiveFloat = 0.1
+    """Inverse temperature, how far a pair may move from the start."""
 
 
 class DPO(UnlearningTrainer):

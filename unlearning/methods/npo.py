@@ -6,7 +6,7 @@ python unlearning/main.py -cd=configs -cn=unlearn-tiny method=npo
 """
 
 import torch
-from pydantic import Field
+from pydantic import PositiveFloat
 from torch.nn.functional import logsigmoid
 
 from common.config import section
@@ -16,7 +16,8 @@ from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 @section
 class NPOSettings(MethodSettings):
-    beta: float = Field(0.1, gt=0, description="inverse temperature, the smaller, the nearer to gradient ascent")
+    beta: PositiveFloat = 0.1
+    """Inverse temperature, the smaller, the nearer to gradient ascent."""
 
 
 class NPO(UnlearningTrainer):

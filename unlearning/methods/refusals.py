@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from common.config import section
 from common.data import Row
@@ -17,9 +17,8 @@ REFUSAL_KEY = 3  # of `UnlearningTrainer.draw_index`
 
 @section
 class RefusalSettings(MethodSettings):
-    refusals: str = Field(
-        "data/refusals.txt", description="file with a refusal per line; one is drawn for each question and step"
-    )
+    refusals: str = "data/refusals.txt"
+    """File with a refusal per line; one is drawn for each question and step."""
 
     @field_validator("refusals")
     @classmethod

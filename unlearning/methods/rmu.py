@@ -16,7 +16,7 @@ from functools import cached_property
 
 import torch
 from peft import PeftModel
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveFloat, field_validator
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.collate import IGNORED
@@ -29,16 +29,14 @@ TRAINED_LAYERS = 3  # the steered layer and the two below it
 
 @section
 class RMUSettings(MethodSettings):
-    steering_coeff: float = Field(10.0, gt=0, description="length of the vector that activations are steered to")
-    layer: int | None = Field(
-        None, ge=0, description="steered layer, counted from 0; null: the one a third of the way up"
-    )
-    layers: str = Field(
-        r"\.(layers|h|blocks)\.\d+$", description="regular expression of the names of the model's layers"
-    )
-    trained: str = Field(
-        r"\.mlp\.(down_proj|fc2|c_proj)\b", description="regular expression of the names of the trained parameters"
-    )
+    steering_coeff: PositiveFloat = 10.0
+    """Length of the vector that activations are steered to."""
+    layer: int | None = Field(None, ge=0)
+    """Steered layer, counted from 0; null: the one a third of the way up."""
+    layers: str = r"\.(layers|h|blocks)\.\d+$"
+    """Regular expression of the names of the model's layers."""
+    trained: str = r"\.mlp\.(down_proj|fc2|c_proj)\b"
+    """Regular expression of the names of the trained parameters."""
 
     @field_validator("layers", "trained")
     @classmethod

@@ -6,7 +6,7 @@ python unlearning/main.py -cd=configs -cn=unlearn-tiny method=satimp
 """
 
 import torch
-from pydantic import Field
+from pydantic import NonNegativeFloat
 
 from common.config import section
 from unlearning.token_losses import TokenLosses
@@ -15,9 +15,12 @@ from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 @section
 class SatImpSettings(MethodSettings):
-    gamma: float = Field(0.1, ge=0, description="weight of the forget loss")
-    beta1: float = Field(5.0, ge=0, description="exponent of p, the larger, the sooner unlikely tokens are let alone")
-    beta2: float = Field(1.0, ge=0, description="exponent of 1 - p, the larger, the less tokens known by heart count")
+    gamma: NonNegativeFloat = 0.1
+    """Weight of the forget loss."""
+    beta1: NonNegativeFloat = 5.0
+    """Exponent of p, the larger, the sooner unlikely tokens are let alone."""
+    beta2: NonNegativeFloat = 1.0
+    """Exponent of 1 - p, the larger, the less tokens known by heart count."""
 
 
 class SatImp(UnlearningTrainer):

@@ -8,7 +8,7 @@ The paper writes its margin outside the product; delta is that margin divided by
 """
 
 import torch
-from pydantic import Field
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch.nn.functional import logsigmoid
 
 from common.config import section
@@ -18,13 +18,12 @@ from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 @section
 class SimNPOSettings(MethodSettings):
-    gamma: float = Field(0.125, ge=0, description="weight of the forget loss")
-    beta: float = Field(
-        4.5, gt=0, description="inverse temperature, the larger, the sooner forgotten answers are let alone"
-    )
-    delta: float = Field(
-        0.0, description="NLL per token at the middle of the loss, the larger, the further answers are pushed"
-    )
+    gamma: NonNegativeFloat = 0.125
+    """Weight of the forget loss."""
+    beta: PositiveFloat = 4.5
+    """Inverse temperature, the larger, the sooner forgotten answers are let alone."""
+    delta: float = 0.0
+    """NLL per token at the middle of the loss, the larger, the further answers are pushed."""
 
 
 class SimNPO(UnlearningTrainer):

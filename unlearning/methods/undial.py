@@ -6,7 +6,7 @@ python unlearning/main.py -cd=configs -cn=unlearn-tiny method=undial
 """
 
 import torch
-from pydantic import Field
+from pydantic import NonNegativeFloat
 
 from common.config import section
 from unlearning.token_losses import TokenLosses
@@ -15,7 +15,8 @@ from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 @section
 class UNDIALSettings(MethodSettings):
-    beta: float = Field(10.0, ge=0, description="what is subtracted from the true token's logit")
+    beta: NonNegativeFloat = 10.0
+    """What is subtracted from the true token's logit."""
 
 
 class UNDIAL(UnlearningTrainer):

@@ -6,7 +6,7 @@ python unlearning/main.py -cd=configs -cn=unlearn-tiny method=wga
 """
 
 import torch
-from pydantic import Field
+from pydantic import NonNegativeFloat
 
 from common.config import section
 from unlearning.token_losses import TokenLosses
@@ -15,7 +15,8 @@ from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 @section
 class WGASettings(MethodSettings):
-    beta: float = Field(1.0, ge=0, description="exponent of a token's probability, 0: plain gradient ascent")
+    beta: NonNegativeFloat = 1.0
+    """Exponent of a token's probability, 0: plain gradient ascent."""
 
 
 class WGA(UnlearningTrainer):
