@@ -23,7 +23,8 @@ from common.prompts import Example
 from generation.decoder import pad_left
 from generation.sampler import generate
 from generation.token_sampling import SamplingSettings
-from unlearning.selection import Candidate, penalize_short, select
+from unlearning.rewards import penalize_short
+from unlearning.selection import Candidate, select
 
 
 class AtLengths(StoppingCriteria):

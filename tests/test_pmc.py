@@ -11,8 +11,8 @@ import torch
 from tests.helpers import ROWS, arguments, make_trainer
 from unlearning.pmc import PMC
 from unlearning.pmc_options import PMCSettings, StalledTemperature
-from unlearning.rewards import rouge_l
-from unlearning.selection import Candidate, penalize_short, select
+from unlearning.rewards import penalize_short, rouge_l
+from unlearning.selection import Candidate, select
 from unlearning.trainer import UnlearningData
 
 

@@ -29,9 +29,10 @@ from common.prompts import Example
 from generation.replica import Replica
 from generation.sampler import generate
 from generation.token_sampling import SamplingSettings
-from unlearning.early_stopping import EarlyStopping, complete_words
+from unlearning.early_stopping import EarlyStopping
 from unlearning.pmc_options import FluencyPenalty, PMCSettings, StalledTemperature
-from unlearning.selection import Candidate, penalize_short, select
+from unlearning.rewards import Scorer
+from unlearning.selection import Candidate, select
 from unlearning.trainer import UnlearningData, UnlearningTrainer
 
 
@@ -50,8 +51,9 @@ class PMC(UnlearningTrainer):
         self.replica = Replica(model, torch.bfloat16) if args.bf16 and model.dtype != torch.bfloat16 else None
         self.needs_reference = settings.fluency_weight > 0
         super().__init__(model, args, data, settings)
-        self.reward = instantiate(settings.reward, _partial_=True)
-        self.stops_early = settings.early_stopping and getattr(self.reward.func, "is_monotone", False)
+        reward = instantiate(settings.reward, _partial_=True)
+        self.scorer = Scorer(reward, data.prompts.text, settings.min_len)
+        self.stops_early = settings.early_stopping and getattr(reward.func, "is_monotone", False)
         self.fluency = FluencyPenalty(self, settings.fluency_weight) if self.needs_reference else None
         self.temperature = StalledTemperature(settings)
         self.eos_token_ids = eos_token_ids(model, data.prompts.eos_token_id)
@@ -110,7 +112,8 @@ class PMC(UnlearningTrainer):
         if early_stopping:  # which scored every sample while it was drawn
             rewards = early_stopping.rewards_of(samples)
         else:
-            rewards = [self.rewards(row, answers) for row, answers in zip(rows, samples, strict=True)]
+            references = [self.initial_responses[row.index] for row in rows]
+            rewards = [self.scorer.rewards(*of_question) for of_question in zip(references, samples, strict=True)]
         return [list(map(Candidate, *of_question)) for of_question in zip(rewards, samples, strict=True)]
 
     def select(self, rows: list[Row], candidates: list[list[Candidate]]) -> None:
@@ -122,22 +125,11 @@ class PMC(UnlearningTrainer):
             self.best[row.index] = select(best_so_far, allowed)
             self.temperature.update(row, [self.best[row.index], *sampled])
 
-    def rewards(self, row: Row, answers: list[list[int]]) -> list[float]:
-        """Rewards of answers to a row's question, in [0, 1]."""
-        texts = [self.data.prompts.text(answer) for answer in answers]
-        return penalize_short(self.reward(self.initial_responses[row.index], texts), texts, self.settings.min_len)
-
     def new_early_stopping(self, rows: list[Row]) -> EarlyStopping:
-        def reward(question: int, answer: list[int]) -> float:
-            return self.rewards(rows[question], [answer])[0]
-
-        def upper_bound(question: int, beginning: list[int]) -> float:
-            text = complete_words(self.data.prompts.text(beginning))
-            return self.reward(self.initial_responses[rows[question].index], [text])[0]
-
         best = [self.best[row.index].net_reward if row.index in self.best else -math.inf for row in rows]
-        # Penalties are known only when all samples are drawn, so no sample can be said to win over another before.
-        return EarlyStopping(best, reward, upper_bound, among_samples=not self.fluency)
+        references = [self.initial_responses[row.index] for row in rows]
+        # Penalties are computed when all samples are drawn, so no sample can rule out another one before.
+        return EarlyStopping(best, references, self.scorer, among_samples=not self.fluency)
 
     def sampled_model(self) -> PreTrainedModel:
         """The current model, in the type that it generates in."""
