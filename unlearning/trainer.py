@@ -10,6 +10,7 @@ configs/method/.
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,8 @@ class UnlearningTrainer(ResumableTrainer):
 
     Settings: type = MethodSettings
     needs_reference = False  # whether the losses use `TokenLosses.reference`
-    logged_terms: tuple[str, ...] = ()  # quantities of the method that it passes to `add_to_epoch` in each step
+    logs_forget_nll = False  # whether the cross-entropy of the forget answers is logged beside the loss
+    logged_terms: tuple[str, ...] = ()  # other quantities that the method passes to `add_to_epoch` in each step
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: Any):
         if self.needs_reference and (args.deepspeed or args.fsdp):
@@ -146,6 +148,8 @@ class UnlearningTrainer(ResumableTrainer):
         for part, token_losses in self.token_losses(model, inputs).items():
             value = part_losses[part](token_losses)
             self.add_to_epoch(**{f"{part}_loss": value.detach()})
+            if part == "forget" and self.logs_forget_nll:
+                self.add_to_epoch(forget_nll=token_losses.cross_entropy.detach())
             loss = loss + self.weights[part] * value
         return loss * self.args.world_size  # gradients are averaged over processes
 
@@ -158,14 +162,14 @@ class UnlearningTrainer(ResumableTrainer):
             own = examples[rows]
             index_in_part = examples.cumsum(0) - 1
             found[part] = TokenLosses(
+                self.step_tokens[part],
+                self.step_rows,
+                partial(self.reference_losses, part, batch, examples),
                 losses[own],
                 index_in_part[rows[own]],
                 int(examples.sum()),
                 targets[own],
-                self.step_tokens[part],
-                self.step_rows,
-                lambda own=own: logits[own],
-                lambda part=part, examples=examples: self.reference_losses(part, batch, examples),
+                partial(logits.__getitem__, own),
             )
         return found
 
@@ -197,8 +201,8 @@ class UnlearningTrainer(ResumableTrainer):
     # --- the epoch's figures ---
 
     def epoch_record(self, steps: int) -> dict[str, float]:
-        names = [name for name in ("forget_loss", "retain_loss", *self.logged_terms) if name in self.epoch_sums]
-        return {name: self.epoch_sum(name) / steps for name in names}
+        names = ("forget_loss", "retain_loss", "forget_nll", *self.logged_terms)
+        return {name: self.epoch_sum(name) / steps for name in names if name in self.epoch_sums}
 
 
 def collate_pairs(
