@@ -1,4 +1,4 @@
-"""Stops samples that can no longer be selected while they are drawn; what is selected stays the same.
+"""Stops samples that can no longer be selected, during sampling; the selection stays the same.
 
 PMC selects the sample with the highest reward among a question's samples and its best so far. Where a reward never rises as
 a sample grows (1 - ROUGE-L recall: words that match the reference in order still do when more words follow), the reward of
@@ -19,7 +19,7 @@ class EarlyStopping:
         best: net reward of each question's best sample so far; -infinity for none.
         references: initial response to each question.
         scorer: computes rewards, and their upper bounds.
-        among_samples: whether a complete sample can rule out another; not where penalties are still to come.
+        among_samples: whether a complete sample can rule out another one; false where penalties are subtracted later.
     Attributes:
         rewards: by question and sample: the reward, or its upper bound where the sample was stopped.
         stopped: the samples that were stopped, by question and sample.
@@ -34,7 +34,7 @@ class EarlyStopping:
         self.stopped: set[tuple[int, int]] = set()
 
     def check(self, finished: Sequence[PartialSample], running: Sequence[PartialSample]) -> list[bool]:
-        """Score the finished samples; for each running one, whether to stop it."""
+        """Score the finished samples; returns for each running sample whether to stop it."""
         for question, sample, ids in finished:
             (reward,) = self.scorer.rewards(self.references[question], [ids])
             self.rewards[question, sample] = reward
@@ -43,7 +43,7 @@ class EarlyStopping:
         return [self.has_lost(partial) for partial in running]
 
     def has_lost(self, partial: PartialSample) -> bool:
-        """Whether the best so far or a complete sample is selected over everything that this one can become.
+        """Whether the best so far or a complete sample will be preferred to this one, however it continues.
 
         Ties are decided as in `unlearning.selection.select`: a new sample replaces an equal best so far, and of equal
         samples the first is selected.

@@ -40,8 +40,8 @@ class PMC(UnlearningTrainer):
     """Trains on the model's own answers, selected to be least like the initial responses.
 
     Attributes:
-        initial_responses: text of the first model's greedy answer, by row index.
-        best: the selected sample so far, by row index.
+        initial_responses: text of the finetuned model's greedy answer, by row index.
+        best: the best sample so far, by row index.
     """
 
     Settings = PMCSettings
@@ -108,16 +108,19 @@ class PMC(UnlearningTrainer):
     def score(
         self, rows: list[Row], samples: list[list[list[int]]], early_stopping: EarlyStopping | None
     ) -> list[list[Candidate]]:
-        """Step 3: every sample with its reward; of one that was stopped, an upper bound of it."""
-        if early_stopping:  # which scored every sample while it was drawn
+        """Step 3: every sample with its reward, or an upper bound of it where the sample was stopped."""
+        if early_stopping:  # it scored every sample during sampling
             rewards = early_stopping.rewards_of(samples)
         else:
             references = [self.initial_responses[row.index] for row in rows]
             rewards = [self.scorer.rewards(*of_question) for of_question in zip(references, samples, strict=True)]
-        return [list(map(Candidate, *of_question)) for of_question in zip(rewards, samples, strict=True)]
+        return [
+            [Candidate(reward, answer) for reward, answer in zip(*of_question, strict=True)]
+            for of_question in zip(rewards, samples, strict=True)
+        ]
 
     def select(self, rows: list[Row], candidates: list[list[Candidate]]) -> None:
-        """Step 4: keep the best sample so far of each question."""
+        """Step 4: update the best sample so far of each question."""
         best = [self.best.get(row.index) for row in rows]
         prompts = [self.prompt_ids[row.index] for row in rows]
         selectable = self.fluency.penalize(prompts, best, candidates) if self.fluency else candidates
@@ -132,23 +135,22 @@ class PMC(UnlearningTrainer):
         return EarlyStopping(best, references, self.scorer, among_samples=not self.fluency)
 
     def sampled_model(self) -> PreTrainedModel:
-        """The current model, in the type that it generates in."""
+        """The current model, in the dtype that it is sampled in."""
         return self.replica.refresh() if self.replica else self.model
 
     def gather_selected(self, rows: list[Row]) -> None:
-        """Tell all processes what was selected: shuffling moves a question to another process every epoch."""
+        """Share what was selected with all processes: shuffling moves a question to another process every epoch."""
         if self.args.world_size > 1:
-            own = [(row.index, self.best[row.index], self.temperature.multipliers.get(row.index)) for row in rows]
+            own = [(row.index, self.best[row.index], self.temperature.multipliers[row.index]) for row in rows]
             for index, candidate, multiplier in gather_object(own):
-                self.best[index] = candidate
-                self.temperature.set(index, multiplier)
+                self.best[index], self.temperature.multipliers[index] = candidate, multiplier
 
     def log_samples(
         self, rows: list[Row], candidates: list[list[Candidate]], early_stopping: EarlyStopping | None, seconds: float
     ) -> None:
-        """Add what was sampled and selected in this optimizer step to the sums of the epoch."""
+        """Add this optimizer step's samples and selections to the epoch's sums, which `epoch_record` divides by counts."""
         selected = [self.best[row.index] for row in rows]
-        drawn = [candidate for of_question in candidates for candidate in of_question]
+        samples = [candidate for of_question in candidates for candidate in of_question]
         self.seconds["sampling"] += seconds
         self.add_to_epoch(
             questions=len(rows),
@@ -157,9 +159,9 @@ class PMC(UnlearningTrainer):
             solved=sum(candidate.reward == 1 for candidate in selected),
             sampled_questions=len(candidates),
             stalled=sum(all(candidate.reward == 0 for candidate in of_question) for of_question in candidates),
-            samples=len(drawn),
-            sample_reward=sum(candidate.reward for candidate in drawn),
-            sample_tokens=sum(len(candidate.answer) for candidate in drawn),
+            samples=len(samples),
+            sample_reward=sum(candidate.reward for candidate in samples),
+            sample_tokens=sum(len(candidate.answer) for candidate in samples),
             stopped_early=len(early_stopping.stopped) if early_stopping else 0,
             seconds_sampling=seconds,
         )
@@ -167,13 +169,14 @@ class PMC(UnlearningTrainer):
     def epoch_record(self, steps: int) -> dict[str, float]:
         losses = super().epoch_record(steps)
         record = {"collapse_loss": losses.pop("forget_loss"), **losses}
-        record |= self.epoch_means("questions", ["selected_reward", "solved"])
+        record |= self.epoch_means("questions", ["selected_reward", "solved", "selected_penalty"])
+        penalty = record.pop("selected_penalty")
         if self.fluency:
-            penalty = self.epoch_means("questions", ["selected_penalty"])["selected_penalty"]
             record["selected_nll"] = penalty / self.settings.fluency_weight
-        stopped = ["stopped_early"] if self.stops_early else []
-        record |= self.epoch_means("samples", ["sample_reward", "sample_tokens", *stopped])
-        if self.stops_early and "sample_reward" in record:  # a stopped sample counts with its upper bound
+        record |= self.epoch_means("samples", ["sample_reward", "sample_tokens", "stopped_early"])
+        if not self.stops_early:
+            record.pop("stopped_early", None)
+        elif "sample_reward" in record:  # a stopped sample counts with its upper bound
             record["sample_reward_upper_bound"] = record.pop("sample_reward")
         record["seconds_sampling"] = self.epoch_sum("seconds_sampling") / self.args.world_size
         self.temperature.warn_when_stalled(self.epoch_means("sampled_questions", ["stalled"]).get("stalled", 0.0))
