@@ -66,7 +66,7 @@ class TimedPMC(pmc.PMC):
         scored, started = self.spent["scoring"], time.perf_counter()
         with patch.object(pmc, "generate", draw):
             answers = super().sample(rows, early_stopping)
-        # Early stopping scores while samples are drawn.
+        # Early stopping scores during sampling.
         self.spent["sampling"] += time.perf_counter() - started - (self.spent["scoring"] - scored)
         self.sampled_tokens += sum(len(answer) for some in answers for answer in some)
         return answers

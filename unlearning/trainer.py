@@ -11,6 +11,7 @@ configs/method/.
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -54,10 +55,10 @@ class NoSettings:
 
 @dataclass(frozen=True)
 class UnlearningData:
-    """What a method may read.
+    """The data of an unlearning method.
 
     Attributes:
-        forget: rows to forget, `index` being their position.
+        forget: rows to forget; `index` is their position.
         retain: rows to keep.
         prompts: turns questions and answers into token ids.
         max_length: longest training example in tokens.
@@ -101,15 +102,15 @@ class UnlearningTrainer(ResumableTrainer):
     # --- what a method defines ---
 
     def loss_weights(self) -> tuple[float, float]:
-        """gamma and lambda_unlearning. A part of weight 0 is not computed."""
+        """gamma and lambda_unlearning. A loss of weight 0 is not computed."""
         return self.settings.gamma, self.settings.lambda_unlearning
 
     def forget_examples(self, rows: list[Row]) -> list[Example]:
-        """What each forget row of this optimizer step is trained on. The weights do not change within a step."""
+        """The example that each forget row of this optimizer step is trained on; called once per step."""
         return [self.example(row) for row in rows]
 
     def forget_groups(self, rows: list[Row]) -> list[tuple[Example, ...]]:
-        """For each forget row the examples that its loss needs, where that is more than one."""
+        """For each forget row the examples that its loss needs; by default the one of `forget_examples`."""
         return [(example,) for example in self.forget_examples(rows)]
 
     def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
@@ -127,8 +128,8 @@ class UnlearningTrainer(ResumableTrainer):
 
         Hugging Face passes the whole accumulation window here, so a method can sample for all of its questions at once.
         """
-        window = [rows for _, rows in zip(range(num_batches), epoch_iterator, strict=False)]
-        rows = [row for micro_batch in window for row in micro_batch]
+        window = list(islice(epoch_iterator, num_batches))
+        rows = list(chain.from_iterable(window))
         self.weights = dict(zip(("forget", "retain"), self.loss_weights(), strict=True))
         forget = self.forget_groups(rows) if self.weights["forget"] else [()] * len(rows)
         self.step_started = time.perf_counter()
@@ -157,11 +158,11 @@ class UnlearningTrainer(ResumableTrainer):
         """Losses of the forget and the retain examples in a micro-batch, from one forward pass for both."""
         logits, targets, rows = answer_logits(model, batch)
         losses = cross_entropy(logits, targets, reduction="none")
-        found = {}
+        by_part = {}
         for part, examples in parts(batch["is_forget"]):
             own = examples[rows]
             index_in_part = examples.cumsum(0) - 1
-            found[part] = TokenLosses(
+            by_part[part] = TokenLosses(
                 self.step_tokens[part],
                 self.step_rows,
                 partial(self.reference_losses, part, batch, examples),
@@ -171,7 +172,7 @@ class UnlearningTrainer(ResumableTrainer):
                 targets[own],
                 partial(logits.__getitem__, own),
             )
-        return found
+        return by_part
 
     def reference_losses(self, part: str, batch: dict[str, torch.Tensor], examples: torch.Tensor) -> TokenLosses:
         """The losses of one part of a micro-batch under the reference model."""
@@ -198,7 +199,7 @@ class UnlearningTrainer(ResumableTrainer):
         key = (self.args.seed, self.state.global_step, row.index, rng_key)
         return int(np.random.default_rng(key).integers(size))
 
-    # --- the epoch's figures ---
+    # --- the epoch's record ---
 
     def epoch_record(self, steps: int) -> dict[str, float]:
         names = ("forget_loss", "retain_loss", "forget_nll", *self.logged_terms)
@@ -208,18 +209,18 @@ class UnlearningTrainer(ResumableTrainer):
 def collate_pairs(
     forget: list[tuple[Example, ...]], retain: list[tuple[Example, ...]], sizes: list[int]
 ) -> list[dict[str, torch.Tensor]]:
-    """Micro-batches of the given numbers of forget rows, each with as many retain examples.
+    """Micro-batches with the given numbers of forget rows and as many retain rows; rows of similar length go together.
 
-    In each the forget rows' examples come first (all first ones, then all second ones, ...); `is_forget`, shape (examples,),
-    marks them. Examples of similar length go together.
+    The examples of the forget rows come first (the first ones of all rows, then the second ones, ...); `is_forget`, shape
+    (examples,), marks them.
     """
     micro_batches = []
     by_length = [sort_into_micro_batches(groups, sizes, longest) for groups in (forget, retain)]
     for forget_groups, retain_groups in zip(*by_length, strict=True):
-        forgotten = [example for same_position in zip(*forget_groups, strict=True) for example in same_position]
-        retained = [example for group in retain_groups for example in group]
-        is_forget = torch.tensor([True] * len(forgotten) + [False] * len(retained))
-        micro_batches.append({**collate([*forgotten, *retained]), "is_forget": is_forget})
+        forget_examples = list(chain.from_iterable(zip(*forget_groups, strict=True)))
+        retain_examples = list(chain.from_iterable(retain_groups))
+        is_forget = torch.tensor([True] * len(forget_examples) + [False] * len(retain_examples))
+        micro_batches.append({**collate(forget_examples + retain_examples), "is_forget": is_forget})
     return micro_batches
 
 
@@ -229,5 +230,5 @@ def longest(examples: tuple[Example, ...]) -> int:
 
 def parts(is_forget: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     """The parts that have examples, each with the mask of these, shape (examples,)."""
-    found = [("forget", is_forget), ("retain", ~is_forget)]
-    return [(name, mask) for name, mask in found if mask.any()]
+    masks = {"forget": is_forget, "retain": ~is_forget}
+    return [(part, mask) for part, mask in masks.items() if mask.any()]
