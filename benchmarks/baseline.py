@@ -1,4 +1,4 @@
-"""PMC as a baseline, for comparison only: what a careful first version with Hugging Face's own tools does.
+"""PMC as a baseline, for comparison only: a careful first version with Hugging Face's own tools.
 
 Inside every micro-batch's loss: `generate` on prompts that were repeated num_samples times, rows padded to max_length, one
 forward pass each for collapse, retain and a forget loss that is only logged, ROUGE-L by the `rouge_score` package. In the
@@ -23,7 +23,8 @@ from common.prompts import Example
 from generation.decoder import pad_left
 from generation.sampler import generate
 from generation.token_sampling import SamplingSettings
-from unlearning.selection import Candidate, penalize_short, select
+from unlearning.rewards import penalize_short
+from unlearning.selection import Candidate, select
 
 
 class AtLengths(StoppingCriteria):
@@ -93,7 +94,7 @@ class BaselinePMC(Trainer):
         self.reset()
 
     def before_training(self) -> None:
-        """The greedy answers that samples are compared with; how they are made is not timed."""
+        """The initial responses; they are not timed."""
         ids = [self.data.prompts.prompt(row.question) for row in self.data.forget]
         answers = generate(self.model, ids, SamplingSettings(self.settings.max_length), self.eos_token_ids)
         for row, answer in zip(self.data.forget, answers, strict=True):
@@ -158,10 +159,10 @@ class BaselinePMC(Trainer):
         self.spent["scoring"] += time.perf_counter() - started
 
     def evaluation_recall(self, reference: str, text: str) -> float:
-        """ROUGE-L recall, beside all else that the published evaluation computes of an answer.
+        """ROUGE-L recall, together with everything else that the published evaluation computes for an answer.
 
-        That is four kinds of ROUGE with bootstrap intervals of their mean, here of one value: what `compute` of Hugging Face's
-        `evaluate` does, less the file that it writes for each call.
+        That is four kinds of ROUGE with bootstrap intervals of their mean, here of one value: as `compute` of Hugging Face's
+        `evaluate`, without the file that it writes for each call.
         """
         aggregator = BootstrapAggregator()
         aggregator.add_scores(self.all_rouge.score(reference, text))
@@ -170,5 +171,5 @@ class BaselinePMC(Trainer):
 
 
 def sample_lengths(step: int, index: int, n: int) -> list[int]:
-    """How long the samples of a question are in an optimizer step, whichever trainer draws them."""
+    """Lengths in tokens of a question's samples in an optimizer step, the same for both trainers."""
     return draw_lengths(ANSWER_TOKENS, n, (step, index))

@@ -1,9 +1,9 @@
-"""Sampling alone, by three engines on the same prompts: the project's own, Hugging Face's `generate` and its `generate_batch`.
+"""Sampling alone, with three engines on the same prompts: the project's own, Hugging Face's `generate` and `generate_batch`.
 
     python benchmarks/engines.py -cn=benchmark/smollm2
 
-`generate_batch` is transformers' continuous batching over a paged cache. All answers have the same length here, for it has
-no lengths of its own. The engines take turns; the table has the median of their rounds.
+`generate_batch` is transformers' continuous batching over a paged cache. All answers have the same length here, because it
+takes one length for all. The engines take turns; the table has the median over the rounds.
 """
 
 import sys
@@ -66,7 +66,7 @@ def compare(cfg: DictConfig) -> dict[str, float]:
     tokens = len(prompts) * config.settings.num_samples * ANSWER_LENGTH
     seconds: dict[str, list[float]] = {}
     with evaluation_mode(trainer.model):
-        for round_ in range(ROUNDS + 1):  # the first does not count
+        for round_ in range(ROUNDS + 1):  # the first is a warm-up
             for name, draw in engines(config, trainer.model, prompts).items():
                 started = time.perf_counter()
                 draw()

@@ -1,11 +1,11 @@
-"""What an epoch of PMC costs, against the number of samples and against the number of forget questions.
+"""The cost of an epoch of PMC against the number of samples and against the number of forget questions.
 
     python benchmarks/scaling.py -cn=benchmark/tiny
     python benchmarks/scaling.py -cn=benchmark/smollm2
 
-Sampling should grow no faster than the answers that are drawn; it grows slower while a larger batch is used better, and for
-a question's prompt goes through the model once, however many samples there are. Prints two tables and writes them as JSON,
-with a plot, to models/benchmarks/cost-<recipe>.json and .png.
+Sampling time should grow no faster than the number of answers. It grows more slowly while larger batches are more
+efficient, and because each prompt is processed once for all of its samples. Prints two tables and writes them as JSON, with
+a plot, to models/benchmarks/cost-<recipe>.json and .png.
 """
 
 import sys
@@ -53,7 +53,7 @@ class WarmUp(TrainerCallback):
 
 
 def epoch(config: RunConfig, questions: int, num_samples: int) -> dict[str, float]:
-    """Seconds of one epoch, after one that does not count."""
+    """Seconds of one epoch, after a warm-up epoch."""
     config = replace(config, settings=replace(config.settings, num_samples=num_samples))
     steps = math.ceil(questions / window_size(config))
     config = replace(config, training={**config.training, "max_steps": 2 * steps})
@@ -82,7 +82,7 @@ def table(records: list[dict[str, float]], varied: str) -> str:
 
 
 def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Seconds of sampling and training against what was varied, with the line that sampling must stay below."""
+    """Seconds of sampling and training against the varied quantity, with linear growth of sampling for comparison."""
     figure, panels = new_figure(9, 3.6, panels=len(curves), grid="y")
     for axes, (varied, records) in zip(panels, curves.items(), strict=True):
         x = [record[varied] for record in records]

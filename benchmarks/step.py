@@ -45,7 +45,7 @@ TRAINERS = ("baseline", "optimized")
 
 
 def measure(cfg: dict, settings: BenchmarkSettings, folder: str) -> dict[str, RemoteTrainer]:
-    """Both trainers' figures."""
+    """Run both trainers' steps; returns the trainers, by name, with what they measured."""
     together = [list(TRAINERS)] if settings.interleaved else [[name] for name in TRAINERS]
     measured = {}
     for names in together:
@@ -107,7 +107,7 @@ def table(result: dict[str, Any], settings: BenchmarkSettings) -> str:
 
 
 def flop_per_token(config: RunConfig) -> tuple[float, float]:
-    """FLOP of a forward pass for one token: without the head, and of the head. Attention's share is left out."""
+    """FLOP of a forward pass for one token: without the head, and of the head. Attention is left out."""
     with torch.device("meta"):
         tokenizer = word_tokenizer(config.model.new.vocab_size)
         model = new_model(config.model.new, tokenizer, "float32")
@@ -119,8 +119,8 @@ def flop_per_token(config: RunConfig) -> tuple[float, float]:
 def step_flop(step: dict[str, float], config: RunConfig) -> float:
     """FLOP of the matrix products that an optimizer step's tokens need.
 
-    Every prompt once and every sampled token once through the model; every training token three times (forward, and
-    backward for activations and for weights). The head runs where a token is drawn or has a label.
+    Every prompt token and every sampled token counts once, every training token three times (forward, and backward for
+    activations and for weights). The head runs where a token is drawn or has a label.
     """
     body, head = flop_per_token(config)
     sampling = (step["prompt_tokens"] + step["sampled_tokens"]) * body + step["sampled_tokens"] * head
@@ -129,7 +129,7 @@ def step_flop(step: dict[str, float], config: RunConfig) -> float:
 
 
 def arithmetic_limit(trainer: RemoteTrainer, config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Seconds that the steps would take if the machine did nothing but the matrix products that they need."""
+    """Seconds that the matrix products of a step alone would take on this machine."""
     flop = statistics.fmean(step_flop(step, config) for step in trainer.steps)
     rate = matmul_flop_per_second(config, dtype)
     return {
@@ -155,7 +155,7 @@ def matmul_flop_per_second(config: RunConfig, dtype: torch.dtype) -> float:
 
 
 def timed(function: Callable[[], Any], at_least: float = 0.5) -> float:
-    """Seconds of a call: the mean over calls that take `at_least` seconds together, after one that does not count."""
+    """Mean seconds per call, over calls that take `at_least` seconds in total, after one warm-up call."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     function()
     synchronize()

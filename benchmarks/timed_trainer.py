@@ -47,6 +47,8 @@ class TimedPMC(pmc.PMC):
 
     def __init__(self, *args):
         super().__init__(*args)
+        self.scorer.rewards = self.timed(self.scorer.rewards)
+        self.scorer.upper_bound = self.timed(self.scorer.upper_bound)
         self.reset()
 
     def reset(self) -> None:
@@ -64,18 +66,10 @@ class TimedPMC(pmc.PMC):
         scored, started = self.spent["scoring"], time.perf_counter()
         with patch.object(pmc, "generate", draw):
             answers = super().sample(rows, early_stopping)
-        # Early stopping scores while samples are drawn.
+        # Early stopping scores during sampling.
         self.spent["sampling"] += time.perf_counter() - started - (self.spent["scoring"] - scored)
         self.sampled_tokens += sum(len(answer) for some in answers for answer in some)
         return answers
-
-    def rewards(self, row: Row, answers: list[list[int]]) -> list[float]:
-        return self.timed(super().rewards)(row, answers)
-
-    def new_early_stopping(self, rows: list[Row]) -> EarlyStopping:
-        early_stopping = super().new_early_stopping(rows)
-        early_stopping.upper_bound = self.timed(early_stopping.upper_bound)
-        return early_stopping
 
     def timed(self, score: Callable) -> Callable:
         """The function, its time added to that of scoring."""

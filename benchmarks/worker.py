@@ -1,4 +1,4 @@
-"""A trainer (the baseline or the optimized one) in a process of its own, which does a step when it is told to."""
+"""A trainer (the baseline or the optimized one) in its own process, which runs one step per command."""
 
 import statistics
 import time
@@ -83,7 +83,7 @@ def window_size(config: RunConfig) -> int:
 
 
 class TakeTurns(TrainerCallback):
-    """Lets a Trainer do a step only when told to, and reports what the step cost."""
+    """Makes a Trainer wait for a command before each step, and reports the step's cost."""
 
     def __init__(self, worker: "Worker"):
         self.worker = worker
@@ -97,7 +97,7 @@ class TakeTurns(TrainerCallback):
 
 
 def make_trainer(name: str, config: RunConfig, folder: str, questions: int) -> TimedPMC | BaselinePMC:
-    """A trainer of a recipe's own model and data; for a new model of random weights and so many invented questions."""
+    """A trainer with the recipe's model and data; if the model is new, random weights and this many invented questions."""
     use_cuda_graphs(config.generation.cuda_graphs)
     trainer_class = TimedPMC if name == "optimized" else BaselinePMC
     if config.model.new:
@@ -151,17 +151,20 @@ class Worker:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         trainer, seconds = self.trainer, time.perf_counter() - self.started
-        record = {"step": seconds, **trainer.spent, "training": seconds - sum(trainer.spent.values())}
-        record |= {
+        record = {
+            "step": seconds,
+            **trainer.spent,
+            "training": seconds - sum(trainer.spent.values()),
             "sampled_tokens": trainer.sampled_tokens,
             "trained_tokens": trainer.trained_tokens,
             "label_tokens": getattr(trainer, "label_tokens", 0),
+            "prompt_tokens": sum(len(self.prompts.prompt(row.question)) for row in trainer.data.forget),
+            "peak_memory_bytes": peak_memory_bytes(),
         }
-        record["prompt_tokens"] = sum(len(self.prompts.prompt(row.question)) for row in trainer.data.forget)
-        self.pipe.send(record | {"peak_memory_bytes": peak_memory_bytes()})
+        self.pipe.send(record)
 
     def evaluate(self) -> dict[str, float]:
-        """Greedy answers, scored by ROUGE-L recall: of the recipe's splits; for a new model invented, of TOFU's lengths."""
+        """Greedy answers to the recipe's splits, or for a new model to invented questions, scored by ROUGE-L recall."""
         if self.config.model.new:
             asked = rows(self.settings.evaluation_questions, self.prompts.tokenizer, seed=1)
             splits = [[(row.question, row.answer) for row in asked]]
@@ -183,7 +186,7 @@ class Worker:
         return {"seconds": ended - started, "scoring": ended - answered, "mean_recall": statistics.fmean(recalls)}
 
     def optimized_texts(self, splits: list[list[tuple[str, str]]], lengths: list[list[int] | None]) -> list[str]:
-        """All splits' questions together, as the evaluation stage asks them."""
+        """The questions of all splits in one call, as in the evaluation stage."""
         ids = [self.prompts.prompt(question) for split in splits for question, _ in split]
         draw = generate
         if lengths[0]:

@@ -1,4 +1,4 @@
-"""How many answers are drawn side by side: as many as a fraction of the memory holds."""
+"""Sampling batch size: as many answers as a fraction of the memory holds."""
 
 import psutil
 import torch
@@ -6,19 +6,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from common.hardware import log_once
 
-MEMORY_FRACTION = 0.1  # of the device's memory, for the cache of the answers drawn side by side
-MAX_ROWS = {"cpu": 256, "cuda": 1024}  # more rows at a time are not faster
+MEMORY_FRACTION = 0.1  # of the device's memory, for the key-value cache of a batch
+MAX_ROWS = {"cpu": 256, "cuda": 1024}  # larger batches are not faster
 
 
 def rows_that_fit(model: PreTrainedModel, seq_len: int) -> int:
-    """Answers of `seq_len` tokens, prompt included, that may be drawn side by side.
+    """The number of answers of `seq_len` tokens, prompt included, that a batch may have.
 
     Their cache takes at most MEMORY_FRACTION of the device's memory, and at most half of what is free; one always fits.
     """
     needed = cache_bytes_per_token(model.config, model.dtype) * seq_len
     rows = max(1, cache_budget(model.device) // needed)
     rows = min(rows, MAX_ROWS.get(model.device.type, MAX_ROWS["cpu"]))
-    log_once(f"up to {rows} answers of {seq_len} tokens are drawn side by side: {rows * needed / 1e9:.2g} GB of cache")
+    log_once(f"sampling batches of up to {rows} answers of {seq_len} tokens: {rows * needed / 1e9:.2g} GB of cache")
     return rows
 
 

@@ -1,12 +1,11 @@
-"""CUDA graphs of the decode step, an option (generation.cuda_graphs): one launch per token instead of hundreds of kernels'.
+"""CUDA graphs of the decode step, an option (generation.cuda_graphs): one launch per token instead of hundreds.
 
-Off by default; `decoder_of` is the only way in. A graph repeats its kernels on the very same memory, so tokens, positions,
-mask and column are copied to where it reads them, and the cache's buffers are kept from call to call.
+Off by default; `decoder_of` is the only entry point. A graph repeats its kernels on the same memory, so tokens, positions,
+mask and column are copied to the tensors that it reads, and the cache's buffers are reused from call to call.
 """
 
 import logging
 import weakref
-from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -53,17 +52,17 @@ class GraphLayer(PreallocatedLayer):
         return tuple(buffer[:rows, :, :seq_len] for buffer in self.buffers)
 
     def allocate(self, rows: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-        # Graphs read columns that were never written: they are masked, but 0 times not-a-number is not 0.
+        # Graphs read columns that were never written: they are masked, but 0 * NaN is NaN.
         return tuple(buffer.zero_() for buffer in super().allocate(rows, seq_len))
 
 
 class StepGraphs:
-    """A model's graphs, one for every number of rows and columns that comes up, both rounded up, and the memory they read.
+    """A model's graphs, one for each number of rows and columns in use, both rounded up, and the memory that they read.
 
-    Rows and columns beyond those in use hold leftovers: the mask hides the columns, and the rows are cut off.
+    Rows and columns beyond those in use hold old values: the mask hides the columns, and the rows are cut off.
 
     Args:
-        model: whose step it is.
+        model: its decode step is captured.
         buffers: keys and values of each layer.
     """
 
@@ -86,13 +85,13 @@ _of_model: "weakref.WeakKeyDictionary[PreTrainedModel, StepGraphs | None]" = wea
 
 
 class GraphDecoder(Decoder):
-    """A decoder that replays graphs of its step where they work for the model, and steps as any decoder where not."""
+    """A decoder that replays graphs of its step where they work for the model, and is a plain decoder where not."""
 
     layer_class = GraphLayer
 
     def allocate(self, rows: int, seq_len: int, n: int) -> None:
         self.graphs = None
-        # A sliding window or a recurrent state changes in ways that no graph repeats.
+        # A graph cannot repeat the updates of a sliding window or a recurrent state.
         if not all_preallocated(self.cache) or _of_model.get(self.model, "untried") is None:
             super().allocate(rows, seq_len, n)
             return
@@ -113,13 +112,12 @@ class GraphDecoder(Decoder):
             return self._replay(tokens, size).clone()
         plain = super().next_logits(tokens)
         try:
-            problem = (
-                None if alike(self._replay(tokens, size), plain) else "its logits are not those of the step itself"
-            )
+            same = alike(self._replay(tokens, size), plain)
+            problem = "" if same else "its logits differ from those of the step itself"
         except Exception as error:  # whatever a driver, a kernel or a model's own code raises
-            problem = str(error)
+            problem = str(error) or type(error).__name__
         if problem:
-            log.warning("a CUDA graph of the decode step does not work here (%s); sampling goes on without", problem)
+            log.warning("a CUDA graph of the decode step does not work here (%s); sampling continues without", problem)
             self.graphs = _of_model[self.model] = None
         return plain
 
@@ -176,6 +174,5 @@ def weight_addresses(model: PreTrainedModel) -> list[int]:
 
 
 def round_up(number: int, sizes: list[int]) -> int:
-    """The smallest of the sizes that is enough, or the number itself."""
-    index = bisect_left(sizes, number)
-    return sizes[index] if index < len(sizes) else number
+    """The smallest of the ascending sizes that is at least the number, or the number itself."""
+    return next((size for size in sizes if size >= number), number)

@@ -1,6 +1,6 @@
-"""The model's side of sampling: prompts are read once, then one token of every answer at a time.
+"""Forward passes of sampling: each prompt once (prefill), then one token of every answer per step.
 
-The cache is a buffer with free columns for the tokens to come, so a step writes one column and copies nothing.
+The cache is a buffer with free columns for later tokens, so a step writes one column and copies nothing.
 """
 
 import os
@@ -12,11 +12,11 @@ from transformers.cache_utils import DynamicLayer
 from generation.kv_cache import BLOCK, PreallocatedLayer, all_preallocated, pad_at
 
 PREFILL_PROMPTS = {"cpu": 32, "cuda": 256}  # prompts per forward pass, padded to the longest of them
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # rotations that depend on the longest row of a pass
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # rotary embeddings that depend on the longest row
 
 
 class Decoder:
-    """A model and the cache of the answers that it is writing; every step adds one token to each answer.
+    """A model with the key-value cache of the answers in a batch; every step adds one token to each answer.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -28,7 +28,7 @@ class Decoder:
         self.model = model
 
     def start(self, prompts: list[list[int]], n: int, max_new_tokens: int) -> torch.Tensor:
-        """Read the prompts, each once, for n answers each.
+        """Process the prompts, each once, and make room for n answers each.
 
         Args:
             prompts: token ids.
@@ -37,7 +37,7 @@ class Decoder:
         Returns:
             logits of the answers' first tokens, shape (prompts * n, vocabulary).
         """
-        self.cache = None  # freed before the next prompts are read
+        self.cache = None  # freed before the next prompts are processed
         logits, mask, self.cache = self.read(prompts)
         rows, self.length = len(prompts) * n, mask.shape[1]
         self.allocate(rows, self.length + max_new_tokens, n)
@@ -49,7 +49,7 @@ class Decoder:
         return logits.repeat_interleave(n, 0)
 
     def allocate(self, rows: int, seq_len: int, n: int) -> None:
-        """Move the cache into buffers for this many rows, each of the present ones n times."""
+        """Move the cache into buffers for this many rows, with every row repeated n times."""
         for layer in self.cache.layers:
             if isinstance(layer, PreallocatedLayer):
                 layer.move_into(layer.allocate(rows, min(seq_len, self.length + BLOCK)), n)
@@ -57,10 +57,10 @@ class Decoder:
                 layer.batch_repeat_interleave(n)
 
     def read(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-        """Put the prompts through the model: many of them in parts, and a prefix that all share once.
+        """Process the prompts; many prompts take several forward passes, before which their common prefix takes one.
 
         Args:
-            prompts: token ids; sorted by length, the parts have little padding.
+            prompts: token ids; if sorted by length, there is little padding.
         Returns:
             logits of the next tokens, shape (prompts, vocabulary); mask, shape (prompts, seq_len), each prompt's last token in
             the last column; and the cache, of the same columns.
@@ -78,7 +78,7 @@ class Decoder:
         return torch.cat(logits), torch.cat([pad_at(mask, 1, len(prefix_ids), seq_len) for mask in masks]), caches[0]
 
     def _reads_in_parts(self) -> bool:
-        """Whether gaps between columns are harmless: every layer sees all columns, and rotations alone carry positions."""
+        """Whether padding between columns is harmless: full attention, and positions only in rotary embeddings."""
         rotation = getattr(self.model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
         rotates = rotation.get("rope_type") not in (None, *LENGTH_DEPENDENT_ROPE)
         return rotates and all_preallocated(self._new_cache())
@@ -94,14 +94,14 @@ class Decoder:
         """What `read` returns, for prompts in one forward pass.
 
         Args:
-            prefix: cache of a prefix that all share, a single row, which is not read again; None: read whole prompts.
+            prefix: cache of the common prefix, one row, which is not processed again; None: process whole prompts.
         """
         cache, length = self._new_cache(), prefix.get_seq_length() if prefix else 0
         input_ids, mask = pad_left([prompt[length:] for prompt in prompts], self.model.device)
         mask = torch.nn.functional.pad(mask, (length, 0), value=1)
         if prefix:
-            for known, layer in zip(prefix.layers, cache.layers, strict=True):
-                layer.update(*(states.expand(len(prompts), -1, -1, -1) for states in (known.keys, known.values)))
+            for source, layer in zip(prefix.layers, cache.layers, strict=True):
+                layer.update(*(states.expand(len(prompts), -1, -1, -1) for states in (source.keys, source.values)))
                 layer.resize(mask.shape[1])
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, length:]
         return self.forward(input_ids, mask, positions, cache), mask, cache
@@ -120,14 +120,14 @@ class Decoder:
         return self.forward(tokens[:, None], mask, self.positions[:, None], self.cache)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Continue with these answers alone, given by their rows (as `compact_indices` orders them)."""
+        """Keep only these rows, in this order (see `compact_indices`)."""
         self.cache.batch_select_indices(rows)
         self.mask, self.positions = self.mask[rows], self.positions[rows]
 
     def forward(
         self, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
-        # Under mixed precision accelerate wraps `forward` in autocast, which would cast every weight again at every token.
+        # Under mixed precision accelerate wraps `forward` in autocast, which would cast every weight for every token.
         forward = self.model.__dict__.get("_original_forward", self.model)
         output = forward(
             input_ids=input_ids,

@@ -1,4 +1,4 @@
-"""The key-value cache of a batch that shrinks: preallocated buffers, one column written per step."""
+"""The key-value cache of a shrinking batch: preallocated buffers, one column written per step."""
 
 import torch
 from transformers import DynamicCache
@@ -49,14 +49,14 @@ class PreallocatedLayer(DynamicLayer):
         )
 
     def move_into(self, buffers: tuple[torch.Tensor, torch.Tensor], n: int = 1) -> None:
-        """Continue in these buffers, with every row n times."""
+        """Copy the columns in use to these buffers and use them, with every row repeated n times."""
         for buffer, states in zip(buffers, (self.keys, self.values), strict=True):
             buffer[: n * self.rows, :, : self.length].unflatten(0, (self.rows, n)).copy_(states[:, None])
         self.buffers = buffers
         self.view(n * self.rows, self.length)
 
     def concat(self, parts: list["PreallocatedLayer"], shared: int) -> None:
-        """Hold the rows of all parts, whose first `shared` columns are the same tokens.
+        """Concatenate the rows of all parts; their first `shared` columns are the same tokens.
 
         The parts' last columns are aligned; a shorter part gets zeros after the shared columns. Each part's tensors are
         released here, layer by layer, so that a second cache never exists.
@@ -70,7 +70,7 @@ class PreallocatedLayer(DynamicLayer):
                 part.keys = part.values = None
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows, as the first rows of the same buffers; only rows whose index changes are copied."""
+        """Keep these rows as the first rows of the same buffers; only rows whose index changes are copied."""
         target = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(1)
         source = indices[target]
         for buffer in self.buffers:
@@ -79,7 +79,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def all_preallocated(cache: DynamicCache) -> bool:
-    """Whether every layer sees all columns: none has a sliding window or a recurrent state."""
+    """Whether every layer attends to all columns: none has a sliding window or a recurrent state."""
     return all(isinstance(layer, PreallocatedLayer) for layer in cache.layers)
 
 

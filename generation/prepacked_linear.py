@@ -1,4 +1,4 @@
-"""Linear layers whose weights are laid out once for the CPU's kernels."""
+"""Linear layers with weights prepacked for the CPU's kernels."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,15 +7,15 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-PREPACK_ROWS = 64  # rows that the layout is optimized for; any number of them works
+PREPACK_ROWS = 64  # number of rows that the layout is optimized for; others work too
 
 
 @contextlib.contextmanager
 def prepacked_linears(model: PreTrainedModel) -> Iterator[None]:
-    """On a CPU, the model's linear layers with their weights laid out for oneDNN's kernels; as before afterwards.
+    """On a CPU, the model's linear layers with weights in the layout of oneDNN's kernels; restored afterwards.
 
-    PyTorch lays a weight out anew at every call, which for a few rows costs more than the product. Inside, the weights must
-    not change.
+    Otherwise PyTorch reorders the weight at every call, which for a few rows costs more than the product. Inside, the weights
+    must not change.
     """
     layers = [module for module in model.modules() if type(module) is torch.nn.Linear and _can_prepack(module)]
     try:

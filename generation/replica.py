@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 class Replica:
     """A copy of a model with its parameters in the dtype that samples are drawn in.
 
-    Sampling reads every weight once a token, so half the bytes give twice the speed, while the optimizer keeps float32.
+    Sampling reads every weight once per token, so half the bytes double the speed, while training stays in float32.
     Buffers such as the rotary frequencies keep their dtype.
 
     Args:
@@ -28,7 +28,7 @@ class Replica:
 
     @torch.no_grad()
     def refresh(self) -> PreTrainedModel:
-        """The copy, on the source's device and with its present weights."""
+        """The copy, on the source's device and with its current weights."""
         self.model.to(self.source.device)
         torch._foreach_copy_(list(self.model.parameters()), list(self.source.parameters()))
         return self.model

@@ -1,11 +1,11 @@
-"""The one engine that generates text: PMC's samples, the initial responses and the evaluation's answers.
+"""Generates all text: PMC's samples, the initial responses and the evaluation's answers.
 
-1. Every prompt goes through the model once, whatever the number of samples; its cache is then repeated. A prefix that many
-   prompts share is read once for all of them.
-2. Every answer has random numbers of its own, keyed by (seed, optimizer step, row index): neither the order of the
-   prompts, nor the rows beside it, nor the number of processes changes what is drawn.
-3. Finished answers leave the batch as soon as they are a tenth of it.
-4. As many answers are drawn side by side as a fraction of the memory holds.
+1. Each prompt goes through the model once, whatever the number of samples; its cache is then repeated. A prefix that all
+   prompts share is processed once if they need several forward passes.
+2. Each answer has its own random numbers, keyed by (seed, optimizer step, row index): neither the order of the prompts,
+   nor the other rows of the batch, nor the number of processes changes what is drawn.
+3. Finished answers are removed from the batch as soon as they are a tenth of it.
+4. A batch has as many answers as a fraction of the memory holds.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ CHECK_INTERVAL = {"cpu": 1, "cuda": 8}  # tokens between two checks of what is f
 
 
 class PartialSample(NamedTuple):
-    """An answer while it is drawn: the indices of its prompt and sample, and its ids so far."""
+    """An answer during sampling: the indices of its prompt and sample, and its token ids so far."""
 
     prompt: int
     sample: int
@@ -38,12 +38,12 @@ class PartialSample(NamedTuple):
 
 
 class StoppingCriteria(Protocol):
-    """Checks answers while they are drawn, every `every` tokens, and says which need not be completed."""
+    """Checks answers during sampling, every `every` tokens, and decides which ones to stop."""
 
     every: int
 
     def check(self, finished: Sequence[PartialSample], running: Sequence[PartialSample]) -> Sequence[bool]:
-        """For each running answer whether to stop it; `finished` are those that ended since the last check."""
+        """For each running answer whether to stop it; `finished` are those that finished since the last check."""
 
 
 @torch.no_grad()
@@ -60,14 +60,14 @@ def generate(
     """Answers to prompts, as token ids.
 
     Args:
-        model: a causal language model; left in the mode (train or eval) that it came in.
+        model: a causal language model; its mode (train or eval) is restored afterwards.
         prompts: token ids of each prompt, of any lengths below `max_length`.
         settings: how to draw.
         eos_token_ids: tokens that end an answer.
         rng_keys: for each prompt the integers that its random numbers are keyed by; needed unless greedy.
         description: text of a progress bar that counts finished answers; None: no bar.
-        stopping_criteria: may stop answers half-way.
-        temperatures: for each prompt, instead of the one in `settings`, which must be above 0 as these must.
+        stopping_criteria: may stop answers early.
+        temperatures: for each prompt, instead of the one in `settings`; all of them, and that one, must be above 0.
     Returns:
         for each prompt `num_samples` answers. An answer ends with its EOS token unless `max_length` or `stopping_criteria`
         cut it short.
@@ -83,13 +83,13 @@ def generate(
             names = [(i, sample) for i in chunk for sample in samples]
             max_new_tokens = [settings.max_length - len(prompts[i]) for i, _ in names]
             batch = _Batch(decoder, names, max_new_tokens, eos_token_ids, stopping_criteria, bar)
-            uniforms = own = None
+            uniforms = row_temperatures = None
             if settings.temperature > 0:
                 keys = [rng_keys[i] for i in chunk]
                 uniforms = uniforms_of(keys, samples, settings, max(max_new_tokens)).to(model.device)
             if temperatures:
-                own = torch.tensor([temperatures[i] for i, _ in names], device=model.device)
-            batch.draw([prompts[i] for i in chunk], settings, uniforms, own)
+                row_temperatures = torch.tensor([temperatures[i] for i, _ in names], device=model.device)
+            batch.draw([prompts[i] for i in chunk], settings, uniforms, row_temperatures)
             for (i, _), ids in zip(names, batch.answers(), strict=True):
                 answers[i].append(ids)
     return answers
@@ -97,7 +97,7 @@ def generate(
 
 @contextlib.contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """No dropout inside; afterwards the model is in the mode that it was in."""
+    """The model in evaluation mode (no dropout); its previous mode is restored afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -107,7 +107,7 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _chunks(prompts: Sequence[list[int]], num_samples: int, batch_size: int) -> Iterator[tuple[list[int], range]]:
-    """Which prompts and which of their samples are drawn together: at most `batch_size` answers, prompts of like length."""
+    """The prompts and sample numbers of each batch: at most `batch_size` answers, to prompts of similar length."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for first in range(0, num_samples, batch_size):
         samples = range(first, min(first + batch_size, num_samples))
@@ -117,10 +117,10 @@ def _chunks(prompts: Sequence[list[int]], num_samples: int, batch_size: int) -> 
 
 
 class _Batch:
-    """Answers drawn side by side, in a batch that shrinks as they end.
+    """Answers drawn together, in a batch that shrinks as they finish.
 
-    `drawn`, `lengths` and `names` hold all answers by index; `rows` are the indices of those still in the batch, and
-    `finished` and `max_new_tokens` belong to these.
+    `drawn`, `lengths` and `names` (prompt, sample) hold all answers by index; `rows` are the indices of the answers still in
+    the batch, of which `finished` and `max_new_tokens` are properties; `running` are those unfinished at the last check.
     """
 
     def __init__(
@@ -140,8 +140,7 @@ class _Batch:
         self.rows = torch.arange(len(names), device=device)
         self.max_new_tokens = torch.tensor(max_new_tokens, device=device)
         self.finished = torch.zeros(len(names), dtype=torch.bool, device=device)
-        self.ended = 0
-        self.unreported = set(range(len(names)))  # indices that the stopping criteria have not seen finished
+        self.running = set(range(len(names)))
 
     def draw(
         self,
@@ -153,7 +152,7 @@ class _Batch:
         """Draw all answers.
 
         Args:
-            prompts: whose answers they are; those to one prompt are adjacent.
+            prompts: token ids; the answers to a prompt are adjacent.
             uniforms: shape (answers, positions, draws); None: greedy.
             temperatures: shape (answers,), instead of the one in `settings`.
         """
@@ -180,13 +179,12 @@ class _Batch:
         return [ids[:length] for ids, length in zip(self.drawn.tolist(), self.lengths.tolist(), strict=True)]
 
     def compact(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Drop finished rows where that pays; returns the tokens of the rows left, none when all are finished."""
+        """Remove finished rows if they are enough; returns the tokens of the remaining rows, none when all are finished."""
         unfinished = ~self.finished
         count = int(unfinished.sum())
-        self.bar.update(len(self.names) - count - self.ended)
-        self.ended = len(self.names) - count
         if count > COMPACT_THRESHOLD * len(self.rows):
             return tokens
+        self.bar.update(len(self.rows) - count)
         kept = compact_indices(unfinished)
         self.rows, self.max_new_tokens, self.finished = self.rows[kept], self.max_new_tokens[kept], self.finished[kept]
         if count:
@@ -194,14 +192,13 @@ class _Batch:
         return tokens[kept]
 
     def check(self, length: int) -> None:
-        """Show the stopping criteria what is new, and stop what they say."""
-        criteria, everything_ended = self.stopping_criteria, bool(self.finished.all())
-        if criteria is None or (length % criteria.every and not everything_ended):
+        """Mark the rows as finished that the stopping criteria stop at this length."""
+        criteria = self.stopping_criteria
+        if criteria is None or (length % criteria.every and not self.finished.all()):
             return
         answers, running = self.answers(), self.rows[~self.finished].tolist()
-        ended = sorted(self.unreported.difference(running))
-        samples = [[PartialSample(*self.names[i], answers[i]) for i in indices] for indices in (ended, running)]
+        finished = sorted(self.running.difference(running))
+        samples = [[PartialSample(*self.names[i], answers[i]) for i in indices] for indices in (finished, running)]
         stopped = [i for i, stops in zip(running, criteria.check(*samples), strict=True) if stops]
         self.finished |= torch.isin(self.rows, torch.tensor(stopped, dtype=torch.long, device=self.rows.device))
-        self.unreported.intersection_update(running)
-        self.unreported.difference_update(stopped)
+        self.running = set(running).difference(stopped)

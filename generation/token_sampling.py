@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-GROUP = 8  # tokens that top_tokens compares by their maximum first
-DRAWS = 8  # random numbers for a token where a draw may be rejected
-REDRAW_KEY = 2  # keeps the numbers of later draws apart from those of first ones
+GROUP = 8  # tokens in a group of top_tokens
+DRAWS = 8  # random numbers for each token where a draw may be rejected
+REDRAW_KEY = 2  # rng key of the draws after a rejected one
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class SamplingSettings:
         temperature: the logits are divided by it; 0 takes the likeliest token (greedy).
         top_k: only the k likeliest tokens; 0: all.
         top_p: of those, the smallest set of likeliest tokens whose probability is at least p; 1: all.
-        batch_size: answers drawn side by side, at most; None: as many as a fraction of the memory holds.
+        batch_size: answers in a batch, at most; None: as many as a fraction of the memory holds.
     """
 
     max_length: int
@@ -35,7 +35,7 @@ class SamplingSettings:
 def random_numbers(key: tuple[int, ...], num_samples: int, positions: int) -> np.ndarray:
     """Uniforms in [0, 1) for the answers to one prompt, shape (num_samples, positions).
 
-    The first samples stay the same when more are asked for.
+    The first samples' numbers do not depend on num_samples.
     """
     return np.random.default_rng(key).random((num_samples, positions), dtype=np.float32)
 
@@ -46,18 +46,18 @@ def uniforms_of(
     """Random numbers of the prompts' answers, shape (prompts * samples, positions, draws of a token)."""
 
     def numbers(*key: int) -> np.ndarray:
-        # As many as max_length for every prompt, so that no answer's numbers depend on what is drawn beside it.
-        each = [random_numbers((*own, *key), samples.stop, settings.max_length) for own in rng_keys]
-        return np.concatenate([some[samples.start :, :positions] for some in each])
+        # Always max_length positions, so that no answer's numbers depend on the other answers of its batch.
+        of_prompts = [random_numbers((*own, *key), samples.stop, settings.max_length) for own in rng_keys]
+        return np.concatenate([uniforms[samples.start :, :positions] for uniforms in of_prompts])
 
     redraws = DRAWS if settings.top_k == 0 and settings.top_p < 1 else 1
     return torch.from_numpy(np.stack([numbers(), *(numbers(REDRAW_KEY, draw) for draw in range(1, redraws))], axis=2))
 
 
 def draw_tokens(logits: torch.Tensor, settings: SamplingSettings, uniforms: torch.Tensor | None) -> torch.Tensor:
-    """One token a row.
+    """Draw one token per row.
 
-    Temperature, then top_k, then top_p on what top_k left, as Hugging Face's `generate` orders them.
+    Temperature, then top_k, then top_p on the remaining tokens: the order of Hugging Face's `generate`.
 
     Args:
         logits: shape (rows, vocabulary).
@@ -92,7 +92,7 @@ def top_tokens(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
     """The k largest logits of each row, largest first, and their tokens, both of shape (rows, k): `torch.topk`, faster.
 
     On a CPU the vocabulary is split into groups of GROUP tokens. The k largest logits lie in the k groups with the
-    largest maxima: any other group has k groups before it, each with a logit at least as large. So only these are sorted.
+    largest maxima: for any other group there are k groups with a logit at least as large. So only these are sorted.
 
     Args:
         logits: shape (rows, vocabulary).
@@ -113,7 +113,7 @@ def _draw_from_all(logits: torch.Tensor, settings: SamplingSettings, uniforms: t
     """Pick from the whole vocabulary without sorting it: draw, and draw again where the token lies outside top_p.
 
     A token is inside while the mass of the strictly likelier ones is below top_p, so at least the fraction top_p of draws
-    is accepted. The few rows whose draws were all rejected but for the last are sorted for that one.
+    is accepted. The few rows whose draws were all rejected are sorted for the last draw.
     """
     probabilities = (logits.float() / settings.temperature).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)

@@ -3,15 +3,15 @@
     python scripts/compare_methods.py -cn=compare/tiny
     python scripts/compare_methods.py -cn=compare/smollm2-cpu data.path=FOLDER
 
-1. For each seed the stages that come before run (`comparison.before`), then each method's unlearning, then its evaluation:
-   the same command lines that a user types, one after the other. Finished runs are not repeated.
-2. The table (means over the seeds, with their deviation) and a plot of unlearn quality against utility are written to
+1. For each seed the preceding stages run (`comparison.before`), then each method's unlearning, then its evaluation: the
+   same command lines that a user types, one after the other. Finished runs are not repeated.
+2. The table (means over the seeds, with standard deviations) and a plot of unlearn quality against utility are written to
    models/comparisons/<recipe>/, beside the runs themselves.
 
-A run that fails is reported and leaves a gap in the table; the others still run. Where a stage before fails, that seed is left
+A run that fails is reported and leaves a gap in the table; the others still run. If a preceding stage fails, its seed is left
 out. Overrides on the command line that do not begin with `comparison.` or `seed` are passed to every method's run, those of
-`models_dir`, `model.` and `data.` to the stages before as well; a top-level key needs two plus signs (++finetuned=FOLDER).
-With overrides of `model.` or `data.` the last stage before writes to before/ in the comparison's folder, and every method
+`models_dir`, `model.` and `data.` to the preceding stages, too; a top-level key needs two plus signs (++finetuned=FOLDER).
+With overrides of `model.` or `data.` the last preceding stage writes to before/ in the comparison's folder, and every method
 starts from there.
 """
 
@@ -75,10 +75,10 @@ class ComparisonSettings:
 
 
 class Runs:
-    """Runs the stages' command lines and keeps those that failed.
+    """Runs the stages' command lines and records those that failed.
 
     Args:
-        shared: overrides that every command gets.
+        shared: overrides for the commands of every method.
     """
 
     def __init__(self, shared: list[str]):
@@ -173,9 +173,8 @@ def compare(cfg: DictConfig) -> Path:
     results: dict[str, list[dict[str, float]]] = {name: [] for name in settings.methods}
     for seed in settings.seeds:
         before, start = [shlex.split(words) for words in settings.before], []
-        if (
-            reshaping and before
-        ):  # else the stage's folder, named after the overrides, is not the one that the recipes name
+        # With such overrides the last stage's folder, which is named after them, is not the one that the recipes name.
+        if reshaping and before:
             before[-1].append(f"output_dir={folder}/before/seed-{seed}")
             start = [f"++finetuned={folder}/before/seed-{seed}"]
         if not all(runs.run(stage, *words, f"seed={seed}", *shaping) for stage, *words in before):

@@ -156,7 +156,9 @@ def wrong(step):
     return lambda: None, result
 
 
-@pytest.mark.parametrize(("broken", "why"), [(raising, "no capture here"), (wrong, "not those of the step itself")])
+@pytest.mark.parametrize(
+    ("broken", "why"), [(raising, "no capture here"), (wrong, "differ from those of the step itself")]
+)
 def test_graphs_that_do_not_work_are_given_up(device, steps, monkeypatch, caplog, broken, why):
     model = random_model().to(device)
     expected = without_graphs(monkeypatch, lambda: draw(model))

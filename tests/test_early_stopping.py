@@ -1,6 +1,7 @@
 """Early stopping stops samples while they are drawn and changes nothing that is selected."""
 
 import random
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -8,10 +9,10 @@ import torch
 from generation.sampler import PartialSample
 from tests.helpers import ROWS, make_trainer
 from unlearning import pmc
-from unlearning.early_stopping import EarlyStopping, complete_words
+from unlearning.early_stopping import EarlyStopping
 from unlearning.pmc_options import PMCSettings
-from unlearning.rewards import rouge_l
-from unlearning.selection import Candidate, penalize_short, select
+from unlearning.rewards import Scorer, complete_words, rouge_l
+from unlearning.selection import Candidate, select
 
 WORDS = ["sea", "sailing", "sail", "storms", "in", "the", "book", "1987", "a"]
 
@@ -51,21 +52,13 @@ def test_the_selected_sample_is_that_of_complete_samples(min_len):
         reference = " ".join(rng.choices(WORDS, k=rng.randint(0, 12)))
         samples = [list(" ".join(rng.choices(WORDS, k=rng.randint(0, 14)))) for _ in range(rng.randint(1, 6))]
         best = Candidate(rng.choice([0.9, 0.75, 0.5, 0.0]), ["best"]) if rng.random() < 0.5 else None
-        scored = []
-
-        def reward(_question, sample, reference=reference, scored=scored):
-            text = "".join(sample)
-            scored.append(text)
-            return penalize_short(rouge_l(reference, [text]), [text], min_len)[0]
-
-        def bound(_question, beginning, reference=reference):
-            return rouge_l(reference, [complete_words("".join(beginning))])[0]
-
-        complete = [Candidate(reward(0, sample), list(sample)) for sample in samples]
-        scored.clear()
-        early_stopping = EarlyStopping([best.reward if best else -float("inf")], reward, bound)
+        scorer = Scorer(rouge_l, "".join, min_len)
+        complete = [Candidate(*pair) for pair in zip(scorer.rewards(reference, samples), samples, strict=True)]
+        scorer.rewards = Mock(wraps=scorer.rewards)
+        early_stopping = EarlyStopping([best.reward if best else -float("inf")], [reference], scorer)
         drawn = drawn_half_way(early_stopping, [list(sample) for sample in samples])
-        assert len(scored) == len(samples) - len(early_stopping.stopped), "every complete sample is scored once"
+        scored = scorer.rewards.call_count
+        assert scored == len(samples) - len(early_stopping.stopped), "every complete sample is scored once"
         partial = [Candidate(*pair) for pair in zip(early_stopping.rewards_of([drawn])[0], drawn, strict=True)]
         assert select(best, partial) == select(best, complete)
         assert all(after.reward >= before.reward for after, before in zip(partial, complete, strict=True))

@@ -11,8 +11,8 @@ import torch
 from tests.helpers import ROWS, arguments, make_trainer
 from unlearning.pmc import PMC
 from unlearning.pmc_options import PMCSettings, StalledTemperature
-from unlearning.rewards import rouge_l
-from unlearning.selection import Candidate, penalize_short, select
+from unlearning.rewards import penalize_short, rouge_l
+from unlearning.selection import Candidate, select
 from unlearning.trainer import UnlearningData
 
 
@@ -238,7 +238,7 @@ def test_a_stalled_question_is_drawn_hotter_until_its_samples_differ(memorized, 
     assert picked[1.0] == [0.0] * 8
     assert picked[2.0][0] == 0.0
     assert picked[2.0][-1] > 0.5
-    assert trainer.temperature.multipliers == {}
+    assert set(trainer.temperature.multipliers.values()) == {1.0}
 
 
 def test_the_temperature_rises_while_all_is_the_initial_response_and_falls_back(model, prompts, tmp_path, monkeypatch):
@@ -269,7 +269,7 @@ def test_the_temperature_does_not_rise_for_a_question_whose_samples_differ():
     temperature.update(ROWS[0], [Candidate(0.0, [5, 2]), Candidate(0.0, [5, 2]), Candidate(0.0, [5, 2])])
     assert temperature.multipliers == {0: 3.0}
     temperature.update(ROWS[0], [Candidate(0.0, [5, 2]), Candidate(0.0, [5, 2]), Candidate(0.5, [6, 2])])
-    assert temperature.multipliers == {}
+    assert temperature.multipliers == {0: 1.0}
 
 
 def test_state_survives_a_checkpoint(model, prompts, tmp_path):

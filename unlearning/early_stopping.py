@@ -1,4 +1,4 @@
-"""Stops samples that can no longer be selected while they are drawn; what is selected stays the same.
+"""Stops samples that can no longer be selected, during sampling; the selection stays the same.
 
 PMC selects the sample with the highest reward among a question's samples and its best so far. Where a reward never rises as
 a sample grows (1 - ROUGE-L recall: words that match the reference in order still do when more words follow), the reward of
@@ -6,9 +6,10 @@ a sample's beginning is an upper bound, and a sample whose bound is too low need
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from generation.sampler import PartialSample
+from unlearning.rewards import Scorer
 
 
 class EarlyStopping:
@@ -16,9 +17,9 @@ class EarlyStopping:
 
     Args:
         best: net reward of each question's best sample so far; -infinity for none.
-        reward: (question, token ids of a complete sample) -> its reward.
-        upper_bound: (question, token ids of a sample's beginning) -> an upper bound of its reward.
-        among_samples: whether a complete sample can rule out another; not where penalties are still to come.
+        references: initial response to each question.
+        scorer: computes rewards, and their upper bounds.
+        among_samples: whether a complete sample can rule out another one; false where penalties are subtracted later.
     Attributes:
         rewards: by question and sample: the reward, or its upper bound where the sample was stopped.
         stopped: the samples that were stopped, by question and sample.
@@ -26,34 +27,29 @@ class EarlyStopping:
 
     every = 8  # tokens between two checks; more frequent checks cost more than they save
 
-    def __init__(
-        self,
-        best: Sequence[float],
-        reward: Callable[[int, list[int]], float],
-        upper_bound: Callable[[int, list[int]], float],
-        among_samples: bool = True,
-    ):
-        self.best, self.reward, self.upper_bound, self.among_samples = best, reward, upper_bound, among_samples
+    def __init__(self, best: Sequence[float], references: Sequence[str], scorer: Scorer, among_samples: bool = True):
+        self.best, self.references, self.scorer, self.among_samples = best, references, scorer, among_samples
         self.leader = [(-math.inf, 0)] * len(best)  # highest reward of a complete sample, and minus its index
         self.rewards: dict[tuple[int, int], float] = {}
         self.stopped: set[tuple[int, int]] = set()
 
     def check(self, finished: Sequence[PartialSample], running: Sequence[PartialSample]) -> list[bool]:
-        """Score the finished samples; for each running one, whether to stop it."""
+        """Score the finished samples; returns for each running sample whether to stop it."""
         for question, sample, ids in finished:
-            reward = self.rewards[question, sample] = self.reward(question, ids)
+            (reward,) = self.scorer.rewards(self.references[question], [ids])
+            self.rewards[question, sample] = reward
             if self.among_samples:
                 self.leader[question] = max(self.leader[question], (reward, -sample))
         return [self.has_lost(partial) for partial in running]
 
     def has_lost(self, partial: PartialSample) -> bool:
-        """Whether the best so far or a complete sample is selected over everything that this one can become.
+        """Whether the best so far or a complete sample will be preferred to this one, however it continues.
 
         Ties are decided as in `unlearning.selection.select`: a new sample replaces an equal best so far, and of equal
         samples the first is selected.
         """
         question, sample, ids = partial
-        bound = self.upper_bound(question, ids)
+        bound = self.scorer.upper_bound(self.references[question], ids)
         lost = bound < self.best[question] or (bound, -sample) < self.leader[question]
         if lost:
             self.rewards[question, sample] = bound
@@ -66,8 +62,3 @@ class EarlyStopping:
             [self.rewards[question, sample] for sample in range(len(answers))]
             for question, answers in enumerate(samples)
         ]
-
-
-def complete_words(text: str) -> str:
-    """The text without its last word, which may be incomplete."""
-    return text[: max((index for index, character in enumerate(text) if character.isspace()), default=0)]

@@ -29,9 +29,10 @@ from common.prompts import Example
 from generation.replica import Replica
 from generation.sampler import generate
 from generation.token_sampling import SamplingSettings
-from unlearning.early_stopping import EarlyStopping, complete_words
+from unlearning.early_stopping import EarlyStopping
 from unlearning.pmc_options import FluencyPenalty, PMCSettings, StalledTemperature
-from unlearning.selection import Candidate, penalize_short, select
+from unlearning.rewards import Scorer
+from unlearning.selection import Candidate, select
 from unlearning.trainer import UnlearningData, UnlearningTrainer
 
 
@@ -39,8 +40,8 @@ class PMC(UnlearningTrainer):
     """Trains on the model's own answers, selected to be least like the initial responses.
 
     Attributes:
-        initial_responses: text of the first model's greedy answer, by row index.
-        best: the selected sample so far, by row index.
+        initial_responses: text of the finetuned model's greedy answer, by row index.
+        best: the best sample so far, by row index.
     """
 
     Settings = PMCSettings
@@ -50,8 +51,9 @@ class PMC(UnlearningTrainer):
         self.replica = Replica(model, torch.bfloat16) if args.bf16 and model.dtype != torch.bfloat16 else None
         self.needs_reference = settings.fluency_weight > 0
         super().__init__(model, args, data, settings)
-        self.reward = instantiate(settings.reward, _partial_=True)
-        self.stops_early = settings.early_stopping and getattr(self.reward.func, "is_monotone", False)
+        reward = instantiate(settings.reward, _partial_=True)
+        self.scorer = Scorer(reward, data.prompts.text, settings.min_len)
+        self.stops_early = settings.early_stopping and getattr(reward.func, "is_monotone", False)
         self.fluency = FluencyPenalty(self, settings.fluency_weight) if self.needs_reference else None
         self.temperature = StalledTemperature(settings)
         self.eos_token_ids = eos_token_ids(model, data.prompts.eos_token_id)
@@ -106,15 +108,19 @@ class PMC(UnlearningTrainer):
     def score(
         self, rows: list[Row], samples: list[list[list[int]]], early_stopping: EarlyStopping | None
     ) -> list[list[Candidate]]:
-        """Step 3: every sample with its reward; of one that was stopped, an upper bound of it."""
-        if early_stopping:  # which scored every sample while it was drawn
+        """Step 3: every sample with its reward, or an upper bound of it where the sample was stopped."""
+        if early_stopping:  # it scored every sample during sampling
             rewards = early_stopping.rewards_of(samples)
         else:
-            rewards = [self.rewards(row, answers) for row, answers in zip(rows, samples, strict=True)]
-        return [list(map(Candidate, *of_question)) for of_question in zip(rewards, samples, strict=True)]
+            references = [self.initial_responses[row.index] for row in rows]
+            rewards = [self.scorer.rewards(*of_question) for of_question in zip(references, samples, strict=True)]
+        return [
+            [Candidate(reward, answer) for reward, answer in zip(*of_question, strict=True)]
+            for of_question in zip(rewards, samples, strict=True)
+        ]
 
     def select(self, rows: list[Row], candidates: list[list[Candidate]]) -> None:
-        """Step 4: keep the best sample so far of each question."""
+        """Step 4: update the best sample so far of each question."""
         best = [self.best.get(row.index) for row in rows]
         prompts = [self.prompt_ids[row.index] for row in rows]
         selectable = self.fluency.penalize(prompts, best, candidates) if self.fluency else candidates
@@ -122,41 +128,29 @@ class PMC(UnlearningTrainer):
             self.best[row.index] = select(best_so_far, allowed)
             self.temperature.update(row, [self.best[row.index], *sampled])
 
-    def rewards(self, row: Row, answers: list[list[int]]) -> list[float]:
-        """Rewards of answers to a row's question, in [0, 1]."""
-        texts = [self.data.prompts.text(answer) for answer in answers]
-        return penalize_short(self.reward(self.initial_responses[row.index], texts), texts, self.settings.min_len)
-
     def new_early_stopping(self, rows: list[Row]) -> EarlyStopping:
-        def reward(question: int, answer: list[int]) -> float:
-            return self.rewards(rows[question], [answer])[0]
-
-        def upper_bound(question: int, beginning: list[int]) -> float:
-            text = complete_words(self.data.prompts.text(beginning))
-            return self.reward(self.initial_responses[rows[question].index], [text])[0]
-
         best = [self.best[row.index].net_reward if row.index in self.best else -math.inf for row in rows]
-        # Penalties are known only when all samples are drawn, so no sample can be said to win over another before.
-        return EarlyStopping(best, reward, upper_bound, among_samples=not self.fluency)
+        references = [self.initial_responses[row.index] for row in rows]
+        # Penalties are computed when all samples are drawn, so no sample can rule out another one before.
+        return EarlyStopping(best, references, self.scorer, among_samples=not self.fluency)
 
     def sampled_model(self) -> PreTrainedModel:
-        """The current model, in the type that it generates in."""
+        """The current model, in the dtype that it is sampled in."""
         return self.replica.refresh() if self.replica else self.model
 
     def gather_selected(self, rows: list[Row]) -> None:
-        """Tell all processes what was selected: shuffling moves a question to another process every epoch."""
+        """Share what was selected with all processes: shuffling moves a question to another process every epoch."""
         if self.args.world_size > 1:
-            own = [(row.index, self.best[row.index], self.temperature.multipliers.get(row.index)) for row in rows]
+            own = [(row.index, self.best[row.index], self.temperature.multipliers[row.index]) for row in rows]
             for index, candidate, multiplier in gather_object(own):
-                self.best[index] = candidate
-                self.temperature.set(index, multiplier)
+                self.best[index], self.temperature.multipliers[index] = candidate, multiplier
 
     def log_samples(
         self, rows: list[Row], candidates: list[list[Candidate]], early_stopping: EarlyStopping | None, seconds: float
     ) -> None:
-        """Add what was sampled and selected in this optimizer step to the sums of the epoch."""
+        """Add this optimizer step's samples and selections to the epoch's sums, which `epoch_record` divides by counts."""
         selected = [self.best[row.index] for row in rows]
-        drawn = [candidate for of_question in candidates for candidate in of_question]
+        samples = [candidate for of_question in candidates for candidate in of_question]
         self.seconds["sampling"] += seconds
         self.add_to_epoch(
             questions=len(rows),
@@ -165,9 +159,9 @@ class PMC(UnlearningTrainer):
             solved=sum(candidate.reward == 1 for candidate in selected),
             sampled_questions=len(candidates),
             stalled=sum(all(candidate.reward == 0 for candidate in of_question) for of_question in candidates),
-            samples=len(drawn),
-            sample_reward=sum(candidate.reward for candidate in drawn),
-            sample_tokens=sum(len(candidate.answer) for candidate in drawn),
+            samples=len(samples),
+            sample_reward=sum(candidate.reward for candidate in samples),
+            sample_tokens=sum(len(candidate.answer) for candidate in samples),
             stopped_early=len(early_stopping.stopped) if early_stopping else 0,
             seconds_sampling=seconds,
         )
@@ -175,13 +169,14 @@ class PMC(UnlearningTrainer):
     def epoch_record(self, steps: int) -> dict[str, float]:
         losses = super().epoch_record(steps)
         record = {"collapse_loss": losses.pop("forget_loss"), **losses}
-        record |= self.epoch_means("questions", ["selected_reward", "solved"])
+        record |= self.epoch_means("questions", ["selected_reward", "solved", "selected_penalty"])
+        penalty = record.pop("selected_penalty")
         if self.fluency:
-            penalty = self.epoch_means("questions", ["selected_penalty"])["selected_penalty"]
             record["selected_nll"] = penalty / self.settings.fluency_weight
-        stopped = ["stopped_early"] if self.stops_early else []
-        record |= self.epoch_means("samples", ["sample_reward", "sample_tokens", *stopped])
-        if self.stops_early and "sample_reward" in record:  # a stopped sample counts with its upper bound
+        record |= self.epoch_means("samples", ["sample_reward", "sample_tokens", "stopped_early"])
+        if not self.stops_early:
+            record.pop("stopped_early", None)
+        elif "sample_reward" in record:  # a stopped sample counts with its upper bound
             record["sample_reward_upper_bound"] = record.pop("sample_reward")
         record["seconds_sampling"] = self.epoch_sum("seconds_sampling") / self.args.world_size
         self.temperature.warn_when_stalled(self.epoch_means("sampled_questions", ["stalled"]).get("stalled", 0.0))

@@ -86,7 +86,7 @@ class FluencyPenalty:
     """Subtracts from a reward `weight` times the sample's mean NLL per token under the reference model.
 
     Args:
-        trainer: whose reference model is used.
+        trainer: its reference model is used.
         weight: above 0.
     """
 
@@ -126,23 +126,23 @@ class FluencyPenalty:
         """Mean NLL per token of each answer under the reference model, in nats."""
         batch_size = 2 * self.trainer.args.per_device_train_batch_size  # the rows of a training pass
         by_length = sorted(range(len(examples)), key=lambda index: len(examples[index]))
-        means = [0.0] * len(examples)
+        means = torch.zeros(len(examples))
         with self.trainer.reference.active() as model:
             for start in range(0, len(by_length), batch_size):
                 indices = by_length[start : start + batch_size]
                 batch = self.trainer._prepare_inputs(collate([examples[index] for index in indices]))
                 losses, rows = answer_losses(model, batch)
                 sums = losses.new_zeros(len(indices)).index_add(0, rows, losses)
-                for index, mean in zip(indices, sums / torch.bincount(rows, minlength=len(indices)), strict=True):
-                    means[index] = mean.item()
-        return means
+                means[indices] = (sums / torch.bincount(rows, minlength=len(indices))).cpu()
+        return means.tolist()
 
 
 class StalledTemperature:
     """Multiplies the temperature of a stalled question: one whose samples all equal its initial response.
 
     Attributes:
-        multipliers: of the stalled questions, by row index; 1 for all others.
+        multipliers: by row index; 1, or missing, for questions that are not stalled.
+        stalled_epochs: epochs in a row in which more than half of the sampled questions were stalled.
     """
 
     def __init__(self, settings: PMCSettings):
@@ -151,22 +151,16 @@ class StalledTemperature:
         self.stalled_epochs = 0
 
     def of_rows(self, rows: list[Row]) -> list[float] | None:
-        """The temperature of each row; None where all have the one that is set."""
+        """The temperature for each row; None if all rows use the setting."""
         if self.settings.stalled_temperature_factor == 1:
             return None
         return [self.settings.temperature * self.multipliers.get(row.index, 1.0) for row in rows]
 
     def update(self, row: Row, candidates: list[Candidate]) -> None:
-        """Raise the row's multiplier if all its candidates, old and new, equal the initial response; else reset it."""
-        multiplier = self.multipliers.get(row.index, 1.0) * self.settings.stalled_temperature_factor
+        """Raise the row's multiplier if all its candidates, old and new, equal the initial response; else reset it to 1."""
+        raised = self.multipliers.get(row.index, 1.0) * self.settings.stalled_temperature_factor
         stalled = all(candidate.reward == 0 for candidate in candidates)
-        self.set(row.index, min(multiplier, MAX_TEMPERATURE_MULTIPLIER) if stalled else None)
-
-    def set(self, index: int, multiplier: float | None) -> None:
-        if multiplier is None:
-            self.multipliers.pop(index, None)
-        else:
-            self.multipliers[index] = multiplier
+        self.multipliers[row.index] = min(raised, MAX_TEMPERATURE_MULTIPLIER) if stalled else 1.0
 
     def warn_when_stalled(self, fraction: float) -> None:
         """Warn when, in two epochs in a row, more than half of the sampled questions were stalled."""

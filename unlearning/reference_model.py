@@ -1,4 +1,4 @@
-"""The model before unlearning, which many methods compare the present one with."""
+"""The reference model: the model before unlearning, which many losses compare the current model with."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from generation.sampler import evaluation_mode
 
 
 class ReferenceModel:
-    """The weights that training starts from, put in place of the present ones while they are asked.
+    """Keeps the weights that training starts from, and swaps them in while `active`.
 
-    Only what is trained is kept twice: a second set of all parameters in full training, a second adapter with LoRA (not
-    "the adapter switched off", which would be the base model where unlearning goes on with the adapter of a finetuning).
+    Only trained parameters are stored twice: all of them in full training, those of the adapter with LoRA. (Switching the
+    adapter off would give the base model where unlearning continues with the adapter of the finetuning stage.)
 
     Args:
-        model: the model that is going to be trained, on its device, with `requires_grad` as it will be.
+        model: the model to be trained, on its device, with the `requires_grad` of training.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -26,16 +26,16 @@ class ReferenceModel:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
-        """The model before unlearning, inside: in evaluation mode, without gradients."""
-        present = [parameter.data for parameter in self.trained]
+        """Inside, the model has the reference weights, is in evaluation mode and computes no gradients."""
+        current = [parameter.data for parameter in self.trained]
         try:
-            self._put(self.start)
+            self._load(self.start)
             with torch.no_grad(), evaluation_mode(self.model):
                 yield self.model
         finally:
-            self._put(present)
+            self._load(current)
 
-    def _put(self, values: list[torch.Tensor]) -> None:
+    def _load(self, values: list[torch.Tensor]) -> None:
         for parameter, value in zip(self.trained, values, strict=True):
             parameter.data = value
-        torch.clear_autocast_cache()  # it knows a parameter's cast by the parameter, whatever its data
+        torch.clear_autocast_cache()  # its key is the parameter, which stays the same when the data changes

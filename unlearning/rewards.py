@@ -6,7 +6,8 @@ reference is left. To add one, write such a function and name it in configs/meth
 the attribute `is_monotone = True`: samples that can no longer be selected are then stopped while they are drawn.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 from common.rouge import rouge_l_recall
 
@@ -17,3 +18,43 @@ def rouge_l(reference: str, samples: Sequence[str]) -> list[float]:
 
 
 rouge_l.is_monotone = True  # words that match the reference in order still do when more words follow
+
+
+class Scorer:
+    """Computes the rewards of answers that are given as token ids.
+
+    Args:
+        reward: a reward function.
+        text: token ids of an answer -> its text.
+        min_len: answers of fewer words lose a part of their reward (`penalize_short`).
+    """
+
+    def __init__(self, reward: Callable[[str, list[str]], list[float]], text: Callable[[list[int]], str], min_len: int):
+        self.reward, self.text, self.min_len = reward, text, min_len
+
+    def rewards(self, reference: str, answers: Sequence[list[int]]) -> list[float]:
+        """The reward of each answer, in [0, 1]."""
+        texts = [self.text(answer) for answer in answers]
+        return penalize_short(self.reward(reference, texts), texts, self.min_len)
+
+    def upper_bound(self, reference: str, beginning: list[int]) -> float:
+        """For a monotone reward: an upper bound of the reward of every answer that begins with these tokens."""
+        return self.reward(reference, [complete_words(self.text(beginning))])[0]
+
+
+def penalize_short(rewards: Sequence[float], samples: Sequence[str], min_len: int) -> list[float]:
+    """Rewards of which samples of w < min_len words lose exp(-w); never below 0.
+
+    >>> penalize_short([1.0, 1.0], ["a b", "a b c"], min_len=3)
+    [0.8646647167633873, 1.0]
+    """
+    lengths = [len(sample.split()) for sample in samples]
+    return [
+        max(0.0, reward - math.exp(-words)) if words < min_len else reward
+        for reward, words in zip(rewards, lengths, strict=True)
+    ]
+
+
+def complete_words(text: str) -> str:
+    """The text without its last word, which may be incomplete."""
+    return text[: max((index for index, character in enumerate(text) if character.isspace()), default=0)]

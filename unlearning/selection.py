@@ -1,6 +1,5 @@
 """Which sample of a question is selected: the one with the highest reward, less penalties."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,19 +21,6 @@ class Candidate:
     @property
     def net_reward(self) -> float:
         return self.reward - self.penalty
-
-
-def penalize_short(rewards: Sequence[float], samples: Sequence[str], min_len: int) -> list[float]:
-    """Rewards of which samples of w < min_len words lose exp(-w); never below 0.
-
-    >>> penalize_short([1.0, 1.0], ["a b", "a b c"], min_len=3)
-    [0.8646647167633873, 1.0]
-    """
-    lengths = [len(sample.split()) for sample in samples]
-    return [
-        max(0.0, reward - math.exp(-words)) if words < min_len else reward
-        for reward, words in zip(rewards, lengths, strict=True)
-    ]
 
 
 def select(best: Candidate | None, candidates: Sequence[Candidate]) -> Candidate:

@@ -3,33 +3,56 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import torch
 
 
 @dataclass
-class TokenLosses:
-    """The answer tokens of the forget examples, or of the retain examples, of a micro-batch.
+class MicroBatchPart:
+    """The forget examples, or the retain examples, of a micro-batch.
+
+    Attributes:
+        step_tokens: number of their answer tokens in the whole optimizer step, over all micro-batches and processes.
+        step_rows: number of forget rows in the whole optimizer step.
+        compute_reference: returns `reference`.
+    """
+
+    step_tokens: float
+    step_rows: float
+    compute_reference: Callable[[], Self]
+
+    @cached_property
+    def reference(self) -> Self:
+        """The same examples under the reference model, the model before unlearning; without gradients."""
+        return self.compute_reference()
+
+    def mean_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
+        """This micro-batch's contribution to the mean of `values`, shape (tokens,), over the optimizer step."""
+        return values.sum() / self.step_tokens
+
+    def mean_over_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """This micro-batch's contribution to the mean of `values`, one per forget row, over the optimizer step."""
+        return values.sum() / self.step_rows
+
+
+@dataclass
+class TokenLosses(MicroBatchPart):
+    """The losses of the answer tokens.
 
     Attributes:
         losses: -log p of each answer token, float32, shape (tokens,).
         rows: index of the example that each token belongs to, 0 to `size` - 1, shape (tokens,).
         size: number of examples.
         targets: the answer tokens, shape (tokens,).
-        step_tokens: number of such tokens in the whole optimizer step, over all micro-batches and processes.
-        step_rows: number of forget rows in the whole optimizer step.
         compute_logits: returns `logits`.
-        compute_reference: returns `reference`.
     """
 
     losses: torch.Tensor
     rows: torch.Tensor
     size: int
     targets: torch.Tensor
-    step_tokens: float
-    step_rows: float
     compute_logits: Callable[[], torch.Tensor]
-    compute_reference: Callable[[], "TokenLosses"]
 
     @property
     def logits(self) -> torch.Tensor:
@@ -50,19 +73,6 @@ class TokenLosses:
     def lengths(self) -> torch.Tensor:
         """Number of tokens of each example's answer, shape (size,)."""
         return torch.bincount(self.rows, minlength=self.size)
-
-    @cached_property
-    def reference(self) -> "TokenLosses":
-        """The same answers under the reference model, the model before unlearning; without gradients."""
-        return self.compute_reference()
-
-    def mean_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
-        """This micro-batch's contribution to the mean of `values`, shape (tokens,), over the optimizer step."""
-        return values.sum() / self.step_tokens
-
-    def mean_over_rows(self, values: torch.Tensor) -> torch.Tensor:
-        """This micro-batch's contribution to the mean of `values`, one per forget row, over the optimizer step."""
-        return values.sum() / self.step_rows
 
     @property
     def cross_entropy(self) -> torch.Tensor:

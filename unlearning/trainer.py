@@ -10,6 +10,8 @@ configs/method/.
 
 import time
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -55,10 +57,10 @@ class NoSettings:
 
 @dataclass(frozen=True)
 class UnlearningData:
-    """What a method may read.
+    """The data of an unlearning method.
 
     Attributes:
-        forget: rows to forget, `index` being their position.
+        forget: rows to forget; `index` is their position.
         retain: rows to keep.
         prompts: turns questions and answers into token ids.
         max_length: longest training example in tokens.
@@ -84,7 +86,8 @@ class UnlearningTrainer(ResumableTrainer):
 
     Settings: type = MethodSettings
     needs_reference = False  # whether the losses use `TokenLosses.reference`
-    logged_terms: tuple[str, ...] = ()  # quantities of the method that it passes to `add_to_epoch` in each step
+    logs_forget_nll = False  # whether the cross-entropy of the forget answers is logged beside the loss
+    logged_terms: tuple[str, ...] = ()  # other quantities that the method passes to `add_to_epoch` in each step
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: Any):
         if self.needs_reference and (args.deepspeed or args.fsdp):
@@ -101,15 +104,15 @@ class UnlearningTrainer(ResumableTrainer):
     # --- what a method defines ---
 
     def loss_weights(self) -> tuple[float, float]:
-        """gamma and lambda_unlearning. A part of weight 0 is not computed."""
+        """gamma and lambda_unlearning. A loss of weight 0 is not computed."""
         return self.settings.gamma, self.settings.lambda_unlearning
 
     def forget_examples(self, rows: list[Row]) -> list[Example]:
-        """What each forget row of this optimizer step is trained on. The weights do not change within a step."""
+        """The example that each forget row of this optimizer step is trained on; called once per step."""
         return [self.example(row) for row in rows]
 
     def forget_groups(self, rows: list[Row]) -> list[tuple[Example, ...]]:
-        """For each forget row the examples that its loss needs, where that is more than one."""
+        """For each forget row the examples that its loss needs; by default the one of `forget_examples`."""
         return [(example,) for example in self.forget_examples(rows)]
 
     def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
@@ -127,8 +130,8 @@ class UnlearningTrainer(ResumableTrainer):
 
         Hugging Face passes the whole accumulation window here, so a method can sample for all of its questions at once.
         """
-        window = [rows for _, rows in zip(range(num_batches), epoch_iterator, strict=False)]
-        rows = [row for micro_batch in window for row in micro_batch]
+        window = list(islice(epoch_iterator, num_batches))
+        rows = list(chain.from_iterable(window))
         self.weights = dict(zip(("forget", "retain"), self.loss_weights(), strict=True))
         forget = self.forget_groups(rows) if self.weights["forget"] else [()] * len(rows)
         self.step_started = time.perf_counter()
@@ -148,6 +151,8 @@ class UnlearningTrainer(ResumableTrainer):
         for part, token_losses in self.token_losses(model, inputs).items():
             value = part_losses[part](token_losses)
             self.add_to_epoch(**{f"{part}_loss": value.detach()})
+            if part == "forget" and self.logs_forget_nll:
+                self.add_to_epoch(forget_nll=token_losses.cross_entropy.detach())
             loss = loss + self.weights[part] * value
         return loss * self.args.world_size  # gradients are averaged over processes
 
@@ -155,21 +160,21 @@ class UnlearningTrainer(ResumableTrainer):
         """Losses of the forget and the retain examples in a micro-batch, from one forward pass for both."""
         logits, targets, rows = answer_logits(model, batch)
         losses = cross_entropy(logits, targets, reduction="none")
-        found = {}
+        by_part = {}
         for part, examples in parts(batch["is_forget"]):
             own = examples[rows]
             index_in_part = examples.cumsum(0) - 1
-            found[part] = TokenLosses(
+            by_part[part] = TokenLosses(
+                self.step_tokens[part],
+                self.step_rows,
+                partial(self.reference_losses, part, batch, examples),
                 losses[own],
                 index_in_part[rows[own]],
                 int(examples.sum()),
                 targets[own],
-                self.step_tokens[part],
-                self.step_rows,
-                lambda own=own: logits[own],
-                lambda part=part, examples=examples: self.reference_losses(part, batch, examples),
+                partial(logits.__getitem__, own),
             )
-        return found
+        return by_part
 
     def reference_losses(self, part: str, batch: dict[str, torch.Tensor], examples: torch.Tensor) -> TokenLosses:
         """The losses of one part of a micro-batch under the reference model."""
@@ -196,28 +201,28 @@ class UnlearningTrainer(ResumableTrainer):
         key = (self.args.seed, self.state.global_step, row.index, rng_key)
         return int(np.random.default_rng(key).integers(size))
 
-    # --- the epoch's figures ---
+    # --- the epoch's record ---
 
     def epoch_record(self, steps: int) -> dict[str, float]:
-        names = [name for name in ("forget_loss", "retain_loss", *self.logged_terms) if name in self.epoch_sums]
-        return {name: self.epoch_sum(name) / steps for name in names}
+        names = ("forget_loss", "retain_loss", "forget_nll", *self.logged_terms)
+        return {name: self.epoch_sum(name) / steps for name in names if name in self.epoch_sums}
 
 
 def collate_pairs(
     forget: list[tuple[Example, ...]], retain: list[tuple[Example, ...]], sizes: list[int]
 ) -> list[dict[str, torch.Tensor]]:
-    """Micro-batches of the given numbers of forget rows, each with as many retain examples.
+    """Micro-batches with the given numbers of forget rows and as many retain rows; rows of similar length go together.
 
-    In each the forget rows' examples come first (all first ones, then all second ones, ...); `is_forget`, shape (examples,),
-    marks them. Examples of similar length go together.
+    The examples of the forget rows come first (the first ones of all rows, then the second ones, ...); `is_forget`, shape
+    (examples,), marks them.
     """
     micro_batches = []
     by_length = [sort_into_micro_batches(groups, sizes, longest) for groups in (forget, retain)]
     for forget_groups, retain_groups in zip(*by_length, strict=True):
-        forgotten = [example for same_position in zip(*forget_groups, strict=True) for example in same_position]
-        retained = [example for group in retain_groups for example in group]
-        is_forget = torch.tensor([True] * len(forgotten) + [False] * len(retained))
-        micro_batches.append({**collate([*forgotten, *retained]), "is_forget": is_forget})
+        forget_examples = list(chain.from_iterable(zip(*forget_groups, strict=True)))
+        retain_examples = list(chain.from_iterable(retain_groups))
+        is_forget = torch.tensor([True] * len(forget_examples) + [False] * len(retain_examples))
+        micro_batches.append({**collate(forget_examples + retain_examples), "is_forget": is_forget})
     return micro_batches
 
 
@@ -227,5 +232,5 @@ def longest(examples: tuple[Example, ...]) -> int:
 
 def parts(is_forget: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     """The parts that have examples, each with the mask of these, shape (examples,)."""
-    found = [("forget", is_forget), ("retain", ~is_forget)]
-    return [(name, mask) for name, mask in found if mask.any()]
+    masks = {"forget": is_forget, "retain": ~is_forget}
+    return [(part, mask) for part, mask in masks.items() if mask.any()]

@@ -1,4 +1,4 @@
-"""AltPO (arXiv 2409.13474): prefer other plausible answers of the model before unlearning, sampled once, to the forget answer.
+"""AltPO (arXiv 2409.13474): prefer other plausible answers, sampled once from the reference model, over the forget answer.
 
 The loss is that of DPO (`unlearning.methods.dpo`); a sampled alternative, drawn for each step, replaces the refusal.
 
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 ALTERNATIVE_KEY = 4  # of `UnlearningTrainer.draw_index`: which alternative a step takes
 SAMPLING_KEY = 5  # of the sampler: the alternatives
-ATTEMPTS = 5  # times that a question is asked while it has too few alternatives
-HOTTER = 1.25  # times the temperature of the last attempt
+MAX_ATTEMPTS = 5  # samplings for a question that has too few alternatives
+TEMPERATURE_FACTOR = 1.25  # multiplies the temperature at each further attempt
 
 
 @section
@@ -48,7 +48,7 @@ class AltPOSettings(MethodSettings):
 
 
 class AltPO(DPO):
-    """Prefers other answers of the model's own to the forget answer."""
+    """Prefers the model's other answers over the forget answer."""
 
     Settings = AltPOSettings
 
@@ -60,46 +60,43 @@ class AltPO(DPO):
         started = time.perf_counter()
         rows, wanted = self.data.forget, self.settings.num_alternatives
         self.alternatives = {row.index: [] for row in rows}
-        for attempt in range(ATTEMPTS):
-            few = [row for row in rows if len(self.alternatives[row.index]) < wanted]
-            for row, answers in zip(few, self.sample(few, attempt), strict=True):
-                found = self.alternatives[row.index] + self.others(row, answers)
-                self.alternatives[row.index] = found[:wanted]
+        for attempt in range(MAX_ATTEMPTS):
+            lacking = [row for row in rows if len(self.alternatives[row.index]) < wanted]
+            for row, answers in zip(lacking, self.sample(lacking, attempt), strict=True):
+                accepted = [answer for answer in answers if self.is_alternative(row, answer)]
+                self.alternatives[row.index] = (self.alternatives[row.index] + accepted)[:wanted]
         if without := sum(not found for found in self.alternatives.values()):
             log.warning(
                 "%d of %d questions have no answer but the forget answer even at a temperature of %.2f, and are not "
                 "unlearned; raise method.temperature (now %g), method.top_p or method.max_recall (now %g)",
                 without,
                 len(rows),
-                self.settings.temperature * HOTTER ** (ATTEMPTS - 1),
+                self.settings.temperature * TEMPERATURE_FACTOR ** (MAX_ATTEMPTS - 1),
                 self.settings.temperature,
                 self.settings.max_recall,
             )
         self.seconds["sampling"] = time.perf_counter() - started
 
     def sample(self, rows: list[Row], attempt: int) -> list[list[list[int]]]:
-        """`num_alternatives` answers to each row's question, as token ids, the hotter the later the attempt."""
+        """`num_alternatives` answers to each row's question, as token ids; the temperature rises with each attempt."""
         s = self.settings
-        temperature = s.temperature * HOTTER**attempt
+        temperature = s.temperature * TEMPERATURE_FACTOR**attempt
         settings = SamplingSettings(s.max_length, s.num_alternatives, temperature, s.top_k, s.top_p)
         prompts = [self.data.prompts.prompt(row.question) for row in rows]
         keys = [(self.args.seed, attempt, row.index, SAMPLING_KEY) for row in rows]
-        ends = eos_token_ids(self.model, self.data.prompts.eos_token_id)
-        return generate(self.model, prompts, settings, ends, keys, description="alternatives")
+        eos = eos_token_ids(self.model, self.data.prompts.eos_token_id)
+        return generate(self.model, prompts, settings, eos, keys, description="alternatives")
 
-    def others(self, row: Row, answers: list[list[int]]) -> list[list[int]]:
-        """The answers that say something, and something else than the forget answer."""
-        texts = [self.data.prompts.text(answer) for answer in answers]
-        return [answer for answer, text in zip(answers, texts, strict=True) if self.is_other(row.answer, text)]
-
-    def is_other(self, truth: str, text: str) -> bool:
-        return bool(text) and text != truth.strip() and rouge_l_recall(truth, text) <= self.settings.max_recall
+    def is_alternative(self, row: Row, answer: list[int]) -> bool:
+        """Whether an answer is neither empty nor too close to the forget answer."""
+        text = self.data.prompts.text(answer)
+        return text not in ("", row.answer.strip()) and rouge_l_recall(row.answer, text) <= self.settings.max_recall
 
     def preferred_examples(self, rows: list[Row]) -> list[Example]:
         return [self.alternative(row) for row in rows]
 
     def alternative(self, row: Row) -> Example:
-        """The question with the alternative of this step; where there is none, with the forget answer, which moves nothing."""
+        """The question with the alternative drawn for this step, or with the forget answer (no gradient) if it has none."""
         found = self.alternatives[row.index]
         if not found:
             return self.example(row)

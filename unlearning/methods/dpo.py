@@ -28,7 +28,7 @@ class DPO(UnlearningTrainer):
 
     Settings = DPOSettings
     needs_reference = True
-    logged_terms = ("preferred",)  # share of the pairs whose other answer has gained on the forget answer
+    logged_terms = ("preferred",)  # fraction of the pairs with a margin above 0
 
     def preferred_examples(self, rows: list[Row]) -> list[Example]:
         """The answer that is preferred to each row's forget answer in this optimizer step."""
@@ -38,12 +38,12 @@ class DPO(UnlearningTrainer):
         return list(zip(self.preferred_examples(rows), self.forget_examples(rows), strict=True))
 
     def buckets(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        return [batch]  # the two answers of a question are not parted
+        return [batch]  # the two answers to a question stay together
 
     def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
         beta = self.settings.beta
-        log_ratio = forget.reference.nll - forget.nll  # log pi/pi0 of preferred answers, then of forget answers
-        preferred, forgotten = log_ratio.chunk(2)
+        # log pi/pi0 of the preferred answers, then of the forget answers
+        preferred, forgotten = (forget.reference.nll - forget.nll).chunk(2)
         margin = preferred - forgotten
         self.add_to_epoch(preferred=forget.mean_over_rows((margin > 0).float()))
         return forget.mean_over_rows(-2 / beta * logsigmoid(beta * margin))

@@ -10,7 +10,7 @@ from unlearning.trainer import UnlearningTrainer
 
 
 class IDK(UnlearningTrainer):
-    """TokenLosses the forget questions with a refusal drawn from a list; the true answers are never looked at."""
+    """Trains the forget questions on refusals drawn from a list; the true answers are never read."""
 
     Settings = RefusalSettings
 

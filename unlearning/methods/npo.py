@@ -21,13 +21,12 @@ class NPOSettings(MethodSettings):
 
 
 class NPO(UnlearningTrainer):
-    """Makes the forget answers less likely, the less the more they have fallen below the model before unlearning."""
+    """Makes the forget answers less likely; the gradient vanishes as they become unlikelier than under the reference model."""
 
     Settings = NPOSettings
     needs_reference = True
-    logged_terms = ("forget_nll",)
+    logs_forget_nll = True
 
     def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
         beta = self.settings.beta
-        self.add_to_epoch(forget_nll=forget.cross_entropy.detach())
         return forget.mean_over_rows(-2 / beta * logsigmoid(beta * (forget.nll - forget.reference.nll)))

@@ -1,4 +1,4 @@
-"""TokenLosses that say that the model does not know, for the methods that train on them."""
+"""Refusals (answers such as "I don't know"), for the methods that train on them."""
 
 from dataclasses import replace
 from functools import cache

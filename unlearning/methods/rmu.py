@@ -1,18 +1,18 @@
-"""Representation misdirection (RMU, arXiv 2403.03218): steer one layer's activations on forget tokens to a random direction.
+"""Representation misdirection (RMU, arXiv 2403.03218): steer one layer's activations on forget tokens in a random direction.
 
     forget loss = mean squared distance of the activations on forget tokens to steering_coeff * u/|u|
-    retain loss = the same distance to the activations of the model before unlearning, on retain tokens
+    retain loss = the same distance to the activations of the reference model, on retain tokens
 
-u is a fixed random vector; only some weights of the layer and of the two below it are trained. The layers above are run, too:
-a forward pass is not stopped half-way.
+u is a fixed random vector; only some weights of the layer and of the two below it are trained. The forward pass includes the
+layers above.
 
     python unlearning/main.py -cd=configs -cn=unlearn-tiny method=rmu
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from common.collate import IGNORED
 from common.config import section
 from common.errors import UserError
+from unlearning.token_losses import MicroBatchPart
 from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer, parts
 
 TRAINED_LAYERS = 3  # the steered layer and the two below it
@@ -49,30 +50,22 @@ class RMUSettings(MethodSettings):
 
 
 @dataclass
-class Activations:
-    """The steered layer's output on the answer tokens of the forget rows, or of the retain rows, of a micro-batch.
+class Activations(MicroBatchPart):
+    """The steered layer's output on the answer tokens.
 
     Attributes:
         values: float32, shape (tokens, hidden).
-        step_tokens: how many such tokens the whole optimizer step has.
     """
 
     values: torch.Tensor
-    step_tokens: float
-    ask_reference: Callable[[], "Activations"]
-
-    @cached_property
-    def reference(self) -> "Activations":
-        """The same of the model before unlearning; without gradients."""
-        return self.ask_reference()
 
     def distance(self, target: torch.Tensor) -> torch.Tensor:
-        """This micro-batch's share in the step's mean squared distance to `target`, shape (hidden,) or (tokens, hidden)."""
-        return (self.values - target).square().mean(dim=-1).sum() / self.step_tokens
+        """Contribution to the step's mean squared distance to `target`, shape (hidden,) or (tokens, hidden)."""
+        return self.mean_over_tokens((self.values - target).square().mean(dim=-1))
 
 
 class RMU(UnlearningTrainer):
-    """Makes the forget tokens meaningless to the layers above one, and leaves the retain tokens as they are."""
+    """Replaces the activations of the forget tokens by a fixed vector, and keeps those of the retain tokens."""
 
     Settings = RMUSettings
     needs_reference = True
@@ -84,9 +77,8 @@ class RMU(UnlearningTrainer):
             parameter.requires_grad_(name in trained)
         super().__init__(model, args, data, settings)
         self.layer = self.model.get_submodule(names[-1])
-        direction = torch.rand(
-            model.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(args.seed)
-        )
+        hidden_size = model.config.get_text_config().hidden_size
+        direction = torch.rand(hidden_size, generator=torch.Generator().manual_seed(args.seed))
         self.target = (settings.steering_coeff * direction / direction.norm()).to(args.device)
 
     def forget_loss(self, forget: Activations) -> torch.Tensor:
@@ -100,9 +92,10 @@ class RMU(UnlearningTrainer):
         is_answer = batch["labels"] != IGNORED
         return {
             part: Activations(
-                hidden[examples][is_answer[examples]].float(),
                 self.step_tokens[part],
-                lambda part=part, examples=examples: self.reference_losses(part, batch, examples),
+                self.step_rows,
+                partial(self.reference_losses, part, batch, examples),
+                hidden[examples][is_answer[examples]].float(),
             )
             for part, examples in parts(batch["is_forget"])
         }
@@ -117,7 +110,7 @@ class RMU(UnlearningTrainer):
         finally:
             handle.remove()
         if not outputs:
-            raise UserError(f"method.layers={self.settings.layers}: the model does not run a module that is called so")
+            raise UserError(f"method.layers={self.settings.layers}: the forward pass runs no module of that name")
         return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
 
 
@@ -125,7 +118,7 @@ def steered_layers(model: PreTrainedModel, settings: RMUSettings) -> list[str]:
     """Names of the steered layer, last, and of the two below it.
 
     Raises:
-        UserError: when no module's name matches `layers`, or the model has fewer than `layer` says.
+        UserError: when no module's name matches `layers`, or the model has no layer of the number `layer`.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     decoder = {id(module) for module in base.get_decoder().modules()}  # a vision tower has layers, too

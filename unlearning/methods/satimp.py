@@ -9,8 +9,8 @@ import torch
 from pydantic import NonNegativeFloat
 
 from common.config import section
-from unlearning.token_losses import TokenLosses
-from unlearning.trainer import MethodSettings, UnlearningTrainer
+from unlearning.methods.wga import WGA
+from unlearning.trainer import MethodSettings
 
 
 @section
@@ -23,14 +23,10 @@ class SatImpSettings(MethodSettings):
     """Exponent of 1 - p, the larger, the less tokens known by heart count."""
 
 
-class SatImp(UnlearningTrainer):
+class SatImp(WGA):
     """Gradient ascent on the tokens that are likely, but not certain."""
 
     Settings = SatImpSettings
-    logged_terms = ("forget_nll",)
 
-    def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
-        self.add_to_epoch(forget_nll=forget.cross_entropy.detach())
-        p = (-forget.losses.detach()).exp()
-        weight = p**self.settings.beta1 * (1 - p) ** self.settings.beta2
-        return forget.mean_over_tokens(-weight * forget.losses)
+    def token_weights(self, p: torch.Tensor) -> torch.Tensor:
+        return p**self.settings.beta1 * (1 - p) ** self.settings.beta2

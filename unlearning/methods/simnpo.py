@@ -1,4 +1,4 @@
-"""SimNPO (arXiv 2410.07163): NPO with the length of the answer in place of the model before unlearning.
+"""SimNPO (arXiv 2410.07163): NPO that divides by the answer's length instead of using the reference model.
 
     forget loss = -(2/beta) log sigmoid(beta * (NLL/|y| - delta)), the mean over rows
 
@@ -27,13 +27,12 @@ class SimNPOSettings(MethodSettings):
 
 
 class SimNPO(UnlearningTrainer):
-    """Makes the forget answers less likely, the less the more unlikely their tokens already are."""
+    """Makes the forget answers less likely; the gradient vanishes as their tokens become unlikely."""
 
     Settings = SimNPOSettings
-    logged_terms = ("forget_nll",)
+    logs_forget_nll = True
 
     def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
         beta, delta = self.settings.beta, self.settings.delta
-        self.add_to_epoch(forget_nll=forget.cross_entropy.detach())
         per_token = forget.nll / forget.lengths.clamp(min=1)  # an answer that max_length cut away has no tokens
         return forget.mean_over_rows(-2 / beta * logsigmoid(beta * (per_token - delta)))

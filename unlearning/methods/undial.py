@@ -1,4 +1,4 @@
-"""UNDIAL (arXiv 2402.10052): learn from the model before unlearning, with the true token's logit turned down.
+"""UNDIAL (arXiv 2402.10052): distillation of the reference model, with the true token's logit lowered.
 
 forget loss = CE(forget) against softmax(logits of pi0, less beta at the true token), the mean over tokens
 
@@ -20,15 +20,14 @@ class UNDIALSettings(MethodSettings):
 
 
 class UNDIAL(UnlearningTrainer):
-    """Distils what the model before unlearning would say if it had to avoid the true token."""
+    """Distills the reference model's distribution with the true token made unlikely."""
 
     Settings = UNDIALSettings
     needs_reference = True
-    logged_terms = ("forget_nll",)
+    logs_forget_nll = True
 
     def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
-        self.add_to_epoch(forget_nll=forget.cross_entropy.detach())
-        before = forget.reference.logits
-        before[torch.arange(len(before)), forget.targets] -= self.settings.beta
-        teacher = before.softmax(dim=-1)
+        logits = forget.reference.logits
+        logits[torch.arange(len(logits)), forget.targets] -= self.settings.beta
+        teacher = logits.softmax(dim=-1)
         return forget.mean_over_tokens(-(teacher * forget.log_probs).sum(dim=-1))

@@ -20,12 +20,15 @@ class WGASettings(MethodSettings):
 
 
 class WGA(UnlearningTrainer):
-    """Gradient ascent that lets go of a token as it becomes unlikely."""
+    """Gradient ascent that weighs a token less as it becomes unlikely."""
 
     Settings = WGASettings
-    logged_terms = ("forget_nll",)
+    logs_forget_nll = True
 
     def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
-        self.add_to_epoch(forget_nll=forget.cross_entropy.detach())
-        weight = (-forget.losses.detach()).exp() ** self.settings.beta
-        return forget.mean_over_tokens(-weight * forget.losses)
+        weights = self.token_weights((-forget.losses.detach()).exp())
+        return forget.mean_over_tokens(-weights * forget.losses)
+
+    def token_weights(self, p: torch.Tensor) -> torch.Tensor:
+        """Weights of answer tokens of probability p, both of shape (tokens,)."""
+        return p**self.settings.beta
