@@ -26,7 +26,8 @@ from common.model import load_model, load_tokenizer
 from common.prompts import PromptFormat, check_prompt_lengths
 from common.results import result_of
 from common.runs import RunFolder, comparable_config, run_folder
-from common.trainer import ExampleTrainer, training_arguments
+from common.trainer import ExampleTrainer
+from common.training_arguments import training_arguments
 from evaluation.during_training import Evaluator
 from generation.cuda_graphs import use_cuda_graphs
 

@@ -7,14 +7,13 @@ Writes models/unlearned/<recipe>/<seed and overrides>/: the checkpoint, result.j
 the report, with the results of the vanilla and the finetuned model beside them.
 """
 
-import re
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the repository's root, not in this folder
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import hydra
 from hydra.errors import HydraException
@@ -22,18 +21,19 @@ from omegaconf import DictConfig
 from transformers import set_seed
 
 from common.cli import job_errors, launch
-from common.config import ModelConfig, PromptConfig, RunConfig, read_config
+from common.config import read_config
 from common.data import load_splits
 from common.errors import UserError
-from common.files import CONFIGS, ROOT, is_first_process, looks_local, resolve_path
+from common.files import CONFIGS, is_first_process
 from common.model import load_model, load_tokenizer
 from common.prompts import PromptFormat, check_prompt_lengths
 from common.results import copy_result, result_of, stored_result
-from common.runs import RunFolder, comparable_config, run_folder, with_portable_paths
-from common.trainer import training_arguments
+from common.runs import RunFolder, comparable_config, run_folder
+from common.training_arguments import training_arguments
 from evaluation.during_training import Evaluator
 from evaluation.report import write_report
 from generation.cuda_graphs import use_cuda_graphs
+from unlearning.start_checkpoint import start_checkpoint
 from unlearning.trainer import UnlearningData, UnlearningTrainer
 
 
@@ -98,60 +98,6 @@ def method_class(cfg: DictConfig) -> type[UnlearningTrainer]:
     if not (issubclass(found, UnlearningTrainer) and hasattr(found, "Settings")):
         raise UserError(f"method._target_={target}: not a subclass of UnlearningTrainer with a Settings dataclass")
     return found
-
-
-def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
-    """The model section with the finetuned checkpoint as its path.
-
-    Raises:
-        UserError: when there is no such folder, or its run used another data set, base model or prompt than this one.
-    """
-    path, command = resolve_path(finetuned), finetuning_command(finetuned)
-    beside = sorted(folder.name for folder in Path(resolve_path(str(Path(finetuned).parent))).glob("seed-*"))
-    there = f" (there: {', '.join(beside)}; name one with finetuned=FOLDER)" if beside else ""
-    if looks_local(finetuned) and not Path(path).exists():
-        remedy = f"; make it with: {command}" if command else "; name the folder of a finetuned model, or a hub id"
-        raise UserError(f"finetuned={finetuned}: no such folder{remedy}{there}")
-    if differing := differences_from_finetuning(config, path):
-        raise UserError(
-            f"finetuned={finetuned}: was made with other settings than this run has: {'; '.join(differing)}. "
-            f"Give this run the same, or finetune with these{there or ' and name that folder with finetuned=FOLDER'}"
-        )
-    return replace(config.model, path=path, made_by=command, gguf_file=None, revision=None, new=None)
-
-
-def finetuning_command(path: str) -> str | None:
-    """The command that writes <models_dir>/finetuned/<recipe>/seed-<seed>; None for other paths and other people's recipes."""
-    match = re.fullmatch(r"(?:(.*)/)?finetuned/([^/]+)/seed-(\d+)/?", path)
-    if not match or not (CONFIGS / f"{match[2]}.yaml").exists():
-        return None
-    models_dir = "" if match[1] in ("models", f"{ROOT}/models") else f" models_dir={match[1] or '.'}"
-    return f"python finetuning/main.py -cd=configs -cn={match[2]} seed={match[3]}{models_dir}"
-
-
-def differences_from_finetuning(config: RunConfig, path: str) -> list[str]:
-    """The settings that unlearning must share with the run that made a checkpoint and does not, each with both values.
-
-    None for a checkpoint made elsewhere. Seeds in paths may differ.
-    """
-    recorded = (result_of(path) or {}).get("config")
-    if recorded is None:
-        return []
-
-    def normalized(place: str | None) -> str:
-        return resolve_path(re.sub(r"/seed-\d+", "", with_portable_paths(str(place), config.models_dir)))
-
-    theirs = {"data.path": recorded["data"]["path"], "model.path": recorded["model"]["path"]}
-    ours = {"data.path": config.data.path, "model.path": config.model.path}
-    differing = {key for key in ours if normalized(theirs[key]) != normalized(ours[key])}
-    for key, value in asdict(config.model.prompt).items():
-        name = f"model.prompt.{key}"
-        theirs[name], ours[name] = (
-            recorded["model"]["prompt"].get(key, getattr(PromptConfig(style="plain"), key)),
-            value,
-        )
-        differing |= {name} if theirs[name] != value else set()
-    return [f"{key}={theirs[key]} there, {ours[key]} here" for key in sorted(differing)]
 
 
 def show_report(folder: Path) -> None:

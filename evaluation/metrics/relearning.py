@@ -17,7 +17,8 @@ from transformers import set_seed
 from common.config import section
 from common.data import Row
 from common.errors import UserError
-from common.trainer import ExampleTrainer, training_arguments
+from common.trainer import ExampleTrainer
+from common.training_arguments import training_arguments
 from evaluation.context import EvaluatedModel, EvaluationContext
 from evaluation.metric_group import MetricGroup, ScoreDescription
 from evaluation.metrics.tofu import probability, recalls
