@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.config import RunConfig
 from common.errors import UserError
-from common.files import ROOT, is_first_process, read_json, write_json
+from common.files import ROOT, is_first_process, read_json, resolve_path, write_json
 from common.results import RESULT, result_of
 
 log = logging.getLogger(__name__)
@@ -108,21 +108,29 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
 
 
+def training_run(stage: str, cfg: DictConfig, config: RunConfig) -> "RunFolder":
+    """The folder of a run that trains the checkpoint at `config.model.path`, or a new model."""
+    start = resolve_path(config.model.path) if config.model.path else ""
+    start_id = (result_of(start) or {}).get("id") if start else None
+    return RunFolder(run_folder(stage, config), comparable_config(cfg, start_id), start)
+
+
 class RunFolder:
     """One run's folder on disk.
 
     Args:
         folder: of the finished run's files.
         configuration: `comparable_config(...)` of the run.
-        start: the checkpoint that the run starts from.
+        start: hub id or folder of the checkpoint that the run starts from, empty for a new model.
     Raises:
         UserError: when the run would overwrite that checkpoint.
     """
 
-    def __init__(self, folder: Path, configuration: dict[str, Any], start: str | None = None):
+    def __init__(self, folder: Path, configuration: dict[str, Any], start: str = ""):
         if start and Path(start).resolve() == folder.resolve():
             raise UserError(f"output_dir={folder}: is the model that the run reads; name another folder")
         self.folder = folder
+        self.start = start
         self.work = folder / "in_progress"
         self.recorded = self.work / "run.json"
         self.configuration = configuration

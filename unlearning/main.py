@@ -1,10 +1,10 @@
-"""Make a finetuned model forget: by PMC, or by any method that configs/method/ names.
+"""Unlearn the forget rows from a finetuned model, with PMC or another method of configs/method/.
 
     python unlearning/main.py -cd=configs -cn=PMC-unlearn-tiny
     python unlearning/main.py -m -cd=configs -cn=PMC-unlearn-tiny method.lambda_unlearning=0.5,1.5 method.num_samples=2,5
 
 Writes models/unlearned/<recipe>/<seed and overrides>/: the checkpoint, result.json, generations.jsonl, history.jsonl and
-the report, with the results of the vanilla and the finetuned model beside them.
+the report, and in vanilla/ and finetuned/ the results of these two models.
 """
 
 import sys
@@ -27,8 +27,8 @@ from common.errors import UserError
 from common.files import CONFIGS, is_first_process
 from common.model import load_model, load_tokenizer
 from common.prompts import PromptFormat, check_prompt_lengths
-from common.results import copy_result, result_of, stored_result
-from common.runs import RunFolder, comparable_config, run_folder
+from common.results import copy_result, stored_result
+from common.runs import training_run
 from common.training_arguments import training_arguments
 from evaluation.during_training import Evaluator
 from evaluation.report import write_report
@@ -41,14 +41,13 @@ def unlearn(cfg: DictConfig) -> Path:
     """Run the stage; returns the run's folder.
 
     Raises:
-        UserError: for whatever is wrong with the configuration, the data or the model, before training starts.
+        UserError: when the configuration, the data or the model has an error, before training starts.
     """
     method = method_class(cfg)
     config = read_config(cfg, method.Settings, also=("finetuned",))
     use_cuda_graphs(config.generation.cuda_graphs)
     config = replace(config, model=start_checkpoint(config, str(cfg.finetuned)))
-    start = result_of(config.model.path) or {}
-    run = RunFolder(run_folder("unlearned", config), comparable_config(cfg, start.get("id")), config.model.path)
+    run = training_run("unlearned", cfg, config)
     if not config.overwrite and run.is_done():
         show_report(run.folder)
         return run.folder
@@ -57,8 +56,7 @@ def unlearn(cfg: DictConfig) -> Path:
     prompts = PromptFormat(tokenizer, config.model.prompt)
     data = UnlearningData(rows["forget"], rows["retain"], prompts, config.data.max_length)
     prompt_ids = {role: [prompts.prompt(row.question) for row in split] for role, split in rows.items()}
-    for ids in prompt_ids.values():
-        check_prompt_lengths(ids, config.data.max_length, "data.max_length")
+    check_prompt_lengths(prompt_ids["forget"] + prompt_ids["retain"], config.data.max_length, "data.max_length")
     if hasattr(config.settings, "max_length"):
         check_prompt_lengths(prompt_ids["forget"], config.settings.max_length, "method.max_length")
     evaluator = Evaluator(config, prompts, run.configuration)
@@ -68,10 +66,10 @@ def unlearn(cfg: DictConfig) -> Path:
     work = run.open(fresh=config.overwrite)
     trainer = method(model, args, data, config.settings)
     if config.evaluation.start:
-        vanilla = Path(config.model.path) / "vanilla"
+        vanilla = Path(run.start) / "vanilla"
         if stored_result(vanilla, run.configuration):
             copy_result(vanilla, work / "vanilla")
-        evaluator.start(work / "finetuned", config.model.path, trainer.model)
+        evaluator.start(work / "finetuned", run.start, trainer.model)
     if config.evaluation.every_epochs:
         trainer.evaluate_model, trainer.evaluate_every = evaluator.headline, config.evaluation.every_epochs
     trainer.train_or_resume()
@@ -87,7 +85,7 @@ def method_class(cfg: DictConfig) -> type[UnlearningTrainer]:
     """The class that `method._target_` names.
 
     Raises:
-        UserError: when there is none, or it is no unlearning method.
+        UserError: when there is no such class, or it is not an unlearning method.
     """
     target = cfg.get("method", {}).get("_target_")
     try:
@@ -101,7 +99,7 @@ def method_class(cfg: DictConfig) -> type[UnlearningTrainer]:
 
 
 def show_report(folder: Path) -> None:
-    """Print the report's table and where the rest is."""
+    """Print the report's table and the path of the whole report."""
     if not is_first_process():
         return
     print((folder / "report.md").read_text(encoding="utf-8").split("\n## ")[0])
