@@ -37,7 +37,7 @@ from common.files import CONFIGS, write_json
 from common.hardware import device_name
 from common.new_model import new_model
 from common.results import package_versions
-from common.trainer import training_arguments
+from common.training_arguments import training_arguments
 
 log = logging.getLogger(__name__)
 

@@ -26,13 +26,13 @@ from common.model import load_model, load_tokenizer
 from common.new_model import new_model
 from common.prompts import PromptFormat
 from common.rouge import rouge_l_recall
-from common.trainer import training_arguments
+from common.training_arguments import training_arguments
 from evaluation.metrics.headline import load_questions
 from generation.cuda_graphs import use_cuda_graphs
 from generation.sampler import generate
 from generation.token_sampling import SamplingSettings
-from unlearning.main import start_checkpoint
 from unlearning.pmc import PMCSettings
+from unlearning.start_checkpoint import start_checkpoint
 from unlearning.trainer import UnlearningData
 
 BASELINE_EVALUATION_BATCH = 256  # as the published recipes have it

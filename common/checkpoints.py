@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill, and the signals that ask for one."""
+"""Checkpoints: the one that training continues from, and those that are written on SIGTERM or Ctrl-C."""
 
 import logging
 import signal
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; unfinished ones are passed over."""
+    """The newest checkpoint that is complete, or None."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for path in found:
         try:
@@ -26,25 +26,25 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 
 
 class StopSignals:
-    """While active, notes the first SIGTERM or Ctrl-C instead of dying; a second one kills as usual."""
+    """Inside the context the first SIGTERM or Ctrl-C is recorded in `received`; a second one ends the process as usual."""
 
     def __enter__(self) -> "StopSignals":
         self.received = 0
-        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.previous = {number: signal.signal(number, self._record) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame: Any) -> None:
-        log.warning("signal %d: finishing this step and writing a checkpoint (once more: stop at once)", number)
+    def _record(self, number: int, _frame: Any) -> None:
+        log.warning("signal %d: stopping after this step with a checkpoint (send it again to stop at once)", number)
         self.received = number
         self.__exit__()
 
 
 class SaveAndStop(TrainerCallback):
-    """Turns a noted signal into a checkpoint and the end of training, after the optimizer step."""
+    """After a signal, saves a checkpoint and ends training at the end of the optimizer step."""
 
     def __init__(self, stop: StopSignals):
         self.stop = stop
@@ -52,7 +52,6 @@ class SaveAndStop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.stop.received:
             control.should_save = control.should_training_stop = True
-        return control
 
 
 def save_trained(trainer: Trainer, folder: Path, merge: bool) -> None:

@@ -1,4 +1,4 @@
-"""The command line of a stage: environment variables, overrides, and errors that the user can fix as one message."""
+"""The command line of a stage: environment variables, overrides, and one message for an error that the user can fix."""
 
 import contextlib
 import logging
@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import transformers
 from dotenv import load_dotenv
@@ -30,31 +29,31 @@ def prepare_process() -> None:
     load_dotenv(ROOT / "environment.local.env")
     load_dotenv(ROOT / "environment.env")
     for name in ("HUGGINGFACE_LOGIN_TOKEN", "WANDB_API_KEY", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_MODE"):
-        if not os.environ.get(name):
-            os.environ.pop(name, None)
+        if os.environ.get(name) == "":
+            del os.environ[name]
     if token := os.environ.get("HUGGINGFACE_LOGIN_TOKEN"):
         os.environ.setdefault("HF_TOKEN", token)
     os.environ.setdefault("PMC_ROOT", str(ROOT))
-    # Processes that a launcher starts must find the packages of this repository, too.
+    # The processes that a launcher starts import the packages of this repository, too.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.set_verbosity_error()
-    # Progress bars of reading and writing files bury the one of training.
+    # Without it, bars for reading and writing files would clutter the output of training.
     transformers.utils.logging.disable_progress_bar()
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Run a stage's Hydra entry point; print errors that the user can fix as one message, without a traceback."""
+    """Run a stage's Hydra entry point. An error that the user can fix is printed without a traceback."""
     prepare_process()
     sys.argv[1:] = [allow_new_key(word) for word in sys.argv[1:]]
-    # Otherwise Hydra prints its errors itself and exits before they can be explained.
+    # Without it, Hydra prints its own errors and exits.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         main()
     except UserError as error:
         sys.exit(f"\nError: {error}")
     except MissingConfigException as error:
-        files = (path for pattern in ("*.yaml", "benchmark/*.yaml", "compare/*.yaml") for path in CONFIGS.glob(pattern))
+        files = [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("benchmark/*.yaml"), *CONFIGS.glob("compare/*.yaml")]
         recipes = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in files)
         sys.exit(f"\nError: {error}\nRecipes in {CONFIGS}: {', '.join(recipes)}")
     except HydraException as error:
@@ -64,7 +63,7 @@ def launch(main: Callable[[], None]) -> None:
 
 
 def allow_new_key(override: str) -> str:
-    """Let `training.gradient_checkpointing=true` work although no YAML lists the key; mistyped keys are refused later.
+    """Prefix an override with "++", which also sets keys that no YAML lists. Mistyped keys are refused later.
 
     >>> allow_new_key("training.fp16=true")
     '++training.fp16=true'
@@ -74,29 +73,29 @@ def allow_new_key(override: str) -> str:
 
 
 def _explain_override(message: str) -> str:
-    """Hydra's complaint about a mistyped override, with the closest known key."""
+    """Hydra's message; for a mistyped override one that names the closest known key."""
     mistyped = re.search(r"Could not override '([^']+)'", message)
     if not mistyped:
         return message
     known: set[str] = set()
     for path in CONFIGS.rglob("*.yaml"):
         is_global = path.parent == CONFIGS or path.read_text(encoding="utf-8").startswith("# @package _global_")
-        prefix = "" if is_global else f"{path.parent.name}."
-        known.update(prefix + key for key in _dotted_keys(OmegaConf.load(path)))
+        known.update(
+            _dotted_keys(OmegaConf.to_container(OmegaConf.load(path)), "" if is_global else f"{path.parent.name}.")
+        )
     return f"no key '{mistyped[1]}' in this configuration{did_you_mean(mistyped[1], known)}"
 
 
-def _dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
-    for key in node or ():
+def _dotted_keys(values: dict, prefix: str) -> Iterator[str]:
+    for key, value in values.items():
         yield f"{prefix}{key}"
-        value = node._get_node(key)
-        if hasattr(value, "keys") and not value._is_none() and not value._is_interpolation():
+        if isinstance(value, dict):
             yield from _dotted_keys(value, f"{prefix}{key}.")
 
 
 @contextlib.contextmanager
 def job_errors(folder: str | Path) -> Iterator[None]:
-    """Around one job: report a full disk as such, and in a sweep log the job's error at once, because the others go on."""
+    """Around one job: turns a full disk into a UserError, and in a sweep, which goes on, logs the job's error at once."""
     try:
         with full_disk_as_user_error(folder):
             yield

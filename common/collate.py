@@ -7,7 +7,7 @@ import torch
 
 from common.prompts import Example
 
-IGNORED = -100  # label of a position that has no loss
+IGNORED = -100  # label of a position without loss
 
 
 def collate(examples: Sequence[Example], pad_id: int = 0) -> dict[str, torch.Tensor]:

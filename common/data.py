@@ -1,6 +1,6 @@
-"""Question/answer data: splits of TOFU from the hub, or JSON-lines files of any data set with named columns.
+"""Questions and answers: splits of TOFU from the hub, or JSON-lines files of any data set.
 
-A split is named as in the `datasets` library, slices and sums included: "forget01[:20] + retain99[:60]".
+A split is written as in the `datasets` library, with slices and sums: "forget01[:20] + retain99[:60]".
 """
 
 import json
@@ -19,15 +19,12 @@ _PART = re.compile(r"^(?P<name>[\w.\-]+)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$")
 
 
 class HubError(UserError):
-    """The hub could not be reached or has no such data; the other splits would fail alike, after as many retries."""
+    """The hub cannot be reached or lacks the data. Other splits are not tried: each would first repeat the retries."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One question with its answer; `index` is its position in its split and the only key that names it.
-
-    Question texts are no keys: two authors' rows may share one.
-    """
+    """One question with its answer. `index`, its position in its split, identifies it: questions may occur twice."""
 
     index: int
     question: str
@@ -38,10 +35,10 @@ class Row:
 
 
 def load_split(data: DataConfig, role: str) -> list[Row]:
-    """The rows of the split that plays a role (train, forget, retain, ...).
+    """The rows of the split that is configured for a role (train, forget, retain, ...).
 
     Raises:
-        UserError: for a role, split, file or column that is not there, a malformed line, an empty question or answer.
+        UserError: for a missing role, split, file or column, a malformed line, an empty question or answer.
     """
     if data.splits.get(role) is None:
         known = ", ".join(data.splits)
@@ -53,7 +50,7 @@ def load_split(data: DataConfig, role: str) -> list[Row]:
 
 
 def load_splits(data: DataConfig, roles: tuple[str, ...]) -> dict[str, list[Row]]:
-    """Several splits; all their problems in one error."""
+    """Several splits by role; one UserError lists the problems of all."""
     splits, problems = {}, []
     for role in roles:
         try:
@@ -68,7 +65,7 @@ def load_splits(data: DataConfig, roles: tuple[str, ...]) -> dict[str, list[Row]
 
 
 def scored_retain_rows(rows: list[Row], full_eval: bool) -> list[Row]:
-    """The retain rows that utility is measured on: all of them, or 400 drawn with replacement as the PMC authors draw them."""
+    """The retain rows that utility is measured on: all, or 400 drawn with replacement in the same way as the PMC authors."""
     if full_eval or len(rows) <= SCORED_RETAIN_ROWS:
         return rows
     drawn = np.random.default_rng(12345).integers(0, len(rows), SCORED_RETAIN_ROWS)
@@ -76,7 +73,7 @@ def scored_retain_rows(rows: list[Row], full_eval: bool) -> list[Row]:
 
 
 def _load_part(data: DataConfig, role: str, part: str) -> list[tuple[str, dict]]:
-    """The records of one "name" or "name[start:stop]", each with where it stands."""
+    """The records of one "name" or "name[start:stop]", each with its place for error messages."""
     match = _PART.match(part)
     if not match:
         raise UserError(f"data.splits.{role}={part!r}: expected a split's name, a slice name[:20], or a sum of them")
@@ -94,30 +91,28 @@ def _load_part(data: DataConfig, role: str, part: str) -> list[tuple[str, dict]]
 
 
 def _read_json_lines(folder: Path, name: str, role: str) -> list[tuple[str, dict]]:
-    file = next((folder / f"{name}{end}" for end in (".json", ".jsonl") if (folder / f"{name}{end}").is_file()), None)
-    if file is None:
-        known = sorted({path.stem for path in folder.iterdir() if path.suffix in (".json", ".jsonl")})
-        listed = ", ".join(known) or "none"
-        raise UserError(
-            f"data.splits.{role}={name}: no {folder / name}.json{did_you_mean(name, known)} (there: {listed})"
-        )
+    paths = sorted(folder.iterdir(), reverse=True)  # .json comes last and replaces .jsonl of the same name
+    files = {path.stem: path for path in paths if path.suffix in (".json", ".jsonl") and path.is_file()}
+    if name not in files:
+        hint, found = did_you_mean(name, files), ", ".join(sorted(files)) or "none"
+        raise UserError(f"data.splits.{role}={name}: no {folder / name}.json{hint} (there: {found})")
+    file = files[name]
     try:
-        text = file.read_text(encoding="utf-8")
+        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines(), which splits at other characters, too
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text ({error})") from error
-    records = []
-    # Not splitlines(): a text may hold other line separators than the newline.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number}: not a JSON object ({error.msg}, column {error.colno})") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{file}, line {number}: not a JSON object but {type(record).__name__}")
-        records.append((f"{file}, line {number}", record))
-    return records
+    numbered = ((f"{file}, line {number}", line) for number, line in enumerate(lines, start=1))
+    return [(where, _parse(line, where)) for where, line in numbered if line.strip()]
+
+
+def _parse(line: str, where: str) -> dict:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not a JSON object ({error.msg}, column {error.colno})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: not a JSON object but {type(record).__name__}")
+    return record
 
 
 def _read_from_hub(data: DataConfig, name: str) -> list[tuple[str, dict]]:
@@ -126,7 +121,7 @@ def _read_from_hub(data: DataConfig, name: str) -> list[tuple[str, dict]]:
     try:
         names, split = ((name,), "train") if data.hub_configurations else ((), name)
         dataset = load_dataset(data.path, *names, split=split)
-    except Exception as error:  # the hub's client raises a family of its own, requests' and OS errors
+    except Exception as error:  # errors of datasets, huggingface_hub, HTTP and the file system
         raise HubError(
             f"data.path={data.path}, split {name}: could not be loaded from the hub ({type(error).__name__}: "
             f"{str(error).splitlines()[0][:200]}). Without the hub: data.path=FOLDER with {name}.json in it"

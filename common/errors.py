@@ -1,4 +1,4 @@
-"""Errors that the user can fix, and helpers for their messages."""
+"""Errors that the user can fix, and functions for their messages."""
 
 import contextlib
 import difflib
@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop (SIGTERM, Ctrl-C) and left a checkpoint. Exits with 128 + the signal's number."""
+    """The run was stopped by SIGTERM or Ctrl-C and wrote a checkpoint. Exits with 128 + the signal's number."""
 
     def __init__(self, signal_number: int):
         super().__init__(128 + signal_number)
@@ -29,7 +29,7 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 @contextlib.contextmanager
 def full_disk_as_user_error(folder: str | Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" into an error that says what became of the old result."""
+    """Turn "no space left" and "quota exceeded" into a UserError."""
     try:
         yield
     except Exception as error:

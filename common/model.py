@@ -1,17 +1,24 @@
-"""Tokenizers and weights: from the hub, a folder, a GGUF file or nothing; with a LoRA adapter where asked for.
+"""Tokenizers and weights: loaded from the hub, a folder or a GGUF file, or made new; with a LoRA adapter if configured.
 
-Checkpoints are read and written as safetensors, and code that comes with weights is not run unless
-model.trust_remote_code says so.
+Weights are read as safetensors alone. Code from the hub runs only with model.trust_remote_code.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from common.config import LoraSettings, ModelConfig
 from common.errors import UserError
@@ -19,35 +26,35 @@ from common.files import looks_local, read_json, resolve_path
 from common.new_model import new_model, train_tokenizer
 
 ADAPTER = "adapter_config.json"
+READING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
 
 
 def load_tokenizer(config: ModelConfig, texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
     """The model's tokenizer; for a new model one trained on `texts`.
 
     Raises:
-        UserError: for a path that is no checkpoint, or a tokenizer with more ids than the embedding has rows.
+        UserError: when the path is not a checkpoint, or the tokenizer has more ids than the embedding has rows.
     """
     if config.new:
         return train_tokenizer(config.new, texts)
     path = _checkpoint_path(config)
-    try:
+    with _errors_of_loading(config, "its tokenizer", Exception):  # broken tokenizer files raise errors of any type
         tokenizer = AutoTokenizer.from_pretrained(path, **_source(config))
-    except Exception as error:  # a broken tokenizer file raises whatever its reader trips over
-        raise _not_loadable(config, "its tokenizer", error) from error
     if not config.gguf_file and not _is_adapter(path):
-        rows = _model_config(config, path).get_text_config().vocab_size
-        _check_vocabulary(config, tokenizer, rows)
+        with _errors_of_loading(config, "its config.json", OSError, ValueError):
+            model_config = AutoConfig.from_pretrained(path, **_source(config))
+        _check_vocabulary(config, tokenizer, model_config.get_text_config().vocab_size)
     return tokenizer
 
 
 def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainable: bool) -> PreTrainedModel:
-    """The weights, ready to be trained or to generate.
+    """The model with its weights, ready for training or generation.
 
     Args:
         config: the `model` section.
         tokenizer: from `load_tokenizer`.
-        trainable: add (or go on training) the LoRA adapter of `config.lora`; otherwise an adapter in the checkpoint is
-            merged into the weights, which generates faster.
+        trainable: with `config.lora`, add a LoRA adapter or continue training the checkpoint's own. Otherwise an adapter
+            in the checkpoint is merged into the weights, which makes generation faster.
     Raises:
         UserError: when the weights cannot be loaded or do not fit the tokenizer.
     """
@@ -59,16 +66,12 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainabl
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "output_loading_info": True}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
-    try:
-        if config.gguf_file:
-            from transformers import GgufConfig
-
-            options["quantization_config"] = GgufConfig(dequantize=True)
-        else:
-            options["use_safetensors"] = True
+    if config.gguf_file:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
+    with _errors_of_loading(config, "its weights", *READING_ERRORS, ImportError):
         model, loading = AutoModelForCausalLM.from_pretrained(path, **_source(config), **options)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _not_loadable(config, "its weights", error) from error
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"model.path={config.path}: {len(missing)} weights are missing, {missing[0]} among them")
     _check_vocabulary(config, tokenizer, model.get_input_embeddings().num_embeddings)
@@ -76,14 +79,14 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainabl
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
-    """Freeze the model and put a fresh LoRA adapter on it.
+    """Freeze the model and add a new LoRA adapter.
 
     Raises:
-        UserError: when no layer is called as `target_modules` says.
+        UserError: when no layer has a name in `target_modules`.
     """
     from peft import LoraConfig, get_peft_model
 
-    # Under gradient checkpointing the frozen embedding would cut the graph, and the adapter would silently not train.
+    # Without it, gradient checkpointing gives the adapter no gradient, because the frozen embedding's output needs none.
     model.enable_input_require_grads()
     try:
         settings = LoraConfig(
@@ -95,16 +98,15 @@ def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
         )
         return get_peft_model(model, settings)
     except (ValueError, TypeError) as error:
-        leaves = {
-            name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-        }
+        layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
         raise UserError(
-            f"model.lora.target_modules={lora.target_modules}: {error}; linear layers here: {', '.join(sorted(leaves))}"
+            f"model.lora.target_modules={lora.target_modules}: {error}; linear layers here: {names}"
         ) from error
 
 
 def eos_token_ids(model: PreTrainedModel, eos_token_id: int) -> list[int]:
-    """Every token that ends an answer: the prompt format's own and those that the generation config names."""
+    """Every token that ends an answer: that of the prompt format and those in the model's generation config."""
     named = getattr(model.generation_config, "eos_token_id", None)
     named = named if isinstance(named, list) else [] if named is None else [named]
     return sorted({eos_token_id, *named})
@@ -113,40 +115,34 @@ def eos_token_ids(model: PreTrainedModel, eos_token_id: int) -> list[int]:
 def _checkpoint_path(config: ModelConfig) -> str:
     """`model.path` as a hub id or as a folder that holds a checkpoint."""
     path = resolve_path(config.path)
-    remedy = f"; make it with: {config.made_by}" if config.made_by else ""
-    if not Path(path).exists():
-        if looks_local(config.path) or config.made_by:
-            raise UserError(f"model.path={config.path}: no such folder{remedy}")
-        return path
     folder = Path(path)
-    if not folder.is_dir():
+    remedy = f"; make it with: {config.made_by}" if config.made_by else ""
+    if folder.is_file():
         raise UserError(
             f"model.path={config.path}: is a file; name the folder it is in (model.gguf_file names a GGUF file)"
         )
+    if not folder.exists():
+        if looks_local(config.path) or config.made_by:
+            raise UserError(f"model.path={config.path}: no such folder{remedy}")
+        return path
     if config.gguf_file:
         if not (folder / config.gguf_file).is_file():
             raise UserError(f"model.gguf_file={config.gguf_file}: no such file in {folder}")
         return path
-    has_weights = any(folder.glob("adapter_model.safetensors" if _is_adapter(path) else "*.safetensors"))
-    if not has_weights or not ((folder / "config.json").is_file() or _is_adapter(path)):
-        there = ", ".join(sorted(child.name for child in folder.iterdir())[:12]) or "nothing"
+    needed = (ADAPTER, "adapter_model.safetensors") if _is_adapter(path) else ("config.json", "*.safetensors")
+    if not all(any(folder.glob(pattern)) for pattern in needed):
+        found = ", ".join(sorted(child.name for child in folder.iterdir())[:12]) or "nothing"
         raise UserError(
             f"model.path={config.path}: not a checkpoint; expected config.json (or {ADAPTER}) and *.safetensors, "
-            f"found {there}{remedy}"
+            f"found {found}{remedy}"
         )
     return path
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of every from_pretrained call."""
     named = {key: getattr(config, key) for key in ("revision", "gguf_file") if getattr(config, key)}
     return {"trust_remote_code": config.trust_remote_code, **named}
-
-
-def _model_config(config: ModelConfig, path: str):
-    try:
-        return AutoConfig.from_pretrained(path, **_source(config))
-    except (OSError, ValueError) as error:
-        raise _not_loadable(config, "its config.json", error) from error
 
 
 def _is_adapter(path: str) -> bool:
@@ -156,29 +152,28 @@ def _is_adapter(path: str) -> bool:
 def _load_adapter(
     config: ModelConfig, path: str, tokenizer: PreTrainedTokenizerBase, trainable: bool
 ) -> PreTrainedModel:
-    """A LoRA checkpoint: its base model with the adapter on it, to go on training, or merged."""
+    """The base model of a LoRA checkpoint with its adapter: as one to continue training, or merged into the weights."""
     from peft import PeftModel
 
     saved = read_json(Path(path) / ADAPTER)
-    going_on = trainable and config.lora is not None
-    if going_on:
+    continue_adapter = trainable and config.lora is not None
+    if continue_adapter:
+        here, there = (config.lora.r, config.lora.alpha), (saved.get("r"), saved.get("lora_alpha"))
         differing = [
-            f"{ours}={getattr(config.lora, ours)} (checkpoint: {saved.get(theirs)})"
-            for ours, theirs in (("r", "r"), ("alpha", "lora_alpha"))
-            if getattr(config.lora, ours) != saved.get(theirs)
+            f"{key}={ours} (checkpoint: {theirs})"
+            for key, ours, theirs in zip(("r", "alpha"), here, there, strict=True)
+            if ours != theirs
         ]
         if differing:
             raise UserError(
-                f"model.lora.{', '.join(differing)}: {path} is an adapter, and training goes on with it; give it the same "
+                f"model.lora.{', '.join(differing)}: {path} is an adapter, which training continues; give it the same "
                 "values, or finetune with model.lora.merge=true to start a new one"
             )
     base = dataclasses.replace(config, path=saved["base_model_name_or_path"], revision=saved.get("revision"), lora=None)
     model = load_model(base, tokenizer, trainable=False)
-    try:
-        model = PeftModel.from_pretrained(model, path, is_trainable=going_on)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _not_loadable(config, "its adapter", error) from error
-    if not going_on:
+    with _errors_of_loading(config, "its adapter", *READING_ERRORS):
+        model = PeftModel.from_pretrained(model, path, is_trainable=continue_adapter)
+    if not continue_adapter:
         return model.merge_and_unload().requires_grad_(trainable)
     model.get_base_model().enable_input_require_grads()
     return model
@@ -192,9 +187,14 @@ def _check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, r
         )
 
 
-def _not_loadable(config: ModelConfig, what: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-    return UserError(
-        f"model.path={config.path}: {what} could not be loaded ({reason}). A gated or remote model needs the hub and "
-        "perhaps a token in environment.env; without the hub name a local folder"
-    )
+@contextlib.contextmanager
+def _errors_of_loading(config: ModelConfig, what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn these errors of a library into a UserError that names `what` could not be loaded."""
+    try:
+        yield
+    except kinds as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(
+            f"model.path={config.path}: {what} could not be loaded ({reason}). A gated or remote model needs the hub and "
+            "perhaps a token in environment.env; without the hub name a local folder"
+        ) from error

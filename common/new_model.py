@@ -31,14 +31,17 @@ def train_tokenizer(new: NewModelConfig, texts: Iterable[str]) -> PreTrainedToke
 
 
 def new_model(new: NewModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:
-    """A model with random weights of the architecture that `new` describes."""
+    """A model of the architecture that `new` describes, with random weights.
+
+    Raises:
+        UserError: for an unknown architecture or setting, or settings that do not fit together.
+    """
+    key = f"model.new (architecture={new.architecture})"
     if new.architecture not in CONFIG_MAPPING:
-        raise UserError(
-            f"model.new (architecture={new.architecture}): unknown{did_you_mean(new.architecture, CONFIG_MAPPING)}"
-        )
+        raise UserError(f"{key}: unknown{did_you_mean(new.architecture, CONFIG_MAPPING)}")
     known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[new.architecture])}
-    for key in set(new.settings) - known:
-        raise UserError(f"model.new (architecture={new.architecture}): no setting '{key}'{did_you_mean(key, known)}")
+    for name in set(new.settings) - known:
+        raise UserError(f"{key}: no setting '{name}'{did_you_mean(name, known)}")
     try:
         settings = AutoConfig.for_model(
             new.architecture,
@@ -49,5 +52,5 @@ def new_model(new: NewModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: st
             **new.settings,
         )
         return AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype))
-    except Exception as error:  # every configuration class raises its own kinds
-        raise UserError(f"model.new (architecture={new.architecture}): {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # configuration classes raise errors of any type
+        raise UserError(f"{key}: {' '.join(str(error).split())[:300]}") from error

@@ -1,4 +1,4 @@
-"""From questions and answers to token ids. Ids are concatenated; text that was joined is never tokenized again."""
+"""From questions and answers to token ids. Prompt and answer are tokenized apart, and their ids are concatenated."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ class Example:
 
 
 class PromptFormat:
-    """How a model is asked: by its tokenizer's chat template, or by plain "Question: ... Answer:" text.
+    """How a question becomes a prompt: with the tokenizer's chat template, or as plain "Question: ... Answer:" text.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         config: the `model.prompt` section.
     Raises:
-        UserError: when a chat is asked for and the tokenizer has no chat template, or no EOS token can be found.
+        UserError: for style "chat" when the tokenizer has no chat template, or when there is no EOS token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig):
@@ -38,10 +38,10 @@ class PromptFormat:
         self.config = config
         if config.style == "chat" and not tokenizer.chat_template:
             raise UserError("model.prompt.style=chat: the tokenizer has no chat template; use model.prompt.style=plain")
-        self.eos_token_id = self._find_end_token()
+        self.eos_token_id = self._find_eos_token()
 
     def prompt(self, question: str) -> list[int]:
-        """Token ids that the answer follows."""
+        """Token ids of the prompt, which the answer's follow."""
         if self.config.style == "plain":
             return self.tokenizer(self.config.question.replace("{question}", question))["input_ids"]
         return self._chat(self._messages(question), add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -52,17 +52,17 @@ class PromptFormat:
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_token_id]
 
     def example(self, row: Row, max_length: int) -> Example:
-        """The row as an example of at most `max_length` tokens; a longer answer is cut, its EOS token with it.
+        """The row as an example of at most `max_length` tokens. A longer answer is cut and has no EOS token.
 
-        A prompt that fills them leaves an answer of no token.
+        The answer is empty when the prompt alone has `max_length` tokens or more.
         """
         prompt = self.prompt(row.question)
         return Example(prompt, self.answer(row.answer)[: max(0, max_length - len(prompt))])
 
     def text(self, answer_ids: Sequence[int]) -> str:
-        """The words of an answer: without special tokens and outer space.
+        """The text of an answer, without special tokens and surrounding whitespace.
 
-        Nothing is cleaned up, so that the text of an answer's first tokens is the beginning of its text.
+        Tokenization spaces are not cleaned up, so that the text of an answer's first tokens is a prefix of its text.
         """
         decoded = self.tokenizer.decode(answer_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return decoded.strip()
@@ -81,25 +81,29 @@ class PromptFormat:
                 f"model.prompt: the chat template refuses it ({error}); is it model.prompt.system?"
             ) from error
 
-    def _find_end_token(self) -> int:
-        """The token that ends an answer: what the chat template puts after one, else the tokenizer's EOS token."""
+    def _find_eos_token(self) -> int:
+        """The token that ends an answer: the one that the chat template puts after it, else the tokenizer's EOS token."""
         if self.config.style == "chat":
             marker = "ANSWER"
             chat = [*self._messages("?"), {"role": "assistant", "content": marker}]
             after = self._chat(chat, tokenize=False).rpartition(marker)[2]
             ids = self.tokenizer(after.strip(), add_special_tokens=False)["input_ids"]
-            if ids and ids[0] in self.tokenizer.all_special_ids + list(self.tokenizer.added_tokens_decoder):
+            if ids and ids[0] in (*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder):
                 return ids[0]
         if self.tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no EOS token (eos_token), so no answer could ever end")
+            raise UserError(
+                "the tokenizer has no EOS token (eos_token), so no answer would end; add one to the tokenizer"
+            )
         return self.tokenizer.eos_token_id
 
 
 def check_prompt_lengths(prompts: Sequence[list[int]], max_length: int, key: str) -> None:
-    """Refuse prompts that leave no room for an answer.
+    """Check that every prompt leaves room for an answer.
 
+    Args:
+        key: the configuration key of `max_length`.
     Raises:
-        UserError: naming the longest prompt's length.
+        UserError: with the length of the longest prompt.
     """
     longest = max(map(len, prompts), default=0)
     if longest >= max_length:

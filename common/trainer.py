@@ -1,4 +1,4 @@
-"""What both training stages share: TrainingArguments from the configuration, checkpoints that survive a kill, progress.
+"""The trainers that both training stages build on: checkpoints to continue from, and a record of every epoch.
 
 Training rows are `Example`s (a prompt with its answer), padded to the longest of their batch. The loss is the mean over
 the answer tokens of the whole optimizer step, so splitting a step into micro-batches does not change the gradient.
@@ -6,9 +6,6 @@ the answer tokens of the whole optimizer step, so splitting a step into micro-ba
 
 import json
 import logging
-import math
-import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,68 +17,32 @@ from transformers.trainer_callback import PrinterCallback
 
 from common.checkpoints import SaveAndStop, StopSignals, last_complete_checkpoint
 from common.collate import PASS_OVERHEAD_TOKENS, bucket_by_length, collate, count_answer_tokens, sort_into_micro_batches
-from common.config import RunConfig
-from common.errors import Interrupted, UserError
+from common.errors import Interrupted
 from common.files import read_json
-from common.hardware import has_fast_bf16, suitable_threads
+from common.hardware import suitable_threads
 from common.losses import answer_losses
 
 log = logging.getLogger(__name__)
 
 
-def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> TrainingArguments:
-    """The `training` section as TrainingArguments, every value by its own name.
-
-    Args:
-        config: the run's configuration.
-        output_dir: where checkpoints go.
-        num_rows: training rows, from which an epoch's optimizer steps are counted for `warmup_epochs`.
-    Raises:
-        UserError: when TrainingArguments refuses a combination.
-    """
-    values = {key: value for key, value in config.training.items() if key not in ("num_epochs", "warmup_epochs")}
-    if values.get("bf16") == "auto":
-        values["bf16"] = has_fast_bf16() and not values.get("fp16", False)
-    if values.get("bf16") and not torch.cuda.is_available():
-        values.setdefault("use_cpu", True)  # TrainingArguments asks for it before it allows bfloat16 on a CPU
-    if config.training.get("warmup_epochs") and "warmup_steps" not in values:
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        per_step = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * processes
-        values["warmup_steps"] = math.ceil(config.training["warmup_epochs"] * math.ceil(num_rows / per_step))
-    try:
-        args = TrainingArguments(
-            output_dir=str(output_dir),
-            seed=config.seed,
-            data_seed=values.pop("data_seed", None) or config.seed,
-            remove_unused_columns=False,
-            dataloader_pin_memory=values.pop("dataloader_pin_memory", torch.cuda.is_available()),
-            disable_tqdm=values.pop("disable_tqdm", None) or not sys.stderr.isatty(),
-            **values,
-        )
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise UserError(f"training: {str(error).strip().splitlines()[0]}") from error
-    if args.n_gpu > 1:
-        log.info("using one of %d GPUs; torchrun --nproc-per-node N uses more", args.n_gpu)
-        args._n_gpu = 1  # threads of one process would split our batches by tensors alone
-    return args
-
-
 class ResumableTrainer(Trainer):
-    """A Trainer over lists of rows whose checkpoints are complete or not used, and which keeps a history.
+    """A Trainer over a list of rows that continues from the last complete checkpoint and keeps a history of the epochs.
 
-    A subclass says what an optimizer step trains on (`get_batch_samples`) and its loss (`compute_loss`), which is the
-    contribution of a micro-batch to a mean over the whole step; and writes its own state with `state_to_save` and reads
-    it with `load_state`.
+    A subclass defines the micro-batches of an optimizer step (`get_batch_samples`) and their loss (`compute_loss`: the
+    contribution of a micro-batch to a mean over the whole step). State of its own is saved by `state_to_save` and restored
+    by `load_state`.
 
     Attributes:
         history: one dictionary per epoch, written to history.jsonl.
-        seconds: time by part of the work; carried across interruptions.
+        seconds: seconds by part of the work ("training", "evaluation"), kept across interruptions.
+        epoch_sums: what `add_to_epoch` has summed in this epoch.
+        evaluate_model: function from the model to its scores; set it to evaluate while training.
+        evaluate_every: epochs between two such evaluations.
     """
 
     # compute_loss divides by the counts of the whole optimizer step itself.
     loss_is_scaled_for_ga = True
 
-    # Set both to evaluate while training: a function from the model to scores, and the epochs between two evaluations.
     evaluate_model: Callable[[Any], dict[str, float]] | None = None
     evaluate_every: int = 1
 
@@ -89,11 +50,11 @@ class ResumableTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=list, processing_class=tokenizer)
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback):
-            self.add_callback(QuietProgress())
+            self.add_callback(ProgressBar())
         self.history: list[dict[str, float]] = []
         self.seconds: dict[str, float] = {"training": 0.0}
         self.epoch_sums: dict[str, torch.Tensor] = {}
-        self.add_callback(EpochLines(self))
+        self.add_callback(EpochRecords(self))
 
     def train(self, *args, **kwargs):
         with suitable_threads(self.model):
@@ -102,13 +63,13 @@ class ResumableTrainer(Trainer):
     # --- one optimizer step ---
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward passes of a micro-batch; on a CPU in buckets of similar length, which have less padding."""
+        """Forward and backward passes of a micro-batch, one per bucket; returns the sum of their losses."""
         step = super().training_step
         return sum(step(model, bucket, num_items_in_batch) for bucket in self.buckets(inputs))
 
     def buckets(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """The parts of a micro-batch that go through the model one after the other."""
-        if self.args.device.type == "cpu" and self.args.world_size == 1:  # processes must agree on the number of passes
+        """The micro-batch in sub-batches of one pass each: on a CPU of similar length, which saves padding, else whole."""
+        if self.args.device.type == "cpu" and self.args.world_size == 1:  # all processes need the same number of passes
             return bucket_by_length(batch, PASS_OVERHEAD_TOKENS)
         return [batch]
 
@@ -118,15 +79,15 @@ class ResumableTrainer(Trainer):
             return count
         return self.accelerator.reduce(torch.tensor(float(count), device=self.args.device), "sum").item()
 
-    # --- the epoch's line ---
+    # --- the epoch's record ---
 
     def add_to_epoch(self, **values: torch.Tensor | float) -> None:
-        """Add to the sums of this epoch; tensors stay on their device until the epoch ends."""
+        """Add to this epoch's sums. Tensors stay on their device until the epoch ends."""
         for name, value in values.items():
             self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
 
     def epoch_record(self, steps: int) -> dict[str, float]:
-        """The figures of an epoch of `steps` optimizer steps. Subclasses add their own."""
+        """The values to log for an epoch of `steps` optimizer steps. A subclass adds its own."""
         return {}
 
     def epoch_means(self, count: str, names: list[str]) -> dict[str, float]:
@@ -135,12 +96,13 @@ class ResumableTrainer(Trainer):
         return {name: self.epoch_sum(name) / number for name in names} if number else {}
 
     def epoch_sum(self, name: str) -> float:
+        """An epoch's sum over all processes; 0 where nothing was added."""
         return self.total(float(self.epoch_sums.get(name, 0.0)))
 
     # --- checkpoints ---
 
     def state_to_save(self) -> dict[str, Any]:
-        """What a checkpoint needs beyond the Trainer's own state, as plain data."""
+        """The state that a checkpoint needs beyond the Trainer's own, as JSON values."""
         sums = {name: float(value) for name, value in self.epoch_sums.items()}
         return {"history": self.history, "seconds": self.seconds, "epoch_sums": sums}
 
@@ -150,8 +112,8 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if last_complete_checkpoint(folder.parent) == folder:
-            return  # asked for twice, by a signal on an epoch's last step; rewriting it could only spoil it
-        # Our state goes first: trainer_state.json, which the Trainer writes last, then stands for a complete checkpoint.
+            return  # a stop signal on an epoch's last step saves that step twice; a kill while rewriting would break it
+        # Before the Trainer's own files: it writes trainer_state.json last, which marks the checkpoint as complete.
         state = self.state_to_save()
         if self.is_world_process_zero():
             folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +124,7 @@ class ResumableTrainer(Trainer):
         """Train from the last complete checkpoint in the output folder, or from the start.
 
         Raises:
-            Interrupted: after SIGTERM or Ctrl-C, a checkpoint written.
+            Interrupted: after SIGTERM or Ctrl-C, when the checkpoint is written.
         """
         checkpoint = last_complete_checkpoint(Path(self.args.output_dir))
         if checkpoint:
@@ -174,16 +136,12 @@ class ResumableTrainer(Trainer):
             self.add_callback(SaveAndStop(stop))
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.received:
-            log.warning(
-                "stopped by signal %d after step %d of %d; the same command continues from there",
-                stop.received,
-                self.state.global_step,
-                self.state.max_steps,
-            )
+            done = f"step {self.state.global_step} of {self.state.max_steps}"
+            log.warning("stopped by signal %d after %s; the same command continues from there", stop.received, done)
             raise Interrupted(stop.received)
 
     def before_training(self) -> None:
-        """What a subclass computes once, before the first step of a run."""
+        """Computes what a subclass needs once, before the first step. Not called when a run continues."""
 
 
 class ExampleTrainer(ResumableTrainer):
@@ -207,49 +165,49 @@ class ExampleTrainer(ResumableTrainer):
         return {"loss": self.epoch_sum("loss") / steps}
 
 
-class QuietProgress(ProgressCallback):
-    """The Trainer's progress bar without its printed dictionaries."""
+class ProgressBar(ProgressCallback):
+    """The Trainer's progress bar, without the dictionaries that it prints between."""
 
     def on_log(self, args, state, control, **kwargs):
         return
 
 
-class EpochLines(TrainerCallback):
-    """At the end of every epoch logs the epoch's record, with its scores where it is time to evaluate.
+class EpochRecords(TrainerCallback):
+    """Measures the time of every step, and at the end of an epoch logs its record, with scores where they are due.
 
-    All of it happens before the epoch's checkpoint is written, so a resumed run has it too.
+    The record is made before the epoch's checkpoint is written, so that a resumed run has it.
 
     Args:
-        trainer: whose sums and history these are.
+        trainer: the trainer whose epochs are recorded.
     """
 
     def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
+        elapsed = time.perf_counter() - self.trainer.step_started
+        self.trainer.seconds["training"] += elapsed
+        self.trainer.add_to_epoch(steps=1, seconds_training=elapsed)
+        if state.epoch == int(state.epoch):
+            self.end_epoch(int(state.epoch))
+
+    def end_epoch(self, epoch: int) -> None:
         trainer = self.trainer
-        elapsed = time.perf_counter() - trainer.step_started
-        trainer.seconds["training"] += elapsed
-        trainer.add_to_epoch(steps=1, seconds_training=elapsed)
-        if state.epoch != int(state.epoch):
-            return
-        steps = int(trainer.epoch_sums["steps"])
-        record = {"epoch": int(state.epoch), **trainer.epoch_record(steps)}
-        record["seconds_training"] = trainer.epoch_sum("seconds_training") / args.world_size
+        record = trainer.epoch_record(int(trainer.epoch_sums["steps"]))
+        record["seconds_training"] = trainer.epoch_sum("seconds_training") / trainer.args.world_size
         trainer.epoch_sums = {}
-        log.info("%s", _line(record))
-        if trainer.evaluate_model and record["epoch"] % trainer.evaluate_every == 0:
+        log_record(epoch, record)
+        if trainer.evaluate_model and epoch % trainer.evaluate_every == 0:
             started = time.perf_counter()
             scores = trainer.evaluate_model(trainer.model)
             trainer.seconds["evaluation"] = trainer.seconds.get("evaluation", 0.0) + time.perf_counter() - started
-            log.info("%s", _line({"epoch": record["epoch"], **scores}))
+            log_record(epoch, scores)
             record |= scores
-        trainer.history.append(record)
-        trainer.log({key: value for key, value in record.items() if key != "epoch"})
+        trainer.history.append({"epoch": epoch, **record})
+        trainer.log(record)
 
 
-def _line(record: dict[str, float]) -> str:
-    return "  ".join(
-        f"{key.replace('_', ' ')} {value}" if isinstance(value, int) else f"{key.replace('_', ' ')} {value:.4g}"
-        for key, value in record.items()
+def log_record(epoch: int, values: dict[str, float]) -> None:
+    log.info(
+        "epoch %d  %s", epoch, "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
     )

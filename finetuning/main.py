@@ -1,9 +1,9 @@
-"""Finetune a model on questions and answers, those that it will be made to forget among them.
+"""Finetune a model on questions and answers, including those that unlearning will remove.
 
     python finetuning/main.py -cd=configs -cn=tiny
 
 Writes models/finetuned/<recipe>/<seed and overrides>/: the checkpoint, result.json, generations.jsonl, history.jsonl,
-and in vanilla/ the results of the model that it started from.
+and in vanilla/ the results of the model that training starts from.
 """
 
 import sys
@@ -21,12 +21,12 @@ from transformers import set_seed
 from common.cli import job_errors, launch
 from common.config import RunConfig, read_config
 from common.data import load_split
-from common.files import CONFIGS, resolve_path
+from common.files import CONFIGS
 from common.model import load_model, load_tokenizer
 from common.prompts import PromptFormat, check_prompt_lengths
-from common.results import result_of
-from common.runs import RunFolder, comparable_config, run_folder
-from common.trainer import ExampleTrainer, training_arguments
+from common.runs import training_run
+from common.trainer import ExampleTrainer
+from common.training_arguments import training_arguments
 from evaluation.during_training import Evaluator
 from generation.cuda_graphs import use_cuda_graphs
 
@@ -35,13 +35,11 @@ def finetune(cfg: DictConfig) -> Path:
     """Run the stage; returns the run's folder.
 
     Raises:
-        UserError: for whatever is wrong with the configuration, the data or the model, before training starts.
+        UserError: when the configuration, the data or the model has an error, before training starts.
     """
     config = read_config(cfg)
     use_cuda_graphs(config.generation.cuda_graphs)
-    checkpoint = resolve_path(config.model.path) if config.model.path else ""
-    start = (result_of(checkpoint) or {}) if checkpoint else {}
-    run = RunFolder(run_folder("finetuned", config), comparable_config(cfg, start.get("id")), checkpoint)
+    run = training_run("finetuned", cfg, config)
     if not config.overwrite and run.is_done():
         return run.folder
     rows = load_split(config.data, "train")
@@ -56,14 +54,14 @@ def finetune(cfg: DictConfig) -> Path:
     work = run.open(fresh=config.overwrite)
     trainer = ExampleTrainer(model, args, examples, tokenizer)
     if config.evaluation.start:
-        evaluator.start(work / "vanilla", checkpoint, trainer.model)
+        evaluator.start(work / "vanilla", run.start, trainer.model)
     trainer.train_or_resume()
     evaluator.finish(trainer, work, stage="finetuning")
     return run.publish(config.keep_checkpoints)
 
 
 def tokenizer_texts(config: RunConfig) -> list[str]:
-    """The text that a new model's tokenizer is trained on; none for a model that has its own."""
+    """The texts that a new model's tokenizer is trained on; empty for a model that is loaded."""
     if not config.model.new:
         return []
     data = replace(config.data, splits={"tokenizer": " + ".join(config.model.new.tokenizer_splits)})

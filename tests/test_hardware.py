@@ -42,11 +42,11 @@ def test_bf16_is_chosen_on_a_cpu_that_is_faster_with_it(monkeypatch, seconds_bf1
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     seconds = {torch.float32: 1.0, torch.bfloat16: seconds_bf16}
-    monkeypatch.setattr(hardware, "seconds_of_a_product", lambda *dtypes: {dtype: seconds[dtype] for dtype in dtypes})
+    monkeypatch.setattr(hardware, "matmul_seconds", lambda *dtypes: {dtype: seconds[dtype] for dtype in dtypes})
     assert hardware.has_fast_bf16.__wrapped__() == expected
 
 
 def test_products_of_each_type_are_timed():
-    seconds = hardware.seconds_of_a_product(torch.float32, torch.bfloat16)
+    seconds = hardware.matmul_seconds(torch.float32, torch.bfloat16)
     assert set(seconds) == {torch.float32, torch.bfloat16}
     assert all(0 < value < 10 for value in seconds.values())

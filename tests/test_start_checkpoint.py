@@ -10,7 +10,8 @@ from common.config import read_config
 from common.errors import UserError
 from common.files import CONFIGS, ROOT, write_json
 from common.runs import comparable_config
-from unlearning.main import finetuning_command, method_class, start_checkpoint
+from unlearning.main import method_class
+from unlearning.start_checkpoint import finetuning_command, start_checkpoint
 
 FOREIGN = "name the folder of a finetuned model, or a hub id"
 

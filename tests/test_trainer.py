@@ -125,7 +125,7 @@ def test_the_retain_pairing_depends_on_seed_step_and_row_alone(model, prompts, t
 
 def test_warmup_lasts_one_epoch(model, prompts, tmp_path):
     from common.config import RunConfig
-    from common.trainer import training_arguments
+    from common.training_arguments import training_arguments
 
     training = {
         "num_epochs": 3,

@@ -29,7 +29,8 @@ from transformers import set_seed
 from common.config import Fraction, section
 from common.data import Row
 from common.errors import UserError
-from common.trainer import ExampleTrainer, training_arguments
+from common.trainer import ExampleTrainer
+from common.training_arguments import training_arguments
 from evaluation.context import EvaluatedModel, EvaluationContext
 from evaluation.metrics.tofu import probabilities, recalls
 from evaluation.model_outputs import ModelOutputs
