@@ -26,6 +26,7 @@ import math
 import shlex
 import statistics
 import subprocess
+from typing import Annotated
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -57,13 +58,13 @@ COLUMNS = {
 
 @section
 class ComparisonSettings:
-    seeds: list[int] = Field(min_length=1)
+    seeds: Annotated[list[int], Field(min_length=1)]
     """Every method runs with each."""
     before: list[str]
     """Stages that make the model to be unlearned, each with its arguments."""
-    methods: dict[str, str] = Field(min_length=1)
+    methods: Annotated[dict[str, str], Field(min_length=1)]
     """Name in the table: arguments of unlearning/main.py."""
-    metrics: list[str] = Field(min_length=1)
+    metrics: Annotated[list[str], Field(min_length=1)]
     """Metric groups of evaluation/main.py."""
 
     @field_validator("methods")
