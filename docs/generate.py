@@ -2,7 +2,7 @@
 
     python docs/generate.py
 
-`settings_fields` reads a settings class, `metric_rows` the metric registry; everything else here is Markdown.
+`settings_fields` reads a settings class, `described_scores` a metric file; everything else here is Markdown.
 """
 
 import dataclasses
@@ -192,7 +192,11 @@ def description_of(method: type) -> str:
 
 def metrics_page() -> str:
     page = "## Scores\n\n"
-    page += table(["group", "score", "better", "what it is", "what it does not show"], metric_rows())
+    for name, group in registry.METRIC_GROUPS.items():
+        page += f"### `{name}`\n\n"
+        for pattern, better, meaning, not_shown in described_scores(inspect.getmodule(group.measure)):
+            page += f"- `{pattern}` ({escaped(better)}): {escaped(meaning)}. *Not shown*: {escaped(not_shown)}.\n"
+        page += "\n"
     page += "\n## Presets\n\n" + table(
         ["`metrics=`", "measures"],
         [[f"`{name}`", ", ".join(f"`{group}`" for group in groups)] for name, groups in registry.PRESETS.items()],
@@ -201,15 +205,6 @@ def metrics_page() -> str:
     for name, settings_class in registry.SETTINGS.items():
         page += section_table(name, settings_class, level=3)
     return page
-
-
-def metric_rows() -> list[list[str]]:
-    """A row of the table of scores for each: group, score, better, what it is, what it does not show."""
-    return [
-        [f"`{name}`" if place == 0 else "", f"`{pattern}`", *map(escaped, texts)]
-        for name, group in registry.METRIC_GROUPS.items()
-        for place, (pattern, *texts) in enumerate(described_scores(inspect.getmodule(group.measure)))
-    ]
 
 
 def described_scores(module: types.ModuleType) -> list[tuple[str, ...]]:
