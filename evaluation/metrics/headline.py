@@ -96,8 +96,8 @@ def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> Scor
     for split, mean in means.items():
         scores.add(f"rougeL_recall/{split}", mean, split in UTILITY_ROLES, count=len(recalls[split]))
     scores.add("forget_answer_words", fmean(forget_words), None, count=len(forget_words))
-    is_empty = [words == 0 for words in forget_words]
-    scores.add("forget_answers_empty", fmean(is_empty), False, count=len(is_empty))
+    empty = forget_words.count(0) / len(forget_words)
+    scores.add("forget_answers_empty", empty, False, count=len(forget_words))
     return scores
 
 

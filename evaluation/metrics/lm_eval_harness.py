@@ -41,11 +41,9 @@ def check(settings: Harness) -> None:
     if not settings.tasks:
         raise UserError("lm_eval.tasks=[]: name tasks, as in lm_eval.tasks=[arc_challenge,mmlu]")
     known = task_manager(settings.include_path).all_tasks
-    unknown = [task for task in settings.tasks if task not in known]
-    if unknown:
-        raise UserError(
-            problem_list([f"lm_eval.tasks: no task {name!r}{did_you_mean(name, known)}" for name in unknown])
-        )
+    if unknown := [task for task in settings.tasks if task not in known]:
+        problems = [f"lm_eval.tasks: no task {name!r}{did_you_mean(name, known)}" for name in unknown]
+        raise UserError(problem_list(problems))
 
 
 @lru_cache

@@ -82,12 +82,11 @@ def chosen_groups(metrics: Any) -> list[str]:
     """
     names = list(metrics) if isinstance(metrics, list | ListConfig) else [metrics]
     known = {name: [name] for name in METRIC_GROUPS} | PRESETS
-    problems = [
-        f"metrics={name}: no such metrics{did_you_mean(str(name), known)} (known: {', '.join(known)})"
-        for name in names
-        if name not in known
-    ]
-    if problems:
+    if unknown := [name for name in names if name not in known]:
+        known_names = f"(known: {', '.join(known)})"
+        problems = [
+            f"metrics={name}: no such metrics{did_you_mean(str(name), known)} {known_names}" for name in unknown
+        ]
         raise UserError(problem_list(problems))
     wanted = {"headline", *(group for name in names for group in known[name])}
     return [name for name in METRIC_GROUPS if name in wanted]

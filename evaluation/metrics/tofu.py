@@ -93,11 +93,9 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         scores.add("tofu/model_utility", model_utility(scores), True)
     with scores.null_if_missing({"tofu/forget_quality": True}):
         rows = context.rows("forget_paraphrased")
-        of_models = [
-            truth_ratios(model.outputs, rows, "forget_paraphrased")
-            for model in (context.model, context.find_retain_model())
-        ]
-        ours, theirs = ([ratio for ratio in ratios if ratio is not None] for ratios in of_models)
+        models = (context.model, context.find_retain_model())
+        ratios = [truth_ratios(model.outputs, rows, "forget_paraphrased") for model in models]
+        ours, theirs = ([ratio for ratio in of_model if ratio is not None] for of_model in ratios)
         if not ours or not theirs:
             raise Missing("no row of forget_paraphrased has a truth ratio")
         scores.add("tofu/forget_quality", forget_quality(ours, theirs), True, count=len(ours))
