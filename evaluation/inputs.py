@@ -41,9 +41,7 @@ def named_models(cfg: DictConfig) -> dict[str, str]:
     plain = OmegaConf.to_container(cfg.models, resolve=True) if OmegaConf.is_config(cfg.models) else cfg.models
     named = {str(path): path for path in plain} if isinstance(plain, list) else plain
     if not named or not isinstance(named, dict) or not all(isinstance(path, str) for path in named.values()):
-        raise UserError(
-            f"models={plain}: expected a list of folders or hub ids, or a dictionary {name: folder or hub id}"
-        )
+        raise UserError(f"models={plain}: expected a list of folders or hub ids, or a dictionary of them by name")
     return named
 
 
