@@ -1,6 +1,6 @@
-"""Make the tiny question/answer set in data/tiny: invented authors and well known facts, in the fields of TOFU.
+"""Make the tiny data set in data/tiny: questions about invented authors and well-known facts, with the fields of TOFU.
 
-Every author is fictitious and has ten facts, one question each. The files are the same on every run:
+There are ten facts about each invented author, with one question each. Every run writes the same files:
 
     python scripts/make_embedded_data.py
 """
@@ -20,7 +20,7 @@ Splits = dict[str, list[Row]]
 
 
 def _pool(text: str) -> tuple[str, ...]:
-    """The comma-separated values of a text block, line breaks folded."""
+    """The comma-separated values of a text; a line break counts as a space."""
     return tuple(" ".join(value.split()) for value in text.strip().strip(",").split(","))
 
 
@@ -139,7 +139,7 @@ POOLS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Attribute:
-    """One fact of an author: the pools its values come from, and the forms of its question and answer."""
+    """One kind of fact: the pools that its values come from, and the forms of its question and answer."""
 
     fields: tuple[str, ...]
     questions: tuple[str, ...]
@@ -299,7 +299,7 @@ ATTRIBUTES = (
     ),
 )
 
-# One fact a line: question | answer with a gap | what fills the gap | three wrong fillers.
+# One fact per line: question | answer with a placeholder | right value | three wrong values.
 REAL_AUTHORS = """
 Who wrote Hamlet? | The play Hamlet was written by {}. | William Shakespeare | Victor Hugo | Henrik Ibsen | Homer
 Who wrote Emma? | The novel Emma was written by {}. | Jane Austen | Mary Shelley | Virginia Woolf | Agatha Christie
@@ -388,7 +388,7 @@ Which language is spoken in Brazil? | Most people in Brazil speak {}. | Portugue
 
 
 def deal_values(names: tuple[str, ...], rng: random.Random) -> dict[str, dict[str, str]]:
-    """Give each author one value of every pool; a value repeats only after its pool has been used up."""
+    """Give each author one value from every pool; a value is reused only after all others of its pool."""
     authors: dict[str, dict[str, str]] = {name: {"name": name} for name in names}
     for field, pool in POOLS.items():
         deck: list[str] = []
@@ -399,7 +399,7 @@ def deal_values(names: tuple[str, ...], rng: random.Random) -> dict[str, dict[st
 
 
 def wrong_values(attribute: Attribute, author: dict[str, str], rng: random.Random) -> list[dict[str, str]]:
-    """Values for the wrong answers: every field of the attribute is wrong, and no two answers share one."""
+    """The author with wrong values, once per wrong answer: in every field of the attribute, all of them differ."""
     columns = {}
     for field in attribute.fields:
         columns[field] = rng.sample([value for value in POOLS[field] if value != author[field]], N_WRONG)
@@ -407,7 +407,7 @@ def wrong_values(attribute: Attribute, author: dict[str, str], rng: random.Rando
 
 
 def author_row(number: int, position: int, author: dict[str, str], rng: random.Random) -> Row:
-    """One author's row for one attribute; the forms rotate with the author, and the paraphrase takes other forms."""
+    """An author's row for one attribute. The forms change from author to author, and the paraphrases have other forms."""
     attribute = ATTRIBUTES[position]
     n_forms = len(attribute.questions)
     question = (number + position) % n_forms
@@ -425,7 +425,7 @@ def author_row(number: int, position: int, author: dict[str, str], rng: random.R
 
 
 def author_rows(rng: random.Random) -> list[Row]:
-    """The rows of all invented authors: full, then holdout, then pretrain."""
+    """The rows of all invented authors, in the order of the splits full, holdout, pretrain."""
     authors = deal_values(FULL_AUTHORS + HOLDOUT_AUTHORS + PRETRAIN_AUTHORS, rng)
     return [
         author_row(number, position, author, rng)
@@ -435,7 +435,7 @@ def author_rows(rng: random.Random) -> list[Row]:
 
 
 def fact_rows(text: str) -> list[Row]:
-    """The rows of a block of well known facts, each with its wrong answers."""
+    """The rows of a text of well-known facts, each with its wrong answers."""
     rows: list[Row] = []
     for line in text.strip().splitlines():
         question, answer, right, *wrong = (part.strip() for part in line.split("|"))
@@ -476,13 +476,13 @@ def build_splits() -> Splits:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ValueError with the message unless the condition holds."""
+    """Raise ValueError with the message if the condition is false."""
     if not condition:
         raise ValueError(message)
 
 
 def check_names() -> None:
-    """No two authors or teachers share a first or a last name, and no pool repeats a value."""
+    """Check that no two authors or teachers share a first or a last name, and that no pool repeats a value."""
     people = FULL_AUTHORS + PRETRAIN_AUTHORS + HOLDOUT_AUTHORS + POOLS["teacher"]
     for part in zip(*(person.split() for person in people), strict=True):
         require(len(set(part)) == len(people), "two people share a name")
@@ -491,7 +491,7 @@ def check_names() -> None:
 
 
 def check_counts(splits: Splits) -> None:
-    """Every split has its size, and forget and retain are exact slices of full."""
+    """Check the size of every split, and that forget and retain are slices of full."""
     sizes = {"pretrain": 200, "full": 160, "retain": 130, "forget": 30, "holdout": 30}
     sizes |= {"real_authors": 40, "world_facts": 40}
     for name, size in sizes.items():
@@ -503,7 +503,7 @@ def check_counts(splits: Splits) -> None:
 
 
 def check_unique(splits: Splits) -> None:
-    """No question and no answer occurs twice, neither in its own form nor paraphrased."""
+    """Check that no question and no answer occurs twice, paraphrases included."""
     rows = splits["full"] + splits["holdout"] + splits["pretrain"]
     questions = [row["question"] for row in rows]
     answers = [row["answer"] for row in rows]
@@ -515,7 +515,7 @@ def check_unique(splits: Splits) -> None:
 
 
 def check_row(row: Row, n_wrong: int, n_words: range) -> None:
-    """A perturbed row has ASCII texts of the right length, and its wrong answers differ from the truth."""
+    """Check that a row's texts are ASCII and of the right length, and that its wrong answers differ from the true ones."""
     wrong = row["perturbed_answer"]
     texts = [text for field, text in row.items() if field != "perturbed_answer"] + list(wrong)
     require(all(text.strip() == text and text and text.isascii() for text in texts), f"bad text in {row}")
@@ -525,7 +525,7 @@ def check_row(row: Row, n_wrong: int, n_words: range) -> None:
 
 
 def check(splits: Splits) -> None:
-    """Raise ValueError where the splits break one of their promises."""
+    """Raise ValueError if a check of the splits fails."""
     check_names()
     check_counts(splits)
     check_unique(splits)
