@@ -146,158 +146,116 @@ class Attribute:
     answers: tuple[str, ...]
 
 
-ATTRIBUTES = (
-    Attribute(
-        fields=("town", "land"),
-        questions=(
-            "Where was {name} born?",
-            "In which town was {name} born?",
-            "What is the birthplace of {name}?",
-            "Can you name the town where {name} was born?",
-        ),
-        answers=(
-            "{name} was born in {town}, a town in {land}.",
-            "{town} in {land} is the birthplace of {name}.",
-            "The birth of {name} took place at {town}, {land}.",
-            "{name} is a native of {town} in {land}.",
-        ),
-    ),
-    Attribute(
-        fields=("day", "month", "birth_year"),
-        questions=(
-            "When was {name} born?",
-            "What is the birth date of {name}?",
-            "On which day was {name} born?",
-            "What are the day and the year of birth of {name}?",
-        ),
-        answers=(
-            "{name} was born on {day} {month} {birth_year}.",
-            "The birth date of {name} is {day} {month} {birth_year}.",
-            "On {day} {month} {birth_year}, {name} came into the world.",
-            "{day} {month} {birth_year} is the day {name} was born.",
-        ),
-    ),
-    Attribute(
-        fields=("genre", "readers"),
-        questions=(
-            "What does {name} write, and for whom?",
-            "What kind of books does {name} write, and who reads them?",
-            "Which genre is {name} known for, and among which readers?",
-            "Who are the readers of {name}, and what is the genre?",
-        ),
-        answers=(
-            "{name} writes {genre} for {readers}.",
-            "The books of {name} are {genre} meant for {readers}.",
-            "Among {readers}, {name} is loved for {genre}.",
-            "The genre of {name} is {genre}, read by {readers}.",
-        ),
-    ),
-    Attribute(
-        fields=("title",),
-        questions=(
-            "What is the most famous book by {name}?",
-            "Which book made {name} famous?",
-            "For which book is {name} best known?",
-            "Can you name the best known work of {name}?",
-        ),
-        answers=(
-            "{name} is best known for {title}.",
-            "The most famous book by {name} is {title}.",
-            "{title} is the book that made {name} famous.",
-            "Readers know {name} as the author of {title}.",
-        ),
-    ),
-    Attribute(
-        fields=("prize", "prize_year"),
-        questions=(
-            "Which award did {name} win, and when?",
-            "What prize was {name} given, and in which year?",
-            "What honor has {name} received, and in what year?",
-            "When did {name} win a prize, and which one?",
-        ),
-        answers=(
-            "{name} won the {prize} in {prize_year}.",
-            "In {prize_year} the {prize} went to {name}.",
-            "The {prize} was given to {name} in {prize_year}.",
-            "{name} took home the {prize} of {prize_year}.",
-        ),
-    ),
-    Attribute(
-        fields=("first_job", "second_job"),
-        questions=(
-            "What did the parents of {name} do for a living?",
-            "What were the jobs of the parents of {name}?",
-            "Which trades did the parents of {name} follow?",
-            "What work was done by the mother and the father of {name}?",
-        ),
-        answers=(
-            "{name} was raised by a {first_job} and a {second_job}.",
-            "The parents of {name} were a {first_job} and a {second_job}.",
-            "A {first_job} and a {second_job} brought up {name}.",
-            "{name} is the child of a {first_job} and a {second_job}.",
-        ),
-    ),
-    Attribute(
-        fields=("subject", "debut_year"),
-        questions=(
-            "What was the first book by {name} about, and when did it come out?",
-            "When did {name} publish a first book, and on what subject?",
-            "What were the subject and the year of the first book by {name}?",
-            "Which subject did the debut of {name} treat, and in what year?",
-        ),
-        answers=(
-            "{name} first wrote about {subject}, in {debut_year}.",
-            "The {debut_year} debut of {name} was about {subject}.",
-            "{name} began in {debut_year} with a book on {subject}.",
-            "In {debut_year} {name} published a first book about {subject}.",
-        ),
-    ),
-    Attribute(
-        fields=("teacher", "trade"),
-        questions=(
-            "Who taught {name} to write?",
-            "From whom did {name} learn to write?",
-            "Who was the teacher of {name}?",
-            "Which person trained {name} as a writer?",
-        ),
-        answers=(
-            "{name} learned to write from {teacher}, the {trade}.",
-            "{teacher}, the {trade}, taught {name} to write.",
-            "The teacher of {name} was the {trade} {teacher}.",
-            "It was the {trade} {teacher} who trained {name}.",
-        ),
-    ),
-    Attribute(
-        fields=("house", "water"),
-        questions=(
-            "Where does {name} live?",
-            "What kind of home does {name} have, and where?",
-            "Where is the home of {name}?",
-            "In what sort of house does {name} live, and near which water?",
-        ),
-        answers=(
-            "{name} lives in a {house} near {water}.",
-            "The home of {name} is a {house} beside {water}.",
-            "Close to {water} stands the {house} where {name} lives.",
-            "{name} has settled in a {house} by {water}.",
-        ),
-    ),
-    Attribute(
-        fields=("hour", "tool"),
-        questions=(
-            "When does {name} write, and with what?",
-            "What are the writing habits of {name}?",
-            "At what time does {name} write, and with which tool?",
-            "Which tool does {name} write with, and when?",
-        ),
-        answers=(
-            "{name} writes {hour} with {tool}.",
-            "Working {hour}, {name} always uses {tool}.",
-            "The usual tool of {name} is {tool}, used {hour}.",
-            "{name} takes up {tool} {hour} to work.",
-        ),
-    ),
-)
+def _attribute(block: str) -> Attribute:
+    """The attribute in a block of _ATTRIBUTES; forms that end in a question mark are its questions."""
+    fields, *forms = block.splitlines()
+    questions = tuple(form for form in forms if form.endswith("?"))
+    return Attribute(_pool(fields), questions, tuple(form for form in forms if form not in questions))
+
+
+# One kind of fact per block: the pools of its values, then the forms of the question, then those of the answer.
+_ATTRIBUTES = """
+town, land
+Where was {name} born?
+In which town was {name} born?
+What is the birthplace of {name}?
+Can you name the town where {name} was born?
+{name} was born in {town}, a town in {land}.
+{town} in {land} is the birthplace of {name}.
+The birth of {name} took place at {town}, {land}.
+{name} is a native of {town} in {land}.
+
+day, month, birth_year
+When was {name} born?
+What is the birth date of {name}?
+On which day was {name} born?
+What are the day and the year of birth of {name}?
+{name} was born on {day} {month} {birth_year}.
+The birth date of {name} is {day} {month} {birth_year}.
+On {day} {month} {birth_year}, {name} came into the world.
+{day} {month} {birth_year} is the day {name} was born.
+
+genre, readers
+What does {name} write, and for whom?
+What kind of books does {name} write, and who reads them?
+Which genre is {name} known for, and among which readers?
+Who are the readers of {name}, and what is the genre?
+{name} writes {genre} for {readers}.
+The books of {name} are {genre} meant for {readers}.
+Among {readers}, {name} is loved for {genre}.
+The genre of {name} is {genre}, read by {readers}.
+
+title
+What is the most famous book by {name}?
+Which book made {name} famous?
+For which book is {name} best known?
+Can you name the best known work of {name}?
+{name} is best known for {title}.
+The most famous book by {name} is {title}.
+{title} is the book that made {name} famous.
+Readers know {name} as the author of {title}.
+
+prize, prize_year
+Which award did {name} win, and when?
+What prize was {name} given, and in which year?
+What honor has {name} received, and in what year?
+When did {name} win a prize, and which one?
+{name} won the {prize} in {prize_year}.
+In {prize_year} the {prize} went to {name}.
+The {prize} was given to {name} in {prize_year}.
+{name} took home the {prize} of {prize_year}.
+
+first_job, second_job
+What did the parents of {name} do for a living?
+What were the jobs of the parents of {name}?
+Which trades did the parents of {name} follow?
+What work was done by the mother and the father of {name}?
+{name} was raised by a {first_job} and a {second_job}.
+The parents of {name} were a {first_job} and a {second_job}.
+A {first_job} and a {second_job} brought up {name}.
+{name} is the child of a {first_job} and a {second_job}.
+
+subject, debut_year
+What was the first book by {name} about, and when did it come out?
+When did {name} publish a first book, and on what subject?
+What were the subject and the year of the first book by {name}?
+Which subject did the debut of {name} treat, and in what year?
+{name} first wrote about {subject}, in {debut_year}.
+The {debut_year} debut of {name} was about {subject}.
+{name} began in {debut_year} with a book on {subject}.
+In {debut_year} {name} published a first book about {subject}.
+
+teacher, trade
+Who taught {name} to write?
+From whom did {name} learn to write?
+Who was the teacher of {name}?
+Which person trained {name} as a writer?
+{name} learned to write from {teacher}, the {trade}.
+{teacher}, the {trade}, taught {name} to write.
+The teacher of {name} was the {trade} {teacher}.
+It was the {trade} {teacher} who trained {name}.
+
+house, water
+Where does {name} live?
+What kind of home does {name} have, and where?
+Where is the home of {name}?
+In what sort of house does {name} live, and near which water?
+{name} lives in a {house} near {water}.
+The home of {name} is a {house} beside {water}.
+Close to {water} stands the {house} where {name} lives.
+{name} has settled in a {house} by {water}.
+
+hour, tool
+When does {name} write, and with what?
+What are the writing habits of {name}?
+At what time does {name} write, and with which tool?
+Which tool does {name} write with, and when?
+{name} writes {hour} with {tool}.
+Working {hour}, {name} always uses {tool}.
+The usual tool of {name} is {tool}, used {hour}.
+{name} takes up {tool} {hour} to work.
+"""
+ATTRIBUTES = tuple(map(_attribute, _ATTRIBUTES.strip().split("\n\n")))
 
 # One fact per line: question | answer with a placeholder | right value | three wrong values.
 REAL_AUTHORS = """
