@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from accelerate import PartialState
@@ -46,12 +47,9 @@ class Loader:
         key = repr((model, config.evaluation, config.data))
         if key not in self._opened:
             tokenizer = load_tokenizer(model)
-            outputs = ModelOutputs(
-                lambda: self.shared(model, tokenizer),
-                PromptFormat(tokenizer, model.prompt),
-                config.evaluation,
-                config.data.max_length,
-            )
+            prompts = PromptFormat(tokenizer, model.prompt)
+            load = partial(self.shared, model, tokenizer)
+            outputs = ModelOutputs(load, prompts, config.evaluation, config.data.max_length)
             self._opened[key] = EvaluatedModel(model, tokenizer, outputs)
         return self._opened[key]
 

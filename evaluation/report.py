@@ -37,8 +37,7 @@ def examples(folder: Path, split: str, name: str) -> str:
     before = {row["index"]: row["answer"] for row in _answers(folder / "finetuned", split)}
     lines = [f"## To be {name}: {len(after)} questions of the {split} split"]
     for row in after:
-        lines.append(f"**{row['question']}**\n")
-        lines.append(f"- truth: {row['reference']}")
+        lines += [f"**{row['question']}**\n", f"- truth: {row['reference']}"]
         if row["index"] in before:
             lines.append(f"- before: {_shown(before[row['index']])}")
         lines.append(f"- after: {_shown(row['answer'])}\n")

@@ -26,6 +26,7 @@ import math
 import shlex
 import statistics
 import subprocess
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import hydra
@@ -75,16 +76,17 @@ class ComparisonSettings:
         return methods
 
 
+@dataclass
 class Runs:
     """Runs the commands of the stages and records those that failed.
 
-    Args:
+    Attributes:
         shared: overrides for the commands of every method.
+        failed: commands that failed.
     """
 
-    def __init__(self, shared: list[str]):
-        self.shared = shared
-        self.failed: list[str] = []
+    shared: list[str]
+    failed: list[str] = field(default_factory=list)
 
     def run(self, stage: str, *words: str) -> bool:
         """Run the command of a stage; returns whether it succeeded."""

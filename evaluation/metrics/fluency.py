@@ -56,6 +56,5 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         kept = [mean for mean in means if mean is not None]
         if not kept:
             raise Missing("every forget answer is empty")
-        left_out = len(means) - len(kept)
-        scores.add("fluency/perplexity", perplexity(kept), False, count=len(kept), left_out=left_out)
+        scores.add("fluency/perplexity", perplexity(kept), False, count=len(kept), left_out=means.count(None))
         scores.rows["fluency/log_prob_before_unlearning"] = {"split": "forget", "values": means}

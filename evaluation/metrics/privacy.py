@@ -110,9 +110,8 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         outputs, splits = context.outputs, [context.rows(role) for role in SPLITS]
         for name, attack in ATTACKS.items():
             _add_auc(scores, name, *(attacked(outputs, rows, attack) for rows in splits))
-        examples = ([outputs.prompts.example(row, outputs.max_length) for row in rows] for rows in splits)
-        norms = (outputs.each("gradient norms", of_split, gradient_norm) for of_split in examples)
-        _add_auc(scores, "gradient_norm", *norms)
+        examples = [[outputs.prompts.example(row, outputs.max_length) for row in rows] for rows in splits]
+        _add_auc(scores, "gradient_norm", *(outputs.each("gradient norms", each, gradient_norm) for each in examples))
         with scores.null_if_missing({"privacy/auc/reference": None}):
             base = context.find_base_model().outputs
             _add_auc(scores, "reference", *(against_reference(outputs, base, rows) for rows in splits))
