@@ -23,11 +23,10 @@ def extreme_credit(true: float, wrong: Sequence[float], least: bool) -> float:
 
 
 def measure(context: EvaluationContext, scores: Scores) -> None:
-    """How often the (paraphrased) true answer is less, and more, likely than all wrong ones; the chance of either.
+    """How often the paraphrased true answer is the least and the most likely option, and how often by chance.
 
     If unlearning suppressed the true answer, the least likely option is the best guess. Options are compared by mean token
-    log-probability.
-    Source: the PMC paper (arXiv 2507.04219).
+    log-probability. Source: the PMC paper (arXiv 2507.04219).
     """
     names = [f"target_suppression/{name}" for name in ("least_likely", "most_likely", "chance")]
     with scores.null_if_missing(dict.fromkeys(names)):
