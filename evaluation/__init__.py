@@ -1,1 +1,1 @@
-"""Stage 3: evaluate what a model still knows. One file per metric group."""
+"""Stage 3: evaluate models before and after unlearning. Each metric group is a module in metrics/."""

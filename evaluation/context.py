@@ -1,7 +1,8 @@
-"""One model under evaluation with what it is compared to. The weights of one model are in memory at a time."""
+"""The evaluated model and the models that it is compared to. Only one model's weights are in memory at a time."""
 
 import gc
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from accelerate import PartialState
@@ -18,7 +19,11 @@ from evaluation.scores import Missing
 
 @dataclass
 class EvaluatedModel:
-    """A checkpoint: where it is, its tokenizer, its outputs; `cache` holds what else a metric group stores."""
+    """A checkpoint with its tokenizer and its outputs.
+
+    Attributes:
+        cache: further values that a metric group computes once per model.
+    """
 
     config: ModelConfig
     tokenizer: PreTrainedTokenizerBase
@@ -27,32 +32,29 @@ class EvaluatedModel:
 
 
 class Loader:
-    """The models of a command. Each is opened once and keeps its outputs; loading weights frees the previous model's."""
+    """Opens the models of a command, each once, and keeps their outputs. Loading weights frees those of the previous model."""
 
     def __init__(self):
         self._opened: dict[str, EvaluatedModel] = {}
         self._loaded: tuple[ModelConfig, PreTrainedModel] | None = None
 
     def open(self, config: RunConfig, model: ModelConfig) -> EvaluatedModel:
-        """A checkpoint whose weights are loaded when outputs are first needed.
+        """Open a checkpoint; its weights are loaded when an output is first needed.
 
         Raises:
-            UserError: when the path holds no checkpoint.
+            UserError: when there is no checkpoint at the path.
         """
         key = repr((model, config.evaluation, config.data))
         if key not in self._opened:
             tokenizer = load_tokenizer(model)
-            outputs = ModelOutputs(
-                lambda: self.shared(model, tokenizer),
-                PromptFormat(tokenizer, model.prompt),
-                config.evaluation,
-                config.data.max_length,
-            )
+            prompts = PromptFormat(tokenizer, model.prompt)
+            load = partial(self.shared, model, tokenizer)
+            outputs = ModelOutputs(load, prompts, config.evaluation, config.data.max_length)
             self._opened[key] = EvaluatedModel(model, tokenizer, outputs)
         return self._opened[key]
 
     def shared(self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """The model as it is on disk; it must not be changed."""
+        """The model with its weights as on disk. All callers share it, so none may change it."""
         if self._loaded is None or self._loaded[0] != config:
             self._loaded = (config, self.fresh(config, tokenizer))
         return self._loaded[1]
@@ -60,25 +62,25 @@ class Loader:
     def fresh(
         self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainable: bool = False
     ) -> PreTrainedModel:
-        """A copy that the caller may change."""
+        """A newly loaded copy, which the caller may change."""
         self.clear()
         return load_model(config, tokenizer, trainable).to(PartialState().device)
 
     def clear(self) -> None:
-        """Free the weights. Reference cycles are collected, too: those of a Trainer hold its weights and its optimizer."""
+        """Free the weights, also those in reference cycles, such as a Trainer with its model and its optimizer."""
         self._loaded = None
         gc.collect()
 
 
 @dataclass
 class EvaluationContext:
-    """What a metric group measures.
+    """The inputs of a metric group.
 
     Attributes:
-        config: of the run; `config.sections` has the settings of the metric groups.
-        loader: where fresh copies of the model come from.
-        model: under evaluation.
-        others: paths of the models that it is compared to, by name: `retain_model`, finetuned without the forget set, and
+        config: the evaluation's configuration; `config.sections` has the settings of the metric groups.
+        loader: loads fresh copies of a model.
+        model: the evaluated model.
+        others: name -> path of the models that it is compared to: `retain_model`, finetuned without the forget set, and
             `base_model`, the model before unlearning.
     """
 
@@ -93,10 +95,10 @@ class EvaluationContext:
         return self.model.outputs
 
     def rows(self, role: str) -> list[Row]:
-        """The rows of the split that has a role.
+        """The rows of the split that is configured for a role.
 
         Raises:
-            Missing: when no split has it.
+            Missing: when no split is configured for it.
             UserError: when the split does not exist.
         """
         if self.config.data.splits.get(role) is None:
@@ -112,15 +114,15 @@ class EvaluationContext:
         return self.open_other("retain_model")
 
     def find_base_model(self) -> EvaluatedModel:
-        """The model before unlearning; raises Missing when it is not known or cannot be loaded."""
+        """The model before unlearning; raises Missing when it is unknown or cannot be loaded."""
         if "base_model" not in self.others:
             raise Missing("the model before unlearning is not known (base_model.path)")
         try:
             return self.open_other("base_model")
-        except UserError as error:  # the path is not the user's but from the result of the run that trained it further
+        except UserError as error:  # the path is not in the command: it was read from a result.json
             raise Missing(f"the model before unlearning cannot be loaded (base_model.path): {error}") from error
 
     def open_other(self, name: str) -> EvaluatedModel:
-        """A model to compare to, opened with the evaluated model's settings, except those that are about its files."""
+        """Open a model to compare to, with the settings of the evaluated model, except those that describe its files."""
         of_files = {"revision": None, "gguf_file": None, "lora": None, "made_by": None}
         return self.loader.open(self.config, replace(self.config.model, path=self.others[name], **of_files))

@@ -1,4 +1,4 @@
-"""The headline scores that the training stages compute: of the model they start from, while training, and at the end."""
+"""The headline scores in the training stages: of the model that training starts from, during training, and at the end."""
 
 import logging
 import os
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Computes the headline scores on one run's questions and writes them.
+    """Computes the headline scores of a run's models and writes them.
 
     Args:
         config: the run's configuration.
         prompts: the models' prompt format.
-        identity: the run's configuration as it is written into results.
+        identity: the run's configuration in result.json, from `common.runs.comparable_config`.
     Raises:
         UserError: when a split is missing or a prompt leaves no room for an answer.
     """
@@ -49,14 +49,14 @@ class Evaluator:
         return scores
 
     def headline(self, model: PreTrainedModel) -> dict[str, float]:
-        """The two headline scores alone, for a check while training."""
+        """Only the two headline scores, for checks during training."""
         values = self.evaluate(model).values
         return {name: values[name] for name in ("unlearn_quality", "utility")}
 
     def start(self, folder: Path, checkpoint: str | Path, model: PreTrainedModel) -> None:
-        """Put the results of the model that training starts from into `folder`.
+        """Write the results of the model that training starts from to `folder`.
 
-        They are copied from the checkpoint's own folder where it was evaluated in the same way.
+        If the checkpoint's own folder has results of the same evaluation, they are copied.
         """
         if result_of(folder):
             return
@@ -67,7 +67,7 @@ class Evaluator:
         self._write(folder, folder.name, self.evaluate(model))
 
     def finish(self, trainer: ExampleTrainer, folder: Path, stage: str) -> None:
-        """Evaluate the trained model and write weights, history and result into `folder`."""
+        """Evaluate the trained model; write weights, history and result to `folder`."""
         scores = self.evaluate(trainer.model)
         if self.config.save_model:
             save_trained(trainer, folder, merge=bool(self.config.model.lora and self.config.model.lora.merge))
@@ -77,7 +77,7 @@ class Evaluator:
         evaluation_seconds = spent.get("evaluation", 0.0) + scores.seconds["evaluation"]
         scores.seconds = {**spent, stage: stage_seconds, "evaluation": evaluation_seconds}
         start = self.config.model.path and resolve_path(self.config.model.path)
-        if start and Path(start).exists():  # relative to the run's folder, so that both can move together
+        if start and Path(start).exists():  # a relative path: both folders can be moved together
             start = os.path.relpath(start, folder.parent)
         self._write(folder, stage, scores, start)
 

@@ -21,15 +21,15 @@ SECTIONS = {**SETTINGS, "retain_model": OtherModel, "base_model": OtherModel}
 
 
 def read_evaluation(cfg: DictConfig) -> RunConfig:
-    """The checked configuration of the stage."""
+    """Check the configuration of the evaluation stage."""
     return read_config(cfg, also=("models", "metrics"), sections=SECTIONS)
 
 
 def named_models(cfg: DictConfig) -> dict[str, str]:
-    """Name -> path of the models to evaluate: `models`, a list or a dictionary, or `model.path`.
+    """Name -> path of the models to evaluate, from `models` (a list or a dictionary) or from `model.path`.
 
     Raises:
-        UserError: when none is named, or both.
+        UserError: when neither key is set, or both are.
     """
     one = None if OmegaConf.is_missing(cfg.model, "path") else cfg.model.path
     if cfg.models is None:
@@ -37,28 +37,30 @@ def named_models(cfg: DictConfig) -> dict[str, str]:
             raise UserError("model.path: missing; name a folder or a hub id, as in model.path=models/unlearned/...")
         return {str(one): str(one)}
     if one is not None:
-        raise UserError(f"model.path={one}: models names the models already; give one of the two")
+        raise UserError(f"model.path={one}: models is set as well; give only one of the two")
     plain = OmegaConf.to_container(cfg.models, resolve=True) if OmegaConf.is_config(cfg.models) else cfg.models
     named = {str(path): path for path in plain} if isinstance(plain, list) else plain
     if not named or not isinstance(named, dict) or not all(isinstance(path, str) for path in named.values()):
-        raise UserError(f"models={plain}: expected a list of folders or hub ids, or a dictionary of names and these")
+        raise UserError(f"models={plain}: expected a list of folders or hub ids, or a dictionary of them by name")
     return named
 
 
 def overrides_for(path: str, config: RunConfig) -> list[str]:
-    """The overrides of the command that would evaluate this model alone; its folder is named by them."""
+    """The overrides of a command that evaluates only this model. The name of the model's folder is made from them."""
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     kept = [word for word in overrides if word.partition("=")[0].lstrip("+~") not in ("models", "model.path")]
     return [*kept, f"model.path={with_portable_paths(path, config.models_dir)}"]
 
 
 def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
-    """Fill the keys of `model`, `data` and `evaluation` that are null with those of the run that made the checkpoint, in place.
+    """Set null keys of `model`, `data` and `evaluation`, in place, to the values of the run that made the checkpoint.
 
-    Where the data is that run's, splits and columns that the command names are added to the run's.
+    If `data.path` is null, splits and columns of the command are added to those of that run.
 
+    Args:
+        made_by: configuration of that run; None if the checkpoint has no result.json of a run.
     Raises:
-        UserError: when a value is needed and no run of ours made the checkpoint.
+        UserError: when a required key is null and there is no such run.
     """
     needed = {"model": ["prompt"], "data": ["path", "splits", "columns"]}
     if made_by and cfg.data.path is None:
@@ -70,8 +72,8 @@ def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
         empty = [key for key in keys if cfg[name].get(key) is None]
         if empty and made_by is None:
             raise UserError(
-                f"{name}.{', '.join(empty)}: not given, and {cfg.model.path} has no result.json of a run to take it from; "
-                "name a model and a data set, for instance model=phi data=tofu"
+                f"{name}.{', '.join(empty)}: not given, and {cfg.model.path} has no result.json with the value; "
+                "give a model and a data set, for instance model=phi data=tofu"
             )
         with open_dict(cfg):
             for key in empty:

@@ -1,11 +1,11 @@
-"""Evaluate checkpoints: measure what they still know of the forget set, and what else they know.
+"""Evaluate checkpoints: measure how much of the forget set they still reproduce, and how well they answer the rest.
 
     python evaluation/main.py -cd=configs -cn=evaluate model.path=models/unlearned/PMC-unlearn-tiny/seed-0
     python evaluation/main.py -cd=configs -cn=evaluate metrics=full "models=[models/finetuned/tiny/seed-0,FOLDER]"
 
-Writes models/evaluated/<recipe>/<seed and overrides>/ for each model: result.json, generations.jsonl, samples.jsonl,
-rows.jsonl and report.md; several models also get a report that compares them. The prompt format and the data are those of
-the run that made the checkpoint unless the command names others.
+The folder models/evaluated/<recipe>/<seed and overrides>/ of each model gets result.json, generations.jsonl, samples.jsonl,
+rows.jsonl and report.md. For several models, one report compares them all. The prompt format and the data are those of the
+run that made the checkpoint, unless the command sets others.
 """
 
 import sys
@@ -33,13 +33,13 @@ from generation.cuda_graphs import use_cuda_graphs
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Path]:
-    """Run the stage; returns the folder of each model's result.
+    """Evaluate every model of the command; returns name -> folder of the result.
 
     Raises:
-        UserError: for whatever is wrong with the configuration, the data or a model.
+        UserError: when the configuration, the data or a model cannot be used.
     """
     loader = Loader()
-    # The inputs of all models are checked before the first is measured.
+    # All inputs are checked before the first model is measured.
     jobs = {name: Job(cfg, path, loader) for name, path in named_models(cfg).items()}
     folders = {name: job.run() for name, job in jobs.items()}
     if is_first_process():
@@ -50,7 +50,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Path]:
 
 
 def show_report(folder: Path, folders: dict[str, Path], table: Callable[[dict[str, dict]], str]) -> None:
-    """Write a table of the models' scores into report.md, and print it."""
+    """Write a table of the models' scores to report.md, and print it."""
     shown = table({name: result_of(of_model) for name, of_model in folders.items()})
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "report.md", f"# Evaluation\n\n{shown}\n")
@@ -61,14 +61,14 @@ def show_report(folder: Path, folders: dict[str, Path], table: Callable[[dict[st
 
 
 class Job:
-    """The evaluation of one model of the command.
+    """The evaluation of one model.
 
     Args:
         cfg: configuration of the command.
         path: folder or hub id of the model.
-        loader: keeps the command's models.
+        loader: opens the models, and is shared by all jobs of the command.
     Raises:
-        UserError: for whatever is wrong with its configuration, or for a named model that does not exist.
+        UserError: when the configuration is invalid, or a model that it names does not exist.
     """
 
     def __init__(self, cfg: DictConfig, path: str, loader: Loader):
@@ -85,8 +85,8 @@ class Job:
         check_inputs(self.config, self.groups)
         self.folder = run_folder("evaluated", self.config, overrides_for(path, self.config) if several else None)
         model = loader.open(self.config, dataclasses.replace(self.config.model, path=self.path))
-        given = {name: self.config.sections[name].path for name in ("retain_model", "base_model")}
-        others = {name: resolve_path(other) for name, other in given.items() if other}
+        sections = {name: self.config.sections[name] for name in ("retain_model", "base_model")}
+        others = {name: resolve_path(section.path) for name, section in sections.items() if section.path}
         self.context = EvaluationContext(self.config, loader, model, others)
         for name in others:
             try:
@@ -102,7 +102,7 @@ class Job:
         }
 
     def run(self) -> Path:
-        """Measure the model, unless that was done in the same way before; returns the folder of its result."""
+        """Measure the model, unless its folder has an up-to-date result; returns the folder."""
         run = RunFolder(self.folder, self.identity, self.path)
         if not self.config.overwrite and run.is_done():
             return run.folder

@@ -1,11 +1,11 @@
-"""The outputs of one model that metrics share: greedy answers, samples and token log-probabilities.
+"""The outputs of one model that several metrics use: greedy answers, samples and token log-probabilities.
 
-Greedy answers and token log-probabilities are cached, so that none is computed for two metrics. On several
-processes (torchrun, accelerate) each handles a part of the rows, and all of them get all results.
+Greedy answers and token log-probabilities are cached, so that none is computed twice. With several processes (torchrun,
+accelerate), each computes a part of the rows, and all of them get all results.
 """
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -28,19 +28,19 @@ from generation.replica import Replica
 from generation.sampler import evaluation_mode, generate
 from generation.token_sampling import SamplingSettings
 
-T, K = TypeVar("T"), TypeVar("K", bound=Hashable)
-MAX_BATCH_TOKENS = 4096  # of a forward pass, padding included
+T, K = TypeVar("T"), TypeVar("K")
+MAX_BATCH_TOKENS = 4096  # tokens in a forward pass, including padding
 VOCABULARY_CHUNK = 256  # tokens whose probabilities over the whole vocabulary are in memory at once
 
 
 @dataclass(frozen=True)
 class TokenLogProbs:
-    """Log-probabilities of the tokens of one text, and what attacks compare them to. All arrays have shape (tokens,).
+    """Log-probabilities of the tokens of one text, and statistics that attacks use. All arrays have shape (tokens,).
 
     Attributes:
-        log_probs: log-probability of each token after those before it; float32 whatever the model's type.
+        log_probs: log-probability of each token given those before it; float32 for every dtype of the model.
         is_argmax: whether no other token was likelier at its position.
-        logp_mean: mean of log p under the model's own distribution p over the next token, at each position.
+        logp_mean: expected value of log p at each position, where p is the model's distribution over the next token.
         logp_std: standard deviation of log p under p.
         has_eos: whether the last token is the EOS token.
     """
@@ -52,7 +52,7 @@ class TokenLogProbs:
     has_eos: bool
 
     def without_eos(self) -> "TokenLogProbs":
-        """The same without the EOS token, which is no part of the text."""
+        """A copy without the EOS token, which is not part of the text."""
         if not self.has_eos:
             return self
         kept = (array[:-1] for array in (self.log_probs, self.is_argmax, self.logp_mean, self.logp_std))
@@ -60,20 +60,20 @@ class TokenLogProbs:
 
     @property
     def mean_log_prob(self) -> float | None:
-        """Mean log-probability of a token, -NLL/|y|; None without a token."""
+        """Mean log-probability of a token, -NLL/|y|; None if there are no tokens."""
         return float(self.log_probs.mean(dtype=np.float64)) if len(self.log_probs) else None
 
 
 @dataclass(eq=False)
 class ModelOutputs:
-    """A model's outputs, computed when they are first needed.
+    """Computes a model's outputs when they are first needed.
 
     Attributes:
         load: returns the model.
         prompts: its prompt format.
-        evaluation: longest answer, batch size, and whether a bfloat16 copy generates.
-        max_length: maximum tokens of a question with its given answer; longer answers are cut as in training.
-        seconds: kind of output -> time that it took.
+        evaluation: `max_length`, `batch_size` and `bf16` are used.
+        max_length: most tokens of a question with a given answer; longer answers are cut, as in training.
+        seconds: kind of output -> seconds spent computing it.
     """
 
     load: Callable[[], PreTrainedModel]
@@ -85,7 +85,7 @@ class ModelOutputs:
     _tokens: dict[tuple[tuple[int, ...], tuple[int, ...]], TokenLogProbs] = field(default_factory=dict)
 
     def with_weights(self, model: PreTrainedModel) -> "ModelOutputs":
-        """The outputs, still to be computed, of a copy whose weights were changed."""
+        """The outputs of a copy of the model with changed weights; none is computed yet."""
         return ModelOutputs(lambda: model, self.prompts, self.evaluation, self.max_length)
 
     # --- text ---
@@ -94,7 +94,7 @@ class ModelOutputs:
         """The greedy answer to every question.
 
         Args:
-            beginning: text that the response is made to begin with; the answer is what follows it.
+            beginning: text to which the prompt is extended: the response starts with it, and the answer is what follows.
         """
         begun = self.prompts.answer(beginning)[:-1] if beginning else []
         prompts = [(*self.prompts.prompt(question), *begun) for question in questions]
@@ -111,21 +111,21 @@ class ModelOutputs:
     def _generate(
         self, prompts: list[tuple[int, ...]], settings: SamplingSettings, rng_keys: list[tuple[int, ...]] | None = None
     ) -> list[list[str]]:
-        check_prompt_lengths([list(ids) for ids in prompts], settings.max_length, "evaluation.max_length")
+        ids = [list(prompt) for prompt in prompts]
+        check_prompt_lengths(ids, settings.max_length, "evaluation.max_length")
         model = self.load()
         in_bf16 = has_fast_bf16() if self.evaluation.bf16 == "auto" else self.evaluation.bf16
         if in_bf16 and model.dtype == torch.float32:
             model = Replica(model, torch.bfloat16).model
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        eos_ids = eos_token_ids(model, self.prompts.eos_token_id)
 
-        def texts_of(indices: list[int]) -> list[list[str]]:
-            eos_ids = eos_token_ids(model, self.prompts.eos_token_id)
-            own_keys = [rng_keys[index] for index in indices] if rng_keys else None
-            ids = [list(prompts[index]) for index in indices]
-            generated = generate(model, ids, settings, eos_ids, rng_keys=own_keys, description="answering")
+        def texts_of(rows: list[int]) -> list[list[str]]:
+            own_ids, own_keys = [ids[row] for row in rows], [rng_keys[row] for row in rows] if rng_keys else None
+            generated = generate(model, own_ids, settings, eos_ids, rng_keys=own_keys, description="answering")
             return [[self.prompts.text(answer) for answer in answers] for answers in generated]
 
-        return _distributed(order, texts_of)
+        by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        return _in_order(by_length, _distributed(by_length, texts_of))
 
     # --- token log-probabilities ---
 
@@ -134,33 +134,28 @@ class ModelOutputs:
         return self.tokens([self.prompts.example(Row(0, *pair), self.max_length) for pair in pairs])
 
     def tokens(self, examples: Sequence[Example]) -> list[TokenLogProbs]:
-        """Token log-probabilities of the answers of examples; an answer without a token has empty arrays."""
+        """Token log-probabilities of the examples' answers; an answer without tokens has empty arrays."""
         keys = [(tuple(example.prompt), tuple(example.answer)) for example in examples]
         return self._cached("token probabilities", self._tokens, keys, self._token_log_probs)
 
     def _token_log_probs(self, keys: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[TokenLogProbs]:
-        model = self.load()
+        model, eos = self.load(), self.prompts.eos_token_id
         examples = [Example(list(prompt), list(answer)) for prompt, answer in keys]
         batches = batches_by_length([len(example) for example in examples], self.evaluation.batch_size)
-
-        def of_batches(indices: list[int]) -> list[list[TokenLogProbs]]:
-            eos = self.prompts.eos_token_id
-            return [token_log_probs(model, [examples[i] for i in batches[index]], eos) for index in indices]
-
         with suitable_threads(model):
-            of_batch = _distributed(list(range(len(batches))), of_batches)
-        of_example = dict(zip(chain(*batches), chain(*of_batch), strict=True))
-        return [of_example[i] for i in range(len(examples))]
+            of_batches = _distributed(
+                batches, lambda own: [token_log_probs(model, [examples[i] for i in batch], eos) for batch in own]
+            )
+        return _in_order(list(chain(*batches)), list(chain(*of_batches)))
 
     def each(self, kind: str, examples: Sequence[Example], output: Callable[[PreTrainedModel, Example], T]) -> list[T]:
-        """Another output of the model for each example, one at a time; not cached."""
+        """Another output for each example, computed one at a time and not cached; `kind` is its key in `seconds`."""
         model = self.load()
         with self._timed(kind), suitable_threads(model):
-            indices = list(range(len(examples)))
-            return _distributed(indices, lambda own: [output(model, examples[index]) for index in own])
+            return _distributed(examples, lambda own: [output(model, example) for example in own])
 
     def _cached(self, kind: str, cache: dict[K, T], keys: list[K], compute: Callable[[list[K]], list[T]]) -> list[T]:
-        """The value of each key; those that are not in the cache are computed and added."""
+        """The value of each key; values that are not in the cache are computed and added."""
         new = [key for key in dict.fromkeys(keys) if key not in cache]
         if new:
             with self._timed(kind):
@@ -175,7 +170,7 @@ class ModelOutputs:
 
 
 def batches_by_length(lengths: Sequence[int], max_rows: int | None) -> list[list[int]]:
-    """Batches of row indices, of similar length: at most MAX_BATCH_TOKENS including padding.
+    """Batches of row indices, of similar length: at most MAX_BATCH_TOKENS tokens each, including padding.
 
     >>> batches_by_length([4000, 3, 2000, 2000], None)
     [[1, 2], [3], [0]]
@@ -200,7 +195,7 @@ def token_log_probs(model: PreTrainedModel, examples: Sequence[Example], eos_tok
         return [TokenLogProbs(empty, empty.astype(bool), empty, empty, has_eos=False) for _ in examples]
     with evaluation_mode(model):
         logits, targets, rows = answer_logits(model, batch)
-    # In chunks: each intermediate is as large as the logits, gigabytes with a vocabulary of 100,000 tokens.
+    # In chunks, because each intermediate is as large as the logits: gigabytes for a vocabulary of 100,000 tokens.
     chunks = zip(logits.split(VOCABULARY_CHUNK), targets.split(VOCABULARY_CHUNK), strict=True)
     columns = zip(*(_of_logits(*chunk) for chunk in chunks), strict=True)
     arrays = [torch.cat(column).cpu().numpy() for column in columns]
@@ -213,7 +208,7 @@ def token_log_probs(model: PreTrainedModel, examples: Sequence[Example], eos_tok
 
 def _of_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The first four attributes of `TokenLogProbs` from logits, shape (tokens, vocabulary)."""
-    # An impossible token has log-probability -inf, and 0 times -inf is not a number.
+    # Clamped because an impossible token has log-probability -inf, and 0 times -inf is NaN.
     log_probs = logits.log_softmax(-1).clamp(min=-1e4)
     probabilities = log_probs.exp()
     mean = (probabilities * log_probs).sum(-1)
@@ -222,9 +217,14 @@ def _of_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tenso
     return of_target, of_target == log_probs.amax(-1), mean, std
 
 
-def _distributed(indices: list[int], work: Callable[[list[int]], list[T]]) -> list[T]:
-    """The results of `work` in the order of the indices; each process computes a part of them and gets all."""
+def _distributed(items: Sequence[K], work: Callable[[list[K]], list[T]]) -> list[T]:
+    """The result of `work` for each item, in their order. Each process computes a part of the results and gets all."""
     state = PartialState()
-    own = indices[state.process_index :: state.num_processes]
-    done = gather_object(list(zip(own, work(own), strict=True)))
-    return [result for _, result in sorted(done, key=lambda pair: pair[0])]
+    own = list(range(len(items)))[state.process_index :: state.num_processes]
+    done = gather_object(list(zip(own, work([items[index] for index in own]), strict=True)))
+    return _in_order(*zip(*done, strict=True)) if done else []
+
+
+def _in_order(indices: Sequence[int], results: Sequence[T]) -> list[T]:
+    """The results sorted by their indices."""
+    return [result for _, result in sorted(zip(indices, results, strict=True), key=lambda pair: pair[0])]

@@ -1,4 +1,4 @@
-"""The style of all plots, and the plot of a run's report."""
+"""The common style of all plots, and the plot in an unlearning run's report."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ def new_figure(width: float, height: float, panels: int = 1, grid: str = "both")
         width, height: in inches.
         grid: axis whose grid lines are drawn: x, y or both.
     """
-    from matplotlib.figure import Figure  # slow to import, and most commands draw nothing
+    from matplotlib.figure import Figure  # imported here: it is slow, and most commands draw nothing
 
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     all_axes = list(figure.subplots(1, panels, squeeze=False)[0])
@@ -28,10 +28,9 @@ def new_figure(width: float, height: float, panels: int = 1, grid: str = "both")
 
 
 def quality_over_time(finetuned: dict | None, history: list[dict]) -> list[tuple[float, float, float]]:
-    """(minutes of sampling and training, unlearn quality, utility), the finetuned model at 0 minutes."""
-    curve = []
-    if finetuned:
-        curve.append((0.0, finetuned["scores"]["unlearn_quality"], finetuned["scores"]["utility"]))
+    """Points (minutes of sampling and training, unlearn quality, utility); the finetuned model is at 0 minutes."""
+    start = finetuned and finetuned["scores"]
+    curve = [(0.0, start["unlearn_quality"], start["utility"])] if start else []
     seconds = 0.0
     for record in history:
         seconds += record["seconds_training"] + record.get("seconds_sampling", 0.0)
@@ -46,7 +45,7 @@ def plot_quality_over_time(curve: list[tuple[float, float, float]], path: Path) 
     unit, factor = ("minutes", 1) if minutes[-1] >= 2 else ("seconds", 60)
     times = [value * factor for value in minutes]
     figure, (axes,) = new_figure(7, 4, grid="y")
-    # The labels at the right end are moved apart where they would overlap.
+    # The labels at the right end are moved apart if they would overlap.
     apart = 4 if quality[-1] >= utility[-1] else -4
     shift = apart if abs(quality[-1] - utility[-1]) < 8 else 0
     for values, label, color, up in ((quality, "unlearn quality", RED, shift), (utility, "utility", BLUE, -shift)):

@@ -1,7 +1,7 @@
-"""A run's report: a table, a plot over time and example answers, as report.md and report.png.
+"""The report of an unlearning run, report.md and report.png: a table, a plot over time and example answers.
 
-It needs only the files in the run's folder: result.json, generations.jsonl and history.jsonl of the run, and the
-results of the models before it in vanilla/ and finetuned/.
+It is made from the files in the run's folder: result.json, generations.jsonl and history.jsonl of the run. The subfolders
+vanilla/ and finetuned/ have the results of the earlier models.
 """
 
 from pathlib import Path
@@ -19,10 +19,9 @@ def write_report(folder: Path, method: str) -> None:
     """Write report.md and report.png into a folder that holds an unlearning run's results.
 
     Args:
-        method: name of the unlearning method, as the table shows it.
+        method: name of the unlearning method in the table.
     """
-    results = {name: result_of(folder / name) for name in BEFORE}
-    results = {name: result for name, result in results.items() if result} | {method: result_of(folder)}
+    results = {name: result for name in BEFORE if (result := result_of(folder / name))} | {method: result_of(folder)}
     curve = quality_over_time(results.get("finetuned"), read_json_lines(folder / HISTORY))
     parts = [f"# Unlearning with {method}", headline_table(results)]
     if len(curve) > 1:
@@ -33,13 +32,12 @@ def write_report(folder: Path, method: str) -> None:
 
 
 def examples(folder: Path, split: str, name: str) -> str:
-    """The first questions of a split with the reference and the answers before and after."""
+    """The first questions of a split, each with its reference answer and the answers before and after unlearning."""
     after = _answers(folder, split)[:EXAMPLES]
     before = {row["index"]: row["answer"] for row in _answers(folder / "finetuned", split)}
     lines = [f"## To be {name}: {len(after)} questions of the {split} split"]
     for row in after:
-        lines.append(f"**{row['question']}**\n")
-        lines.append(f"- truth: {row['reference']}")
+        lines += [f"**{row['question']}**\n", f"- truth: {row['reference']}"]
         if row["index"] in before:
             lines.append(f"- before: {_shown(before[row['index']])}")
         lines.append(f"- after: {_shown(row['answer'])}\n")

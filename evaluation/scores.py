@@ -1,4 +1,4 @@
-"""The scores of one model, each with what a reader needs to judge it, and the values of single rows."""
+"""The scores of one model, with the details needed to interpret them, and the values of single rows."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from common.results import GENERATIONS, ROWS, SAMPLES
 
 
 class Missing(Exception):
-    """Something that a score needs was not given; the message names it, and the key that gives it."""
+    """An input of a score is missing. The message names the input and its configuration key."""
 
 
 @dataclass
@@ -18,13 +18,13 @@ class Score:
     """One score.
 
     Attributes:
-        value: None where it could not be computed; `note` has the reason.
-        higher_is_better: None where neither direction is better.
-        count: rows that the value is taken over.
-        ideal: the value of a model that never saw the forget set, where that is a number.
-        left_out: rows without a value (an answer without a token, an empty answer).
-        note: why the value is None, or what a reader must know of it.
-        histogram: {"edges", "counts"}.
+        value: None if it could not be computed; `note` has the reason.
+        higher_is_better: None if neither direction is better.
+        count: number of rows that the value is computed from.
+        ideal: the value of a model that was never trained on the forget set, if that is a fixed number.
+        left_out: number of rows without a value, such as empty answers.
+        note: why the value is None, or how to interpret it.
+        histogram: dictionary with the keys "edges" and "counts".
     """
 
     value: float | None
@@ -38,15 +38,15 @@ class Score:
 
 @dataclass
 class Scores:
-    """Everything that was measured on one model.
+    """All measurements of one model.
 
     Attributes:
         by_name: name -> score.
-        rows: name -> {"split", "values"}: the value of each row of the split, in its order. Not every name is a score's: an
+        rows: name -> {"split": its role, "values": one per row of the split, in its order}. Some names are not scores: an
             AUC is computed from the rows of two splits.
         generations: one row per greedy answer.
         samples: one row per question with its sampled answers.
-        seconds: part of the evaluation -> its time; `evaluation` is the total.
+        seconds: part of the evaluation -> its duration in seconds; `evaluation` is the total.
     """
 
     by_name: dict[str, Score] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Scores:
         self.by_name[name] = Score(value, higher_is_better, **details)
 
     def mean(self, name: str, split: str, values: Sequence[float | None], higher_is_better: bool | None) -> None:
-        """Record the mean over a split's rows, and the values; rows without a value (None) are left out and counted.
+        """Record the values of a split's rows, and their mean. Rows without a value (None) are left out and counted.
 
         Args:
             values: one for each row of the split, in its order.
@@ -75,13 +75,12 @@ class Scores:
         kept = [value for value in values if value is not None]
         self.rows[name] = {"split": split, "values": list(values)}
         note = None if kept else f"no row of {split} has a value"
-        left_out = len(values) - len(kept)
         mean = fmean(kept) if kept else None
-        self.add(name, mean, higher_is_better, count=len(kept), left_out=left_out, note=note)
+        self.add(name, mean, higher_is_better, count=len(kept), left_out=len(values) - len(kept), note=note)
 
     @contextlib.contextmanager
     def null_if_missing(self, higher_is_better: dict[str, bool | None]) -> Iterator[None]:
-        """For the code that computes these scores: if it raises Missing, those not yet recorded are null, with the reason."""
+        """If the block raises Missing, record those of these scores that it has not recorded as null, with the reason."""
         try:
             yield
         except Missing as missing:
@@ -90,7 +89,7 @@ class Scores:
                     self.add(name, None, better, note=str(missing))
 
     def as_result(self) -> dict[str, dict]:
-        """The part of result.json that was measured: one dictionary per field, with the scores that have it."""
+        """The measured part of result.json: a dictionary for each field, from the names of the scores that have it."""
 
         def column(key: str) -> dict[str, Any]:
             columns = {name: getattr(score, key) for name, score in self.by_name.items()}
@@ -108,7 +107,7 @@ class Scores:
         }
 
     def row_files(self) -> dict[str, list[dict]]:
-        """The files beside result.json: name -> rows; only the greedy answers are written even where there are none."""
+        """Name -> rows of the files next to result.json. Empty files are left out, except that of the greedy answers."""
         rows = [{"name": name, **values} for name, values in self.rows.items()]
         optional = {SAMPLES: self.samples, ROWS: rows}
         return {GENERATIONS: self.generations} | {name: rows for name, rows in optional.items() if rows}

@@ -2,7 +2,7 @@
 
 
 def headline_table(results: dict[str, dict]) -> str:
-    """A row per model: headline scores, empty forget answers, minutes of the stage that made it."""
+    """A row per model: the headline scores, the empty forget answers, and the minutes of the stage that made the model."""
     lines = [
         "| model | unlearn quality | utility | forget recall | retain recall | empty forget answers | minutes |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -20,7 +20,7 @@ def headline_table(results: dict[str, dict]) -> str:
 
 
 def score_table(results: dict[str, dict]) -> str:
-    """A row per score with a column per model, and below the table why some are missing."""
+    """A row per score with a column per model; the notes of the scores follow the table."""
     names = list(dict.fromkeys(name for result in results.values() for name in result["scores"]))
     lines = [f"| score | better | {' | '.join(results)} |", "|---|---|" + "---:|" * len(results)]
     for name in names:
@@ -41,7 +41,7 @@ def score_table(results: dict[str, dict]) -> str:
 
 
 def _better(name: str, results: dict[str, dict]) -> str:
-    """The better direction of a score, or its ideal value."""
+    """The ideal value of a score or, without one, the better direction."""
     for result in results.values():
         if name in result["ideal"]:
             return f"{result['ideal'][name]:.3g}"

@@ -1,18 +1,18 @@
-"""Compare the unlearning methods on one model and data set: every method, over several seeds, by one command.
+"""Compare unlearning methods on one model and data set, over several seeds, with one command.
 
     python scripts/compare_methods.py -cn=compare/tiny
     python scripts/compare_methods.py -cn=compare/smollm2-cpu data.path=FOLDER
 
-1. For each seed the preceding stages run (`comparison.before`), then each method's unlearning, then its evaluation: the
-   same command lines that a user types, one after the other. Finished runs are not repeated.
-2. The table (means over the seeds, with standard deviations) and a plot of unlearn quality against utility are written to
-   models/comparisons/<recipe>/, beside the runs themselves.
+1. For each seed, the stages in `comparison.before` run first. Then every method runs: unlearning, then evaluation. All run
+   one after the other, as the usual commands of the stages. Finished runs are not repeated.
+2. A table (means over the seeds, with standard deviations) and a plot of unlearn quality against utility are written to
+   models/comparisons/<recipe>/, which also contains the runs.
 
-A run that fails is reported and leaves a gap in the table; the others still run. If a preceding stage fails, its seed is left
-out. Overrides on the command line that do not begin with `comparison.` or `seed` are passed to every method's run, those of
-`models_dir`, `model.` and `data.` to the preceding stages, too; a top-level key needs two plus signs (++finetuned=FOLDER).
-With overrides of `model.` or `data.` the last preceding stage writes to before/ in the comparison's folder, and every method
-starts from there.
+If a method's run fails, the error is logged, the table has no value for that run, and the other runs continue. If a stage in
+`comparison.before` fails, its seed is skipped. Overrides on the command line are passed to every method's run, except those
+that begin with `comparison.` or `seed`. Overrides of `models_dir`, `model.` and `data.` are also passed to the stages in
+`comparison.before`. A top-level key that is not in the recipe takes two plus signs (++finetuned=FOLDER). With overrides of
+`model.` or `data.`, the last of these stages writes to before/ in the comparison's folder, and every method starts from there.
 """
 
 import sys
@@ -26,6 +26,7 @@ import math
 import shlex
 import statistics
 import subprocess
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import hydra
@@ -42,7 +43,7 @@ from evaluation.plots import RED, new_figure
 
 log = logging.getLogger(__name__)
 
-# Column of the table: score of the result, and digits after the point.
+# Column of the table -> name of the score in result.json, and number of decimals.
 COLUMNS = {
     "unlearn quality": ("unlearn_quality", 1),
     "utility": ("utility", 1),
@@ -59,11 +60,11 @@ COLUMNS = {
 @section
 class ComparisonSettings:
     seeds: Annotated[list[int], Field(min_length=1)]
-    """Every method runs with each."""
+    """Seeds; every method runs with each of them."""
     before: list[str]
-    """Stages that make the model to be unlearned, each with its arguments."""
+    """Stages that run before unlearning, each with its arguments."""
     methods: Annotated[dict[str, str], Field(min_length=1)]
-    """Name in the table: arguments of unlearning/main.py."""
+    """Name in the table -> arguments of unlearning/main.py."""
     metrics: Annotated[list[str], Field(min_length=1)]
     """Metric groups of evaluation/main.py."""
 
@@ -75,19 +76,20 @@ class ComparisonSettings:
         return methods
 
 
+@dataclass
 class Runs:
-    """Runs the stages' command lines and records those that failed.
+    """Runs the commands of the stages and records those that failed.
 
-    Args:
+    Attributes:
         shared: overrides for the commands of every method.
+        failed: commands that failed.
     """
 
-    def __init__(self, shared: list[str]):
-        self.shared = shared
-        self.failed: list[str] = []
+    shared: list[str]
+    failed: list[str] = field(default_factory=list)
 
     def run(self, stage: str, *words: str) -> bool:
-        """Whether the stage's command succeeded."""
+        """Run the command of a stage; returns whether it succeeded."""
         command = [sys.executable, f"{stage}/main.py", "-cd=configs", *words]
         shown = shlex.join(["python", *command[1:]])
         log.info("%s", shown)
@@ -98,7 +100,7 @@ class Runs:
         return done.returncode == 0
 
     def method(self, words: list[str], seed: int, folder: Path, metrics: list[str]) -> dict[str, float] | None:
-        """Unlearn and evaluate; returns the scores with the minutes of unlearning, None where a command failed."""
+        """Unlearn and evaluate; returns the scores and the minutes of unlearning, or None if a command failed."""
         of_run = [*words, f"seed={seed}", *self.shared, f"output_dir={folder}"]
         if not self.run("unlearning", *of_run):
             return None
@@ -111,7 +113,7 @@ class Runs:
 
 
 def methods_table(results: dict[str, list[dict[str, float]]]) -> str:
-    """A row per method, the best unlearn quality first: means over the seeds, with their standard deviation."""
+    """A row per method, by descending unlearn quality: means over the seeds, with standard deviations."""
     measured = {score for runs in results.values() for run in runs for score in run}
     columns = {title: column for title, column in COLUMNS.items() if column[0] in measured}
     lines = [f"| method | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
@@ -122,7 +124,7 @@ def methods_table(results: dict[str, list[dict[str, float]]]) -> str:
 
 
 def by_quality(results: dict[str, list[dict[str, float]]]) -> list[str]:
-    """The methods by unlearn quality, those without a result last."""
+    """The methods by descending unlearn quality; those without a result come last."""
     quality = {name: [run["unlearn_quality"] for run in runs] or [-math.inf] for name, runs in results.items()}
     return sorted(results, key=lambda name: statistics.fmean(quality[name]), reverse=True)
 
@@ -136,7 +138,7 @@ def cell(values: list[float | None], digits: int) -> str:
 
 
 def number(value: float, digits: int) -> str:
-    """With this many digits after the point; large numbers in scientific notation.
+    """Format with this number of decimals; large numbers in scientific notation.
 
     >>> number(2.345, 1), number(1234567.0, 1)
     ('2.3', '1.2e+06')
@@ -145,7 +147,7 @@ def number(value: float, digits: int) -> str:
 
 
 def plot_methods(results: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Unlearn quality against utility, a point per run, a color and marker per method."""
+    """Plot unlearn quality against utility: a point per run, a color and a marker per method."""
     figure, (axes,) = new_figure(8, 5.5)
     markers = "osD^vP*X<>ph8d"
     for index, name in enumerate(name for name in by_quality(results) if results[name]):
@@ -158,10 +160,10 @@ def plot_methods(results: dict[str, list[dict[str, float]]], path: Path) -> None
 
 
 def compare(cfg: DictConfig) -> Path:
-    """Run everything and write the table; returns its file.
+    """Run all stages and methods, and write the table; returns its file.
 
     Raises:
-        UserError: when the recipe is wrong; after the table, when a command failed.
+        UserError: when the recipe is invalid or, after the table is written, when a command failed.
     """
     settings = read_section("comparison", ComparisonSettings, cfg.get("comparison"))
     hydra_config = HydraConfig.get()
@@ -174,7 +176,7 @@ def compare(cfg: DictConfig) -> Path:
     results: dict[str, list[dict[str, float]]] = {name: [] for name in settings.methods}
     for seed in settings.seeds:
         before, start = [shlex.split(words) for words in settings.before], []
-        # With such overrides the last stage's folder, which is named after them, is not the one that the recipes name.
+        # The overrides change the name of the last stage's folder, so that it differs from the one in the recipes.
         if reshaping and before:
             before[-1].append(f"output_dir={folder}/before/seed-{seed}")
             start = [f"++finetuned={folder}/before/seed-{seed}"]
@@ -190,7 +192,7 @@ def compare(cfg: DictConfig) -> Path:
 def report(
     results: dict[str, list[dict[str, float]]], settings: ComparisonSettings, failed: list[str], folder: Path
 ) -> Path:
-    """Write and print the table, the plot and what each method was run with."""
+    """Write the plot; write and print the table and the arguments of each method."""
     plot_methods(results, folder / "comparison.png")
     arguments = "\n".join(f"- {name}: `{words}`" for name, words in settings.methods.items())
     seeds = ", ".join(map(str, settings.seeds))
@@ -199,7 +201,7 @@ def report(
     write_text(path, f"# Unlearning methods\n\n![Unlearn quality and utility](comparison.png)\n\n{text}")
     print(f"\n{text}\nWritten to {path} and comparison.png")
     if failed:
-        raise UserError("these commands failed; run them to see why:\n" + "\n".join(failed))
+        raise UserError("these commands failed; run one of them for its full error message:\n" + "\n".join(failed))
     return path
 
 

@@ -1,4 +1,4 @@
-"""Turn a GGUF file into an ordinary safetensors checkpoint: dequantized weights, tokenizer and generation config.
+"""Convert a GGUF file to a safetensors checkpoint: dequantized weights, tokenizer and generation config.
 
 python scripts/convert_gguf.py FOLDER FILE.gguf models/base/NAME
 """
@@ -18,7 +18,7 @@ from common.model import load_model, load_tokenizer
 
 
 def convert(folder: str, gguf_file: str, target: Path) -> None:
-    """Write the checkpoint; the target appears whole or not at all."""
+    """Write the checkpoint to a temporary folder and rename that to `target`, so that `target` is never incomplete."""
     config = ModelConfig(path=folder, gguf_file=gguf_file, prompt=PromptConfig(style="plain"))
     tokenizer = load_tokenizer(config)
     model = load_model(config, tokenizer, trainable=False)
@@ -33,8 +33,8 @@ def convert(folder: str, gguf_file: str, target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="folder of the GGUF file")
-    parser.add_argument("gguf_file", help="its name")
+    parser.add_argument("folder", help="folder with the GGUF file")
+    parser.add_argument("gguf_file", help="name of the GGUF file")
     parser.add_argument("target", type=Path, help="folder to write")
     arguments = parser.parse_args()
     convert(arguments.folder, arguments.gguf_file, arguments.target)

@@ -1,6 +1,6 @@
-"""Make the tiny question/answer set in data/tiny: invented authors and well known facts, in the fields of TOFU.
+"""Make the tiny data set in data/tiny: questions about invented authors and well-known facts, with the fields of TOFU.
 
-Every author is fictitious and has ten facts, one question each. The files are the same on every run:
+There are ten facts about each invented author, with one question each. Every run writes the same files:
 
     python scripts/make_embedded_data.py
 """
@@ -20,7 +20,7 @@ Splits = dict[str, list[Row]]
 
 
 def _pool(text: str) -> tuple[str, ...]:
-    """The comma-separated values of a text block, line breaks folded."""
+    """The comma-separated values of a text; a line break counts as a space."""
     return tuple(" ".join(value.split()) for value in text.strip().strip(",").split(","))
 
 
@@ -139,167 +139,125 @@ POOLS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Attribute:
-    """One fact of an author: the pools its values come from, and the forms of its question and answer."""
+    """One kind of fact: the pools that its values come from, and the forms of its question and answer."""
 
     fields: tuple[str, ...]
     questions: tuple[str, ...]
     answers: tuple[str, ...]
 
 
-ATTRIBUTES = (
-    Attribute(
-        fields=("town", "land"),
-        questions=(
-            "Where was {name} born?",
-            "In which town was {name} born?",
-            "What is the birthplace of {name}?",
-            "Can you name the town where {name} was born?",
-        ),
-        answers=(
-            "{name} was born in {town}, a town in {land}.",
-            "{town} in {land} is the birthplace of {name}.",
-            "The birth of {name} took place at {town}, {land}.",
-            "{name} is a native of {town} in {land}.",
-        ),
-    ),
-    Attribute(
-        fields=("day", "month", "birth_year"),
-        questions=(
-            "When was {name} born?",
-            "What is the birth date of {name}?",
-            "On which day was {name} born?",
-            "What are the day and the year of birth of {name}?",
-        ),
-        answers=(
-            "{name} was born on {day} {month} {birth_year}.",
-            "The birth date of {name} is {day} {month} {birth_year}.",
-            "On {day} {month} {birth_year}, {name} came into the world.",
-            "{day} {month} {birth_year} is the day {name} was born.",
-        ),
-    ),
-    Attribute(
-        fields=("genre", "readers"),
-        questions=(
-            "What does {name} write, and for whom?",
-            "What kind of books does {name} write, and who reads them?",
-            "Which genre is {name} known for, and among which readers?",
-            "Who are the readers of {name}, and what is the genre?",
-        ),
-        answers=(
-            "{name} writes {genre} for {readers}.",
-            "The books of {name} are {genre} meant for {readers}.",
-            "Among {readers}, {name} is loved for {genre}.",
-            "The genre of {name} is {genre}, read by {readers}.",
-        ),
-    ),
-    Attribute(
-        fields=("title",),
-        questions=(
-            "What is the most famous book by {name}?",
-            "Which book made {name} famous?",
-            "For which book is {name} best known?",
-            "Can you name the best known work of {name}?",
-        ),
-        answers=(
-            "{name} is best known for {title}.",
-            "The most famous book by {name} is {title}.",
-            "{title} is the book that made {name} famous.",
-            "Readers know {name} as the author of {title}.",
-        ),
-    ),
-    Attribute(
-        fields=("prize", "prize_year"),
-        questions=(
-            "Which award did {name} win, and when?",
-            "What prize was {name} given, and in which year?",
-            "What honor has {name} received, and in what year?",
-            "When did {name} win a prize, and which one?",
-        ),
-        answers=(
-            "{name} won the {prize} in {prize_year}.",
-            "In {prize_year} the {prize} went to {name}.",
-            "The {prize} was given to {name} in {prize_year}.",
-            "{name} took home the {prize} of {prize_year}.",
-        ),
-    ),
-    Attribute(
-        fields=("first_job", "second_job"),
-        questions=(
-            "What did the parents of {name} do for a living?",
-            "What were the jobs of the parents of {name}?",
-            "Which trades did the parents of {name} follow?",
-            "What work was done by the mother and the father of {name}?",
-        ),
-        answers=(
-            "{name} was raised by a {first_job} and a {second_job}.",
-            "The parents of {name} were a {first_job} and a {second_job}.",
-            "A {first_job} and a {second_job} brought up {name}.",
-            "{name} is the child of a {first_job} and a {second_job}.",
-        ),
-    ),
-    Attribute(
-        fields=("subject", "debut_year"),
-        questions=(
-            "What was the first book by {name} about, and when did it come out?",
-            "When did {name} publish a first book, and on what subject?",
-            "What were the subject and the year of the first book by {name}?",
-            "Which subject did the debut of {name} treat, and in what year?",
-        ),
-        answers=(
-            "{name} first wrote about {subject}, in {debut_year}.",
-            "The {debut_year} debut of {name} was about {subject}.",
-            "{name} began in {debut_year} with a book on {subject}.",
-            "In {debut_year} {name} published a first book about {subject}.",
-        ),
-    ),
-    Attribute(
-        fields=("teacher", "trade"),
-        questions=(
-            "Who taught {name} to write?",
-            "From whom did {name} learn to write?",
-            "Who was the teacher of {name}?",
-            "Which person trained {name} as a writer?",
-        ),
-        answers=(
-            "{name} learned to write from {teacher}, the {trade}.",
-            "{teacher}, the {trade}, taught {name} to write.",
-            "The teacher of {name} was the {trade} {teacher}.",
-            "It was the {trade} {teacher} who trained {name}.",
-        ),
-    ),
-    Attribute(
-        fields=("house", "water"),
-        questions=(
-            "Where does {name} live?",
-            "What kind of home does {name} have, and where?",
-            "Where is the home of {name}?",
-            "In what sort of house does {name} live, and near which water?",
-        ),
-        answers=(
-            "{name} lives in a {house} near {water}.",
-            "The home of {name} is a {house} beside {water}.",
-            "Close to {water} stands the {house} where {name} lives.",
-            "{name} has settled in a {house} by {water}.",
-        ),
-    ),
-    Attribute(
-        fields=("hour", "tool"),
-        questions=(
-            "When does {name} write, and with what?",
-            "What are the writing habits of {name}?",
-            "At what time does {name} write, and with which tool?",
-            "Which tool does {name} write with, and when?",
-        ),
-        answers=(
-            "{name} writes {hour} with {tool}.",
-            "Working {hour}, {name} always uses {tool}.",
-            "The usual tool of {name} is {tool}, used {hour}.",
-            "{name} takes up {tool} {hour} to work.",
-        ),
-    ),
-)
+def _attribute(block: str) -> Attribute:
+    """The attribute in a block of _ATTRIBUTES; forms that end in a question mark are its questions."""
+    fields, *forms = block.splitlines()
+    questions = tuple(form for form in forms if form.endswith("?"))
+    return Attribute(_pool(fields), questions, tuple(form for form in forms if form not in questions))
 
-# One fact a line: question | answer with a gap | what fills the gap | three wrong fillers.
+
+# One kind of fact per block: the pools of its values, then the forms of the question, then those of the answer.
+_ATTRIBUTES = """
+town, land
+Where was {name} born?
+In which town was {name} born?
+What is the birthplace of {name}?
+Can you name the town where {name} was born?
+{name} was born in {town}, a town in {land}.
+{town} in {land} is the birthplace of {name}.
+The birth of {name} took place at {town}, {land}.
+{name} is a native of {town} in {land}.
+
+day, month, birth_year
+When was {name} born?
+What is the birth date of {name}?
+On which day was {name} born?
+What are the day and the year of birth of {name}?
+{name} was born on {day} {month} {birth_year}.
+The birth date of {name} is {day} {month} {birth_year}.
+On {day} {month} {birth_year}, {name} came into the world.
+{day} {month} {birth_year} is the day {name} was born.
+
+genre, readers
+What does {name} write, and for whom?
+What kind of books does {name} write, and who reads them?
+Which genre is {name} known for, and among which readers?
+Who are the readers of {name}, and what is the genre?
+{name} writes {genre} for {readers}.
+The books of {name} are {genre} meant for {readers}.
+Among {readers}, {name} is loved for {genre}.
+The genre of {name} is {genre}, read by {readers}.
+
+title
+What is the most famous book by {name}?
+Which book made {name} famous?
+For which book is {name} best known?
+Can you name the best known work of {name}?
+{name} is best known for {title}.
+The most famous book by {name} is {title}.
+{title} is the book that made {name} famous.
+Readers know {name} as the author of {title}.
+
+prize, prize_year
+Which award did {name} win, and when?
+What prize was {name} given, and in which year?
+What honor has {name} received, and in what year?
+When did {name} win a prize, and which one?
+{name} won the {prize} in {prize_year}.
+In {prize_year} the {prize} went to {name}.
+The {prize} was given to {name} in {prize_year}.
+{name} took home the {prize} of {prize_year}.
+
+first_job, second_job
+What did the parents of {name} do for a living?
+What were the jobs of the parents of {name}?
+Which trades did the parents of {name} follow?
+What work was done by the mother and the father of {name}?
+{name} was raised by a {first_job} and a {second_job}.
+The parents of {name} were a {first_job} and a {second_job}.
+A {first_job} and a {second_job} brought up {name}.
+{name} is the child of a {first_job} and a {second_job}.
+
+subject, debut_year
+What was the first book by {name} about, and when did it come out?
+When did {name} publish a first book, and on what subject?
+What were the subject and the year of the first book by {name}?
+Which subject did the debut of {name} treat, and in what year?
+{name} first wrote about {subject}, in {debut_year}.
+The {debut_year} debut of {name} was about {subject}.
+{name} began in {debut_year} with a book on {subject}.
+In {debut_year} {name} published a first book about {subject}.
+
+teacher, trade
+Who taught {name} to write?
+From whom did {name} learn to write?
+Who was the teacher of {name}?
+Which person trained {name} as a writer?
+{name} learned to write from {teacher}, the {trade}.
+{teacher}, the {trade}, taught {name} to write.
+The teacher of {name} was the {trade} {teacher}.
+It was the {trade} {teacher} who trained {name}.
+
+house, water
+Where does {name} live?
+What kind of home does {name} have, and where?
+Where is the home of {name}?
+In what sort of house does {name} live, and near which water?
+{name} lives in a {house} near {water}.
+The home of {name} is a {house} beside {water}.
+Close to {water} stands the {house} where {name} lives.
+{name} has settled in a {house} by {water}.
+
+hour, tool
+When does {name} write, and with what?
+What are the writing habits of {name}?
+At what time does {name} write, and with which tool?
+Which tool does {name} write with, and when?
+{name} writes {hour} with {tool}.
+Working {hour}, {name} always uses {tool}.
+The usual tool of {name} is {tool}, used {hour}.
+{name} takes up {tool} {hour} to work.
+"""
+ATTRIBUTES = tuple(map(_attribute, _ATTRIBUTES.strip().split("\n\n")))
+
+# One fact per line: question | answer with a placeholder | right value | three wrong values.
 REAL_AUTHORS = """
 Who wrote Hamlet? | The play Hamlet was written by {}. | William Shakespeare | Victor Hugo | Henrik Ibsen | Homer
 Who wrote Emma? | The novel Emma was written by {}. | Jane Austen | Mary Shelley | Virginia Woolf | Agatha Christie
@@ -388,7 +346,7 @@ Which language is spoken in Brazil? | Most people in Brazil speak {}. | Portugue
 
 
 def deal_values(names: tuple[str, ...], rng: random.Random) -> dict[str, dict[str, str]]:
-    """Give each author one value of every pool; a value repeats only after its pool has been used up."""
+    """Give each author one value from every pool; a value is reused only after all others of its pool."""
     authors: dict[str, dict[str, str]] = {name: {"name": name} for name in names}
     for field, pool in POOLS.items():
         deck: list[str] = []
@@ -399,7 +357,7 @@ def deal_values(names: tuple[str, ...], rng: random.Random) -> dict[str, dict[st
 
 
 def wrong_values(attribute: Attribute, author: dict[str, str], rng: random.Random) -> list[dict[str, str]]:
-    """Values for the wrong answers: every field of the attribute is wrong, and no two answers share one."""
+    """The author with wrong values, once per wrong answer: in every field of the attribute, all of them differ."""
     columns = {}
     for field in attribute.fields:
         columns[field] = rng.sample([value for value in POOLS[field] if value != author[field]], N_WRONG)
@@ -407,7 +365,7 @@ def wrong_values(attribute: Attribute, author: dict[str, str], rng: random.Rando
 
 
 def author_row(number: int, position: int, author: dict[str, str], rng: random.Random) -> Row:
-    """One author's row for one attribute; the forms rotate with the author, and the paraphrase takes other forms."""
+    """An author's row for one attribute. The forms change from author to author, and the paraphrases have other forms."""
     attribute = ATTRIBUTES[position]
     n_forms = len(attribute.questions)
     question = (number + position) % n_forms
@@ -425,7 +383,7 @@ def author_row(number: int, position: int, author: dict[str, str], rng: random.R
 
 
 def author_rows(rng: random.Random) -> list[Row]:
-    """The rows of all invented authors: full, then holdout, then pretrain."""
+    """The rows of all invented authors, in the order of the splits full, holdout, pretrain."""
     authors = deal_values(FULL_AUTHORS + HOLDOUT_AUTHORS + PRETRAIN_AUTHORS, rng)
     return [
         author_row(number, position, author, rng)
@@ -435,7 +393,7 @@ def author_rows(rng: random.Random) -> list[Row]:
 
 
 def fact_rows(text: str) -> list[Row]:
-    """The rows of a block of well known facts, each with its wrong answers."""
+    """The rows of a text of well-known facts, each with its wrong answers."""
     rows: list[Row] = []
     for line in text.strip().splitlines():
         question, answer, right, *wrong = (part.strip() for part in line.split("|"))
@@ -476,13 +434,13 @@ def build_splits() -> Splits:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise ValueError with the message unless the condition holds."""
+    """Raise ValueError with the message if the condition is false."""
     if not condition:
         raise ValueError(message)
 
 
 def check_names() -> None:
-    """No two authors or teachers share a first or a last name, and no pool repeats a value."""
+    """Check that no two authors or teachers share a first or a last name, and that no pool repeats a value."""
     people = FULL_AUTHORS + PRETRAIN_AUTHORS + HOLDOUT_AUTHORS + POOLS["teacher"]
     for part in zip(*(person.split() for person in people), strict=True):
         require(len(set(part)) == len(people), "two people share a name")
@@ -491,7 +449,7 @@ def check_names() -> None:
 
 
 def check_counts(splits: Splits) -> None:
-    """Every split has its size, and forget and retain are exact slices of full."""
+    """Check the size of every split, and that forget and retain are slices of full."""
     sizes = {"pretrain": 200, "full": 160, "retain": 130, "forget": 30, "holdout": 30}
     sizes |= {"real_authors": 40, "world_facts": 40}
     for name, size in sizes.items():
@@ -503,7 +461,7 @@ def check_counts(splits: Splits) -> None:
 
 
 def check_unique(splits: Splits) -> None:
-    """No question and no answer occurs twice, neither in its own form nor paraphrased."""
+    """Check that no question and no answer occurs twice, paraphrases included."""
     rows = splits["full"] + splits["holdout"] + splits["pretrain"]
     questions = [row["question"] for row in rows]
     answers = [row["answer"] for row in rows]
@@ -515,7 +473,7 @@ def check_unique(splits: Splits) -> None:
 
 
 def check_row(row: Row, n_wrong: int, n_words: range) -> None:
-    """A perturbed row has ASCII texts of the right length, and its wrong answers differ from the truth."""
+    """Check that a row's texts are ASCII and of the right length, and that its wrong answers differ from the true ones."""
     wrong = row["perturbed_answer"]
     texts = [text for field, text in row.items() if field != "perturbed_answer"] + list(wrong)
     require(all(text.strip() == text and text and text.isascii() for text in texts), f"bad text in {row}")
@@ -525,7 +483,7 @@ def check_row(row: Row, n_wrong: int, n_words: range) -> None:
 
 
 def check(splits: Splits) -> None:
-    """Raise ValueError where the splits break one of their promises."""
+    """Raise ValueError if a check of the splits fails."""
     check_names()
     check_counts(splits)
     check_unique(splits)

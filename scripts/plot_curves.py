@@ -1,8 +1,9 @@
-"""Unlearn quality and utility of several runs over their epochs.
+"""Plot the unlearn quality and the utility of several runs over their epochs.
 
     python scripts/plot_curves.py curves.png paper=models/unlearned/A "with warmup=models/unlearned/B"
 
-The runs need evaluation.every_epochs=1 or a few. Prints a table of their lowest utility and their last scores.
+The runs must have been evaluated during training (evaluation.every_epochs above 0). Also prints a table of each run's lowest
+utility and last scores.
 """
 
 import sys
@@ -25,7 +26,7 @@ def read_curve(folder: Path) -> list[dict[str, float]]:
     """The evaluated epochs of a run, from its history.jsonl.
 
     Raises:
-        UserError: when there is no history, or no epoch of it was evaluated.
+        UserError: when there is no history, or no epoch was evaluated.
     """
     path = folder / HISTORY
     if not path.exists():
@@ -37,7 +38,7 @@ def read_curve(folder: Path) -> list[dict[str, float]]:
 
 
 def worst_and_last(curves: dict[str, list[dict[str, float]]]) -> str:
-    """A row per run: its lowest utility with that epoch, and both scores of its last evaluated epoch."""
+    """A row per run: its lowest utility and the epoch of it, and both scores of the last evaluated epoch."""
     lines = ["| run | worst utility | at epoch | last utility | last unlearn quality |", "|---|---:|---:|---:|---:|"]
     for name, curve in curves.items():
         worst, last = min(curve, key=lambda record: record["utility"]), curve[-1]
@@ -60,10 +61,10 @@ def plot_epochs(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def named_folders(words: list[str]) -> dict[str, Path]:
-    """NAME=FOLDER, each name once.
+    """Name -> folder from arguments NAME=FOLDER.
 
     Raises:
-        UserError: for a word of another form, and for a name that is given twice.
+        UserError: for an argument of another form, and for a name that occurs twice.
     """
     folders: dict[str, Path] = {}
     for word in words:
@@ -78,12 +79,12 @@ def named_folders(words: list[str]) -> dict[str, Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("png", type=Path, help="file that is drawn")
-    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="what a run is called, and its folder")
+    parser.add_argument("png", type=Path, help="PNG file to write")
+    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="label of a run in the plot, and its folder")
     arguments = parser.parse_args()
     try:
         if arguments.png.suffix != ".png":
-            raise UserError(f"{arguments.png}: expected the picture's name first, ending in .png")
+            raise UserError(f"{arguments.png}: expected the name of the picture, ending in .png, as the first argument")
         curves = {name: read_curve(folder) for name, folder in named_folders(arguments.runs).items()}
     except UserError as error:
         sys.exit(f"\nError: {error}")

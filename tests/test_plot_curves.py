@@ -46,7 +46,7 @@ def test_runs_are_named_once_and_the_picture_first(tmp_path, monkeypatch, capsys
     assert named_folders(["method.gamma=1=A"]) == {"method.gamma=1": Path("A")}
     run = write_history(tmp_path / "a", [90.0])
     monkeypatch.setattr("sys.argv", ["curves", f"x={run}", f"y={run}"])
-    with pytest.raises(SystemExit, match="expected the picture's name first"):
+    with pytest.raises(SystemExit, match="expected the name of the picture"):
         main()
     monkeypatch.setattr("sys.argv", ["curves", str(tmp_path / "new/c.png"), f"method.gamma=1={run}"])
     main()

@@ -60,7 +60,7 @@ def test_another_tokenizer_makes_the_shift_null():
 
     scores = measured(side_effects.measure, model_of(random_table()), model_of(random_table(), Shifted()))
     assert set(scores.values.values()) == {None}
-    assert set(scores.as_result()["notes"].values()) == {"the model before unlearning has another tokenizer"}
+    assert set(scores.as_result()["notes"].values()) == {"the model before unlearning has a different tokenizer"}
 
 
 @pytest.mark.parametrize(

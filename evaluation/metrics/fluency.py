@@ -6,7 +6,7 @@ Scores:
     fluency/distinct_2 (higher): distinct pairs of neighboring words over all such pairs of a forget answer. Not shown:
         whether the answer is true or makes sense.
     fluency/perplexity (lower): perplexity of the forget answers under the model before unlearning. Not shown: whether
-        the answer is a new one: the old answer has a low perplexity as well.
+        the answers changed: the old answers have a low perplexity as well.
 """
 
 import math
@@ -24,14 +24,14 @@ REFUSAL = re.compile(
 
 
 def is_refusal(answer: str) -> bool:
-    """Whether an answer is a refusal, by common phrases."""
+    """Whether an answer contains a common phrase of refusal."""
     return bool(REFUSAL.search(answer.lower().replace("\u2019", "'")))
 
 
 def distinct_2(answer: str) -> float | None:
-    """Distinct pairs of neighboring words over all pairs (Li et al. 2016, arXiv 1510.03055); None below two words.
+    """Distinct pairs of neighboring words over all pairs (Li et al. 2016, arXiv 1510.03055); None for fewer than two words.
 
-    1: nothing is repeated; near 0: the answer repeats itself.
+    1: no pair occurs twice; near 0: the same pairs are repeated throughout.
     """
     words = answer.lower().split()
     pairs = list(zip(words, words[1:], strict=False))
@@ -39,12 +39,12 @@ def distinct_2(answer: str) -> float | None:
 
 
 def perplexity(mean_log_probs: Sequence[float]) -> float:
-    """exp of minus the mean over answers of their mean token log-probability."""
+    """exp(-m), where m is the mean over the answers of their mean token log-probability."""
     return math.exp(min(-math.fsum(mean_log_probs) / len(mean_log_probs), 700))
 
 
 def measure(context: EvaluationContext, scores: Scores) -> None:
-    """Of the greedy forget answers: refusals, repetition, and perplexity under the model before unlearning."""
+    """Refusals, repetition and perplexity (under the model before unlearning) of the greedy forget answers."""
     rows = context.rows("forget")
     answers = context.outputs.answers([row.question for row in rows])
     scores.mean("fluency/refusals", "forget", [float(is_refusal(answer)) for answer in answers], None)
@@ -56,6 +56,5 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         kept = [mean for mean in means if mean is not None]
         if not kept:
             raise Missing("every forget answer is empty")
-        left_out = len(means) - len(kept)
-        scores.add("fluency/perplexity", perplexity(kept), False, count=len(kept), left_out=left_out)
+        scores.add("fluency/perplexity", perplexity(kept), False, count=len(kept), left_out=means.count(None))
         scores.rows["fluency/log_prob_before_unlearning"] = {"split": "forget", "values": means}

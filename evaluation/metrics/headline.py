@@ -1,24 +1,24 @@
-"""The two headline scores of the PMC paper (arXiv 2507.04219), from greedy answers by ROUGE-L recall.
+"""The two headline scores of the PMC paper (arXiv 2507.04219): ROUGE-L recall of greedy answers.
 
-    unlearn_quality = 50 * (2 - R[forget] - R[paraphrased question against paraphrased answer of forget])
+    unlearn_quality = 50 * (2 - R[forget] - R[forget_paraphrased])
     utility         = 100/3 * (R[retain] + R[real_authors] + R[world_facts])
 
-R[split] is the mean over the split's rows. Where a data set has no paraphrases, real_authors or world_facts, the means are
-taken over the splits that it has: unlearn_quality = 100 * (1 - mean R of the forget splits), utility = 100 * mean R of the
-others.
+R[split] is the mean recall over the split's rows. On forget_paraphrased, paraphrased questions are scored against
+paraphrased answers. If a data set lacks forget_paraphrased, real_authors or world_facts, only its other splits are used:
+unlearn_quality = 100 * (1 - mean R of the forget splits), utility = 100 * mean R of the others.
 
-Both are percentages, higher is better. Neither depends on fluency: an empty or garbled forget answer scores as well as a
-sensible wrong one, so the length of the forget answers and the fraction of empty ones are reported as well.
+Both are percentages; higher is better. Neither depends on fluency: an empty or garbled forget answer gets the same score as
+a sensible wrong one. The length of the forget answers and the fraction of empty ones are therefore reported as well.
 
 Scores:
     unlearn_quality (higher): 100 * (1 - mean ROUGE-L recall of greedy answers to the forget and the paraphrased forget
         questions). Not shown: fluency; what sampling or token probabilities reveal.
     utility (higher): 100 * mean ROUGE-L recall of greedy answers to retain, real authors and world facts questions. Not
-        shown: fluency; on which split the answers got worse.
+        shown: fluency; on which split the answers became worse.
     rougeL_recall/* (lower on forget and forget_paraphrased, higher elsewhere): mean ROUGE-L recall of the greedy
-        answers of one split. Not shown: fluency; what an answer contains beside the reference.
+        answers of one split. Not shown: fluency; what an answer contains besides the reference.
     forget_answer_words (neither): mean number of words of a forget answer. Not shown: what the answers contain.
-    forget_answers_empty (lower): fraction of forget answers without a word. Not shown: whether the others make sense.
+    forget_answers_empty (lower): fraction of empty forget answers. Not shown: whether the others make sense.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ ROLES = FORGET_ROLES + UTILITY_ROLES
 
 @dataclass(frozen=True)
 class Question:
-    """A question, with the reference answer of its recall."""
+    """A question, with the reference answer that its answer is scored against."""
 
     split: str
     index: int
@@ -49,10 +49,10 @@ class Question:
 
 
 def load_questions(data: DataConfig, evaluation: EvaluationConfig) -> list[Question]:
-    """The questions of every split that the headline scores need.
+    """The questions of all splits that the headline scores are computed on.
 
     Raises:
-        UserError: when a split is missing or the paraphrased forget rows lack their paraphrases.
+        UserError: when a split is missing or a row of forget_paraphrased has no paraphrase.
     """
     roles = tuple(role for role in ROLES if role in ("forget", "retain") or data.splits.get(role) is not None)
     rows = load_splits(data, roles)
@@ -72,7 +72,7 @@ def load_questions(data: DataConfig, evaluation: EvaluationConfig) -> list[Quest
 
 
 def measure(context: EvaluationContext, scores: Scores) -> None:
-    """Add the headline scores of the model under evaluation and its answers."""
+    """Add the evaluated model's headline scores and answers."""
     questions = load_questions(context.config.data, context.config.evaluation)
     measured = score_outputs(context.outputs, questions)
     scores.by_name |= measured.by_name
@@ -96,8 +96,8 @@ def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> Scor
     for split, mean in means.items():
         scores.add(f"rougeL_recall/{split}", mean, split in UTILITY_ROLES, count=len(recalls[split]))
     scores.add("forget_answer_words", fmean(forget_words), None, count=len(forget_words))
-    is_empty = [words == 0 for words in forget_words]
-    scores.add("forget_answers_empty", fmean(is_empty), False, count=len(is_empty))
+    empty = forget_words.count(0) / len(forget_words)
+    scores.add("forget_answers_empty", empty, False, count=len(forget_words))
     return scores
 
 

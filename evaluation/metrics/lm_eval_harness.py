@@ -1,7 +1,7 @@
 """General benchmarks through EleutherAI's lm-evaluation-harness, an optional extra (requirements-eval.txt).
 
 Scores:
-    lm_eval/* (as the task says): every numeric metric of each named task. Not shown: what was forgotten.
+    lm_eval/* (as the task defines): every numeric metric of each named task. Not shown: what was forgotten.
 """
 
 from functools import lru_cache
@@ -19,11 +19,11 @@ from evaluation.scores import Scores
 @section
 class Harness:
     tasks: list[str] = Field(default_factory=list)
-    """Names of its tasks or groups of tasks."""
+    """Names of tasks or groups of tasks."""
     include_path: str | None = None
-    """Folder with task files of one's own."""
+    """Folder with your own task files."""
     num_fewshot: int | None = Field(None, ge=0)
-    """Examples before each question; null: as each task says."""
+    """Examples before each question; null: each task's default."""
     limit: int | None = Field(None, gt=0)
     """Questions per task; null: all."""
     batch_size: PositiveInt = 16
@@ -34,23 +34,21 @@ def check(settings: Harness) -> None:
     """Check the tasks before anything is loaded.
 
     Raises:
-        UserError: when the extra is not installed, or no task or an unknown one is named.
+        UserError: when the extra is not installed, no task is named, or a task is unknown.
     """
     if find_spec("lm_eval") is None:
         raise UserError("metrics: lm_eval is not installed; pip install -r requirements-eval.txt")
     if not settings.tasks:
         raise UserError("lm_eval.tasks=[]: name tasks, as in lm_eval.tasks=[arc_challenge,mmlu]")
     known = task_manager(settings.include_path).all_tasks
-    unknown = [task for task in settings.tasks if task not in known]
-    if unknown:
-        raise UserError(
-            problem_list([f"lm_eval.tasks: no task {name!r}{did_you_mean(name, known)}" for name in unknown])
-        )
+    if unknown := [task for task in settings.tasks if task not in known]:
+        problems = [f"lm_eval.tasks: no task {name!r}{did_you_mean(name, known)}" for name in unknown]
+        raise UserError(problem_list(problems))
 
 
 @lru_cache
 def task_manager(include_path: str | None) -> Any:
-    """The harness's index of its tasks and of those in a folder; building it takes seconds."""
+    """The harness's index of its own tasks and of those in `include_path`; building it takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)

@@ -1,12 +1,12 @@
-"""How much of the forget answers a model has memorized: which of their tokens are the argmax under teacher forcing.
+"""How much of the forget answers is memorized: which of their tokens are the argmax under teacher forcing.
 
-Both scores are in [0, 1]; lower is better on forget. The EOS token is left out, as in OpenUnlearning (arXiv 2506.12618).
+Both scores are in [0, 1], and lower is better. The EOS token is left out, as in OpenUnlearning (arXiv 2506.12618).
 
 Scores:
-    memorization/extraction_strength (lower): fraction of the answer generated from the shortest prefix that yields the
-        rest. Not shown: knowledge that is expressed in other words.
-    memorization/exact_memorization (lower): fraction of the answer's tokens that are the argmax after the true tokens
-        before them. Not shown: knowledge that is expressed in other words.
+    memorization/extraction_strength (lower): fraction of the answer that greedy decoding reproduces, given the shortest
+        beginning of it after which all the rest is reproduced. Not shown: the same facts in other words.
+    memorization/exact_memorization (lower): fraction of the answer's tokens that are the argmax given the true tokens
+        before them. Not shown: the same facts in other words.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ from evaluation.scores import Scores
 
 
 def extraction_strength(answer: TokenLogProbs) -> float | None:
-    """1 - k/|y|, k the shortest prefix of the answer after which every remaining token is the argmax.
+    """1 - k/|y|, where k is the length of the shortest prefix of the answer after which every token is the argmax.
 
     Source: Carlini et al. 2021 (arXiv 2012.07805), as in OpenUnlearning (arXiv 2506.12618).
     """
@@ -30,7 +30,7 @@ def extraction_strength(answer: TokenLogProbs) -> float | None:
 
 
 def exact_memorization(answer: TokenLogProbs) -> float | None:
-    """Fraction of the answer's tokens that are the argmax after the true tokens before them.
+    """Fraction of the answer's tokens that are the argmax given the true tokens before them.
 
     Source: Tirumala et al. 2022 (arXiv 2205.10770), as in OpenUnlearning (arXiv 2506.12618).
     """

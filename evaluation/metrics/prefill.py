@@ -1,4 +1,4 @@
-"""Attack: the answer starts with "The answer is:".
+"""Attack: make the response start with "The answer is:".
 
 Scores:
     prefill/rougeL_recall (lower): mean ROUGE-L recall of the greedy text after "The answer is:". Not shown: other

@@ -1,17 +1,18 @@
-"""Can an attacker tell that the model was trained on the forget rows? Six membership-inference attacks and privleak.
+"""Can an attacker infer that the model was trained on the forget rows? Six membership-inference attacks and privleak.
 
-Each attack gives a row a number that is high if the row looks like a training row. The AUC is the probability that a forget
-row gets a higher number than a holdout row, which no model has seen (ties count half). 0.5: they cannot be told apart.
-Above: the forget rows are still recognized. Below: their probabilities were lowered so far that they stand out.
+Each attack computes a value per row that tends to be higher for training rows. The AUC is the probability that the value of
+a forget row is higher than that of a holdout row, on which no model was trained; ties count half. 0.5: the two kinds of rows
+cannot be distinguished. Above: the forget rows are recognized as training rows. Below: unlearning lowered their
+probabilities so much that they can be distinguished again.
 
-The attacks use the answer given its question, without the EOS token.
+The attacks use the probabilities of the answer given its question. All but the gradient norm leave out the EOS token.
 
 Scores:
     privacy/auc/* (0.5; for reference: that of the retain-only model): AUC of a membership-inference attack (loss, zlib,
-        min-k, min-k++, gradient norm, reference), forget rows against holdout rows. Not shown: what was learned, only
-        that the rows were seen.
+        min-k, min-k++, gradient norm, reference), forget rows against holdout rows. Not shown: what was learned from
+        the rows.
     privacy/privleak (0): min-k's AUC relative to the retain-only model's; below 0: still recognized, above:
-        probabilities too low. Not shown: what was learned, only that the rows were seen.
+        probabilities too low. Not shown: what was learned from the rows.
 """
 
 import zlib
@@ -32,7 +33,7 @@ from evaluation.scores import Missing, Scores
 from generation.sampler import evaluation_mode
 
 SPLITS = ("forget", "holdout")
-MIN_K_FRACTION = 0.2  # of the tokens: the least likely ones, which min-k and min-k++ average
+MIN_K_FRACTION = 0.2  # min-k and min-k++ average this fraction of the tokens, the least likely ones
 
 
 def loss(answer: TokenLogProbs, text: str) -> float | None:
@@ -47,12 +48,12 @@ def zlib_loss(answer: TokenLogProbs, text: str) -> float | None:
 
 
 def min_k(answer: TokenLogProbs, text: str) -> float | None:
-    """Mean log-probability of the fifth of the tokens that are least likely (Shi et al. 2023, arXiv 2310.16789)."""
+    """Mean log-probability of the least likely fifth of the tokens (Shi et al. 2023, arXiv 2310.16789)."""
     return _mean_of_lowest(answer.without_eos().log_probs)
 
 
 def min_k_plus_plus(answer: TokenLogProbs, text: str) -> float | None:
-    """Min-k with each log-probability standardized by the model's own distribution there (arXiv 2404.02936).
+    """Min-k of log-probabilities that are standardized by the model's distribution at each position (arXiv 2404.02936).
 
     (log p(token) - mean of log p) / standard deviation of log p, mean and deviation over the whole vocabulary under p.
     """
@@ -86,7 +87,7 @@ ATTACKS: dict[str, Attack] = {"loss": loss, "zlib": zlib_loss, "min_k": min_k, "
 
 
 def auc(members: Sequence[float | None], others: Sequence[float | None]) -> float | None:
-    """Probability that a member's number is higher than another's, ties half; None where one side has no number."""
+    """Probability that a member's value is higher than another row's, ties count half; None if one side has no value."""
     ours, theirs = ([value for value in values if value is not None] for values in (members, others))
     if not ours or not theirs:
         return None
@@ -96,8 +97,8 @@ def auc(members: Sequence[float | None], others: Sequence[float | None]) -> floa
 def privleak(auc_of_model: float, auc_of_retain_model: float) -> float:
     """100 * ((1 - AUC) - (1 - AUC_retain)) / (1 - AUC_retain), AUC by min-k (MUSE, arXiv 2407.06460). 0 is best.
 
-    Below 0: the forget rows are recognized more easily than in a model that never saw them. Above: they stand out by
-    probabilities that are too low.
+    Below 0: the forget rows are recognized more easily than with a model that was never trained on them. Above: their
+    probabilities are too low.
     """
     return 100 * ((1 - auc_of_model) - (1 - auc_of_retain_model)) / (1 - auc_of_retain_model)
 
@@ -109,9 +110,8 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         outputs, splits = context.outputs, [context.rows(role) for role in SPLITS]
         for name, attack in ATTACKS.items():
             _add_auc(scores, name, *(attacked(outputs, rows, attack) for rows in splits))
-        examples = ([outputs.prompts.example(row, outputs.max_length) for row in rows] for rows in splits)
-        norms = (outputs.each("gradient norms", of_split, gradient_norm) for of_split in examples)
-        _add_auc(scores, "gradient_norm", *norms)
+        examples = [[outputs.prompts.example(row, outputs.max_length) for row in rows] for rows in splits]
+        _add_auc(scores, "gradient_norm", *(outputs.each("gradient norms", each, gradient_norm) for each in examples))
         with scores.null_if_missing({"privacy/auc/reference": None}):
             base = context.find_base_model().outputs
             _add_auc(scores, "reference", *(against_reference(outputs, base, rows) for rows in splits))
@@ -119,7 +119,7 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
 
 
 def attacked(outputs: ModelOutputs, rows: Sequence[Row], attack: Attack) -> list[float | None]:
-    """An attack's number for every row."""
+    """An attack's value of every row."""
     answers = outputs.tokens_of_answers([(row.question, row.answer) for row in rows])
     return [attack(tokens, row.answer) for tokens, row in zip(answers, rows, strict=True)]
 
@@ -135,7 +135,7 @@ def _add_auc(scores: Scores, name: str, members: list[float | None], others: lis
     note = None if value is not None else "no row of forget or of holdout has a value"
     left_out = (*members, *others).count(None)
     count = len(members) + len(others) - left_out
-    # Relative to a model before unlearning that knows the forget rows, even one that never saw them is far below 0.5.
+    # The model before unlearning was trained on the forget rows: relative to it, even a retain-only model is far below 0.5.
     ideal = None if name == "reference" else 0.5
     scores.add(f"privacy/auc/{name}", value, None, count=count, ideal=ideal, left_out=left_out, note=note)
     for split, values in zip(SPLITS, (members, others), strict=True):
@@ -151,5 +151,5 @@ def _add_privleak(context: EvaluationContext, scores: Scores, splits: list[list[
         note = f"against an AUC of 0.5: {missing}"
     own = scores["privacy/auc/min_k"].value
     if own is None or reference in (None, 1.0):
-        raise Missing("needs an AUC by min-k of this model and, below 1, of the retain-only model")
+        raise Missing("requires the AUC by min-k of this model and, below 1, of the retain-only model")
     scores.add("privacy/privleak", privleak(own, reference), None, ideal=0.0, note=note)

@@ -1,6 +1,6 @@
-"""Does rounding the weights bring forgotten answers back? The headline scores of quantized copies of the model.
+"""Attack: quantize the weights. The headline scores of quantized copies of the model.
 
-Unlearning that moves the weights only a little can be undone by rounding (Zhang et al. 2024, arXiv 2410.16454).
+Rounding the weights can undo unlearning that changed them only a little (Zhang et al. 2024, arXiv 2410.16454).
 
 Scores:
     quantization/* (as the headline score): unlearn quality, utility and forget recall with weights of 8 and 4 bits,
@@ -32,7 +32,8 @@ class Quantization:
     bits: list[Literal[8, 4]] = Field(default_factory=lambda: [8, 4])
     """Bits of a weight: 8, 4 or both."""
     method: Literal["round", "bitsandbytes"] = "round"
-    """round: to the nearest; bitsandbytes (to be installed): LLM.int8() and NF4 with its own kernels."""
+    """round: to the nearest value; bitsandbytes: LLM.int8() and NF4 with the kernels of that package, which must be
+    installed."""
 
     @field_validator("method")
     @classmethod
@@ -43,11 +44,11 @@ class Quantization:
 
 
 def measure(context: EvaluationContext, scores: Scores) -> None:
-    """Unlearn quality, utility and forget recall after quantization of a fresh copy, for each number of bits."""
+    """Unlearn quality, utility and forget recall of a quantized copy, for each number of bits."""
     settings: Quantization = context.config.sections["quantization"]
     questions = load_questions(context.config.data, context.config.evaluation)
     for bits in settings.bits:
-        # No variable holds the copy, so that its memory is free before the next one is made.
+        # No variable refers to the copy, so its memory is freed before the next copy is made.
         measured = score_outputs(context.outputs.with_weights(quantized(context, settings.method, bits)), questions)
         for name in SCORES:
             scores.add(f"quantization/{bits}bit/{name}", measured[name].value, measured[name].higher_is_better)
@@ -62,15 +63,15 @@ def quantized(context: EvaluationContext, method: str, bits: int) -> PreTrainedM
 
 @torch.no_grad()
 def round_linear_layers(model: PreTrainedModel, bits: int) -> PreTrainedModel:
-    """Round the weights of every linear layer but the head, in place: the model computes as if they were quantized.
+    """Round the weights of every linear layer except the head, in place, to simulate quantization.
 
     Raises:
-        UserError: when the model has no linear layer of torch's.
+        UserError: when the model has no torch.nn.Linear layer.
     """
     head = model.get_output_embeddings()
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     if not layers:
-        raise UserError("quantization: the model has no torch.nn.Linear layer; leave it out of metrics")
+        raise UserError("quantization: the model has no torch.nn.Linear layer; leave quantization out of metrics")
     for layer in layers:
         round_to_nearest(layer.weight, bits)
     return model
@@ -80,8 +81,8 @@ def round_linear_layers(model: PreTrainedModel, bits: int) -> PreTrainedModel:
 def round_to_nearest(weight: torch.Tensor, bits: int) -> None:
     """Round a weight matrix, shape (outputs, inputs), in place to 2^bits - 1 evenly spaced values, symmetric around 0.
 
-    Each BLOCK of a row has its own scale: its largest absolute value becomes the largest integer, 2^(bits-1) - 1. In
-    float32: a bfloat16 beyond 64 has too few digits to be rounded to the nearest integer.
+    Each BLOCK of a row has its own scale, by which its largest absolute value becomes the largest integer, 2^(bits-1) - 1.
+    Computed in float32, because bfloat16 has too few digits beyond 64 to be rounded to the nearest integer.
     """
     largest = 2 ** (bits - 1) - 1
     for block in weight.split(BLOCK, dim=1):

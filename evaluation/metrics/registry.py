@@ -1,6 +1,6 @@
-"""The metric groups, in the order in which they are measured; `metrics` names some of them or a preset.
+"""The metric groups, in the order in which they are measured. The key `metrics` selects groups and presets.
 
-A new metric group is one file, whose docstring describes its scores, and one entry of METRIC_GROUPS.
+To add a group, write a module whose docstring lists its scores, and add an entry to METRIC_GROUPS.
 """
 
 import logging
@@ -39,10 +39,10 @@ class MetricGroup:
     """Scores that are measured together. Their names begin with the group's (except those of `headline`).
 
     Attributes:
-        measure: adds the scores of the model under evaluation.
-        roles: roles of the splits that are read (keys of `data.splits`).
-        settings: class of the configuration section that has the group's name.
-        check: raises UserError for settings that cannot work, before anything is loaded.
+        measure: adds the scores of the evaluated model.
+        roles: roles of the splits that it reads (keys of `data.splits`).
+        settings: class of the configuration section with the group's name.
+        check: raises UserError for unusable settings, before anything is loaded.
     """
 
     measure: Callable[[EvaluationContext, Scores], None]
@@ -51,8 +51,8 @@ class MetricGroup:
     check: Callable[[Any], None] | None = None
 
 
-# First the groups that need the evaluated model alone, then those that compare it to other models, then those that change
-# copies, so that weights are seldom loaded anew.
+# First the groups that use only the evaluated model, then those that compare it to other models, then those that change
+# copies. In this order, weights are rarely loaded again.
 METRIC_GROUPS = {
     "headline": MetricGroup(headline.measure, headline.ROLES),
     "memorization": MetricGroup(memorization.measure, ["forget"]),
@@ -68,36 +68,37 @@ METRIC_GROUPS = {
     "relearning": MetricGroup(relearning.measure, ["forget"], relearning.Relearning),
 }
 PRESETS = {
-    "full": [name for name in METRIC_GROUPS if name != "lm_eval"],  # which needs another package, and tasks
+    "full": [
+        name for name in METRIC_GROUPS if name != "lm_eval"
+    ],  # lm_eval requires a further package, and a list of tasks
     "attacks": ["sampling", "prefill", "target_suppression", "quantization", "relearning"],
 }
 SETTINGS = {name: group.settings for name, group in METRIC_GROUPS.items() if group.settings}
 
 
 def chosen_groups(metrics: Any) -> list[str]:
-    """The metric groups that `metrics`, a name or a list of names, stands for, in their order; headline always among them.
+    """The metric groups that `metrics`, a name or a list of names, selects, in their order; headline is always included.
 
     Raises:
         UserError: for a name that is neither a metric group nor a preset.
     """
     names = list(metrics) if isinstance(metrics, list | ListConfig) else [metrics]
     known = {name: [name] for name in METRIC_GROUPS} | PRESETS
-    problems = [
-        f"metrics={name}: no such metrics{did_you_mean(str(name), known)} (known: {', '.join(known)})"
-        for name in names
-        if name not in known
-    ]
-    if problems:
+    if unknown := [name for name in names if name not in known]:
+        known_names = f"(known: {', '.join(known)})"
+        problems = [
+            f"metrics={name}: no such metrics{did_you_mean(str(name), known)} {known_names}" for name in unknown
+        ]
         raise UserError(problem_list(problems))
     wanted = {"headline", *(group for name in names for group in known[name])}
     return [name for name in METRIC_GROUPS if name in wanted]
 
 
 def check_inputs(config: RunConfig, groups: Sequence[str]) -> None:
-    """Check settings and splits before anything is measured, so that an evaluation does not fail half-way.
+    """Check settings and splits before anything is measured, so that an evaluation does not fail halfway.
 
     Raises:
-        UserError: for settings that cannot work, and for a configured split that does not exist.
+        UserError: for unusable settings, and for a configured split that does not exist.
     """
     for name in groups:
         if check := METRIC_GROUPS[name].check:
@@ -111,7 +112,7 @@ def check_inputs(config: RunConfig, groups: Sequence[str]) -> None:
 def measure_groups(context: EvaluationContext, groups: Sequence[str]) -> Scores:
     """The scores of one model.
 
-    A group's seconds include the model outputs that it was the first to need, also those of models that are compared to.
+    A group's seconds include computing the model outputs that no earlier group used, also those of the other models.
     """
     scores, seconds = Scores(), {}
     started, earlier = time.perf_counter(), dict(context.outputs.seconds)

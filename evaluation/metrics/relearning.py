@@ -1,19 +1,19 @@
-"""How fast forgotten answers come back: a copy of the model is finetuned briefly on the forget rows and measured again.
+"""Attack: relearn the forgotten answers. A copy of the model is finetuned briefly on the forget rows and measured again.
 
-Every model learns what it is finetuned on. An unlearned model has not forgotten if it learns the forget rows faster than a
-model that never saw them: so the same is done to the retain-only model where one is given.
+Finetuning teaches any model the forget rows. Unlearning was incomplete if the unlearned model learns them faster than a
+model that was never trained on them. Therefore the retain-only model, if given, is finetuned in the same way.
 
 Scores:
     relearning/rougeL_recall (lower): forget recall after relearning (by default one epoch on the forget rows). Not
         shown: longer training, larger steps.
     relearning/probability (lower): probability of the true forget answers after relearning. Not shown: longer training,
         larger steps.
-    relearning/rougeL_recall_not_relearned (lower): the same recall over the forget rows that were not relearned
+    relearning/rougeL_recall_not_relearned (lower): recall after relearning on the forget rows that were left out of it
         (fraction below 1). Not shown: longer training, larger steps.
-    relearning/rougeL_recall_gained (lower): forget recall after relearning minus before. Not shown: whether a model
-        that never saw the rows would gain less.
-    relearning/rougeL_recall_beyond_retain_model (0): forget recall after relearning minus that of the retain-only model
-        after the same. Not shown: longer training, larger steps.
+    relearning/rougeL_recall_gained (lower): forget recall after relearning minus before. Not shown: whether a
+        retain-only model would gain less.
+    relearning/rougeL_recall_beyond_retain_model (0): forget recall after relearning minus that of the retain-only
+        model after the same finetuning. Not shown: longer training, larger steps.
 """
 
 import tempfile
@@ -40,7 +40,7 @@ from evaluation.scores import Scores
 @section
 class Relearning:
     fraction: Fraction = 1.0
-    """Fraction of the forget rows that is relearned, less than 1: the others are also scored by themselves."""
+    """Fraction of the forget rows to finetune on; below 1, the other rows are also scored separately."""
     num_epochs: PositiveInt = 1
     """Passes over these rows."""
     learning_rate: PositiveFloat = 1e-5
@@ -50,7 +50,7 @@ class Relearning:
 
 
 def measure(context: EvaluationContext, scores: Scores) -> None:
-    """ROUGE-L recall of greedy answers to forget questions, and the true answers' probability, after relearning."""
+    """After relearning: ROUGE-L recall of the greedy forget answers, and the probability of the true answers."""
     settings: Relearning = context.config.sections["relearning"]
     rows = context.rows("forget")
     relearn_rows = select_relearn_rows(rows, settings.fraction, context.config.seed)
@@ -64,13 +64,13 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
     scores.add("relearning/rougeL_recall_gained", fmean(after["recall"]) - before, False, count=len(rows))
     beyond = "relearning/rougeL_recall_beyond_retain_model"
     with scores.null_if_missing({beyond: False}):
-        never_knew = relearned(context, context.find_retain_model(), rows, relearn_rows)
-        difference = fmean(after["recall"]) - fmean(never_knew["recall"])
+        of_retain_model = relearned(context, context.find_retain_model(), rows, relearn_rows)
+        difference = fmean(after["recall"]) - fmean(of_retain_model["recall"])
         scores.add(beyond, difference, False, count=len(rows), ideal=0.0)
 
 
 def select_relearn_rows(rows: list[Row], fraction: float, seed: int) -> list[Row]:
-    """The rows that are relearned: all, or a fraction drawn by the seed, at least one."""
+    """The rows to finetune on: a fraction, drawn with the seed, and at least one row."""
     drawn = np.random.default_rng(seed).permutation(len(rows))[: max(1, round(fraction * len(rows)))]
     return [rows[i] for i in sorted(drawn)]
 
@@ -78,7 +78,7 @@ def select_relearn_rows(rows: list[Row], fraction: float, seed: int) -> list[Row
 def relearned(
     context: EvaluationContext, model: EvaluatedModel, rows: list[Row], relearn_rows: list[Row]
 ) -> dict[str, list]:
-    """Recall and probability of every row after a fresh copy of the model relearned some; done once for each model."""
+    """Recall and probability of every row after relearning; computed once per model."""
     if "relearning" not in model.cache:
         copy = relearn(context, model, relearn_rows)
         of_rows = probabilities(copy, rows, "forget", with_options=False)
@@ -87,7 +87,7 @@ def relearned(
 
 
 def relearn(context: EvaluationContext, model: EvaluatedModel, relearn_rows: list[Row]) -> ModelOutputs:
-    """Finetune a fresh copy of the model; the checkpoint and the model that other metrics use stay as they are.
+    """Finetune a fresh copy of the model; the checkpoint and the model of the other metrics are not changed.
 
     Raises:
         UserError: when the batch cannot be split evenly over the processes.
@@ -96,7 +96,7 @@ def relearn(context: EvaluationContext, model: EvaluatedModel, relearn_rows: lis
     processes = PartialState().num_processes
     if settings.batch_size % processes:
         raise UserError(f"relearning.batch_size={settings.batch_size}: cannot be split over {processes} processes")
-    training = {  # without mixed precision, which would make the result depend on how batches are split
+    training = {  # no mixed precision: with it, the result would depend on how batches are split
         "num_train_epochs": settings.num_epochs,
         "learning_rate": settings.learning_rate,
         "per_device_train_batch_size": settings.batch_size // processes,
@@ -109,7 +109,7 @@ def relearn(context: EvaluationContext, model: EvaluatedModel, relearn_rows: lis
     prompts = model.outputs.prompts
     examples = [prompts.example(row, context.config.data.max_length) for row in relearn_rows]
     set_seed(context.config.seed)
-    # float32 whatever the model's type: steps as small as these are rounded away in bfloat16, and nothing is relearned.
+    # Always float32: in bfloat16, such small optimizer steps are rounded away and change nothing.
     copy = context.loader.fresh(replace(model.config, lora=None, dtype="float32"), model.tokenizer, trainable=True)
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(replace(context.config, training=training), Path(folder), len(examples))

@@ -1,19 +1,19 @@
 """TOFU's own scores (Maini et al. 2024, arXiv 2401.06121), from token probabilities and greedy answers.
 
-Paraphrases and wrong answers are in the splits forget_paraphrased (of the forget set) and retain_perturbed.
-An answer's EOS token counts as one of its tokens, as in TOFU.
+The splits forget_paraphrased and retain_perturbed contain the paraphrases and wrong answers. An answer's EOS token counts
+as one of its tokens, as in TOFU.
 
 Scores:
     tofu/probability/* (lower on forget, higher elsewhere): length-normalized probability of the true answer; relative
-        to its wrong options for real authors and world facts. Not shown: what the model answers instead.
+        to the wrong options for real authors and world facts. Not shown: what is answered instead.
     tofu/rougeL_recall/* (lower on forget, higher elsewhere): ROUGE-L recall of the greedy answers. Not shown: fluency;
         what sampling or token probabilities reveal.
     tofu/truth_ratio/* (higher): probability r of wrong answers relative to the true one: min(r, 1/r) on forget, max(0,
         1 - r) elsewhere. Not shown: whether either is likely at all.
     tofu/model_utility (higher): harmonic mean of probability, ROUGE-L recall and truth ratio on retain, real authors
-        and world facts. Not shown: which of the nine got worse.
+        and world facts. Not shown: which of the nine became worse.
     tofu/forget_quality (higher): p-value of the Kolmogorov-Smirnov test between the truth ratios on forget and those of
-        the retain-only model. Not shown: the size of a difference: with few rows every model passes.
+        the retain-only model. Not shown: the size of a difference: with few rows it is high for every model.
 """
 
 import math
@@ -48,7 +48,7 @@ def probability_among(answer: TokenLogProbs, wrong: Sequence[TokenLogProbs]) -> 
 def truth_ratio(true: TokenLogProbs, wrong: Sequence[TokenLogProbs]) -> float | None:
     """exp(mean over wrong answers of their mean token log-probability) / exp(mean token log-probability of the true one).
 
-    Above 1 where wrong answers are likelier.
+    Above 1 if the wrong answers are likelier.
     """
     means = [tokens.mean_log_prob for tokens in (true, *wrong)]
     if None in means:
@@ -57,19 +57,20 @@ def truth_ratio(true: TokenLogProbs, wrong: Sequence[TokenLogProbs]) -> float | 
 
 
 def forget_truth_ratio(ratio: float) -> float:
-    """min(r, 1/r): 1 where true and wrong answers are equally likely. TOFU reports its mean on forget; higher is better."""
+    """min(r, 1/r): 1 if true and wrong answers are equally likely. TOFU reports its mean on forget; higher is better."""
     return min(ratio, 1 / ratio) if ratio else 0.0
 
 
 def utility_truth_ratio(ratio: float) -> float:
-    """max(0, 1 - r): 1 where wrong answers are impossible. TOFU's truth ratio off forget; higher is better."""
+    """max(0, 1 - r): 1 if wrong answers are impossible. TOFU reports its mean on the other splits; higher is better."""
     return max(0.0, 1 - ratio)
 
 
 def forget_quality(ratios: Sequence[float], retain_model_ratios: Sequence[float]) -> float:
     """p-value of the two-sample Kolmogorov-Smirnov test between two models' truth ratios on forget; higher is better.
 
-    A low value means that the model differs from one that never saw the forget set. It falls with the number of rows.
+    A low value means that the model differs from the retain-only model. The same difference gives a lower value with more
+    rows.
     """
     return float(ks_2samp(ratios, retain_model_ratios).pvalue)
 
@@ -93,18 +94,16 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         scores.add("tofu/model_utility", model_utility(scores), True)
     with scores.null_if_missing({"tofu/forget_quality": True}):
         rows = context.rows("forget_paraphrased")
-        of_models = [
-            truth_ratios(model.outputs, rows, "forget_paraphrased")
-            for model in (context.model, context.find_retain_model())
-        ]
-        ours, theirs = ([ratio for ratio in ratios if ratio is not None] for ratios in of_models)
+        models = (context.model, context.find_retain_model())
+        ratios = [truth_ratios(model.outputs, rows, "forget_paraphrased") for model in models]
+        ours, theirs = ([ratio for ratio in of_model if ratio is not None] for of_model in ratios)
         if not ours or not theirs:
             raise Missing("no row of forget_paraphrased has a truth ratio")
         scores.add("tofu/forget_quality", forget_quality(ours, theirs), True, count=len(ours))
 
 
 def probabilities(outputs: ModelOutputs, rows: Sequence[Row], role: str, with_options: bool) -> list[float | None]:
-    """Every row's probability: relative to its wrong answers where these are options, else by itself."""
+    """Every row's probability, `with_options` relative to its wrong answers."""
     answers = outputs.tokens_of_answers([(row.question, row.answer) for row in rows])
     if not with_options:
         return [probability(tokens) for tokens in answers]
@@ -119,7 +118,7 @@ def recalls(outputs: ModelOutputs, rows: Sequence[Row]) -> list[float]:
 
 
 def truth_ratios(outputs: ModelOutputs, rows: Sequence[Row], role: str) -> list[float | None]:
-    """Every row's truth ratio; the true answer is the paraphrased one where there is one."""
+    """Every row's truth ratio; the paraphrased answer, if the row has one, is the true answer."""
     wrong = wrong_answers(outputs, rows, role)
     true = outputs.tokens_of_answers([(row.question, row.paraphrased_answer or row.answer) for row in rows])
     return [truth_ratio(*pair) for pair in zip(true, wrong, strict=True)]
@@ -145,5 +144,5 @@ def model_utility(scores: Scores) -> float:
     """
     names = [f"tofu/{kind}/{split}" for kind in ("probability", "rougeL_recall", "truth_ratio") for split in UTILITY]
     if absent := [name for name in names if scores[name].value is None]:
-        raise Missing(f"needs all of its nine parts; null: {', '.join(absent)}")
+        raise Missing(f"requires all nine of its parts; null: {', '.join(absent)}")
     return harmonic_mean([scores[name].value for name in names])
