@@ -40,7 +40,7 @@ class MethodSettings:
     gamma: NonNegativeFloat = 1.0
     """Weight of the forget loss."""
     lambda_unlearning: NonNegativeFloat = 1.0
-    """Weight of the retain loss, 0: retain rows are not used."""
+    """Weight of the retain loss; 0: retain rows are not used."""
 
     @field_validator("lambda_unlearning")
     @classmethod

@@ -32,19 +32,19 @@ TEMPERATURE_FACTOR = 1.25  # multiplies the temperature at each further attempt
 @section
 class AltPOSettings(MethodSettings):
     beta: PositiveFloat = 0.1
-    """Inverse temperature, how far a pair may move from the start."""
+    """Inverse temperature; the smaller, the further a pair may move from the reference model."""
     num_alternatives: PositiveInt = 5
-    """Answers to each forget question that are preferred to the forget answer."""
+    """Alternative answers sampled for each forget question."""
     max_recall: Fraction = 0.7
-    """Samples with a higher ROUGE-L recall of the forget answer are left out; 1: only copies."""
+    """Samples with a higher ROUGE-L recall of the forget answer are discarded; 1: only exact copies are."""
     temperature: PositiveFloat = 1.0
-    """The logits are divided by it; raised for questions that have too few alternatives."""
+    """The logits are divided by it; raised for questions with too few alternatives."""
     top_p: Fraction = 0.95
-    """Draw from the smallest set of likeliest tokens with at least this probability."""
+    """Draw from the smallest set of likeliest tokens with at least this total probability."""
     top_k: NonNegativeInt = 50
     """Draw from the k likeliest tokens; 0: all."""
     max_length: PositiveInt = 200
-    """Prompt and sampled answer together, in tokens."""
+    """Maximum length of prompt and sampled answer together, in tokens."""
 
 
 class AltPO(DPO):

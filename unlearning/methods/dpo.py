@@ -20,7 +20,7 @@ from unlearning.trainer import UnlearningTrainer
 @section
 class DPOSettings(RefusalSettings):
     beta: PositiveFloat = 0.1
-    """Inverse temperature, how far a pair may move from the start."""
+    """Inverse temperature; the smaller, the further a pair may move from the reference model."""
 
 
 class DPO(UnlearningTrainer):

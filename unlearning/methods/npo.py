@@ -17,7 +17,7 @@ from unlearning.trainer import MethodSettings, UnlearningTrainer
 @section
 class NPOSettings(MethodSettings):
     beta: PositiveFloat = 0.1
-    """Inverse temperature, the smaller, the nearer to gradient ascent."""
+    """Inverse temperature; the smaller, the closer to gradient ascent."""
 
 
 class NPO(UnlearningTrainer):

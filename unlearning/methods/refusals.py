@@ -18,7 +18,7 @@ REFUSAL_KEY = 3  # of `UnlearningTrainer.draw_index`
 @section
 class RefusalSettings(MethodSettings):
     refusals: str = "data/refusals.txt"
-    """File with a refusal per line; one is drawn for each question and step."""
+    """File with one refusal per line; one is drawn for each question and step."""
 
     @field_validator("refusals")
     @classmethod

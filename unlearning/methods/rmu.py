@@ -31,13 +31,13 @@ TRAINED_LAYERS = 3  # the steered layer and the two below it
 @section
 class RMUSettings(MethodSettings):
     steering_coeff: PositiveFloat = 10.0
-    """Length of the vector that activations are steered to."""
+    """Norm of the vector that activations are steered to."""
     layer: int | None = Field(None, ge=0)
-    """Steered layer, counted from 0; null: the one a third of the way up."""
+    """Index of the steered layer, from 0; null: a third of the way up."""
     layers: str = r"\.(layers|h|blocks)\.\d+$"
-    """Regular expression of the names of the model's layers."""
+    """Regular expression that matches the names of the model's layers."""
     trained: str = r"\.mlp\.(down_proj|fc2|c_proj)\b"
-    """Regular expression of the names of the trained parameters."""
+    """Regular expression that matches the names of the trained parameters."""
 
     @field_validator("layers", "trained")
     @classmethod

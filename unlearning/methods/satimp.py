@@ -18,9 +18,9 @@ class SatImpSettings(MethodSettings):
     gamma: NonNegativeFloat = 0.1
     """Weight of the forget loss."""
     beta1: NonNegativeFloat = 5.0
-    """Exponent of p, the larger, the sooner unlikely tokens are let alone."""
+    """Exponent of p; the larger, the smaller the weight of unlikely tokens."""
     beta2: NonNegativeFloat = 1.0
-    """Exponent of 1 - p, the larger, the less tokens known by heart count."""
+    """Exponent of 1 - p; the larger, the smaller the weight of likely tokens."""
 
 
 class SatImp(WGA):
