@@ -19,7 +19,7 @@ from common.prompts import Example
 from unlearning.selection import Candidate
 from unlearning.trainer import MethodSettings, UnlearningTrainer
 
-MAX_TEMPERATURE_MULTIPLIER = 10.0  # nearly uniform draws of the top_k tokens
+MAX_TEMPERATURE_MULTIPLIER = 10.0  # draws from the top_k tokens are then nearly uniform
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +58,8 @@ class PMCSettings(MethodSettings):
     @classmethod
     def samples_differ(cls, temperature: float, info: ValidationInfo) -> float:
         if temperature == 0 and info.data.get("num_samples", 1) > 1:
-            raise ValueError(
-                f"all {info.data['num_samples']} samples would be the same greedy answer; "
-                "expected more than 0, or num_samples=1"
-            )
+            samples = f"all {info.data['num_samples']} samples"
+            raise ValueError(f"{samples} would be the same greedy answer; expected more than 0, or num_samples=1")
         return temperature
 
     @field_validator("stalled_temperature_factor")
@@ -86,7 +84,7 @@ class FluencyPenalty:
     """Subtracts from a reward `weight` times the sample's mean NLL per token under the reference model.
 
     Args:
-        trainer: its reference model is used.
+        trainer: the trainer whose reference model computes the NLL.
         weight: above 0.
     """
 
@@ -142,7 +140,7 @@ class StalledTemperature:
 
     Attributes:
         multipliers: by row index; 1, or missing, for questions that are not stalled.
-        stalled_epochs: epochs in a row in which more than half of the sampled questions were stalled.
+        stalled_epochs: consecutive epochs in which more than half of the sampled questions were stalled.
     """
 
     def __init__(self, settings: PMCSettings):
@@ -163,12 +161,12 @@ class StalledTemperature:
         self.multipliers[row.index] = min(raised, MAX_TEMPERATURE_MULTIPLIER) if stalled else 1.0
 
     def warn_when_stalled(self, fraction: float) -> None:
-        """Warn when, in two epochs in a row, more than half of the sampled questions were stalled."""
+        """Warn when, in two consecutive epochs, more than half of the sampled questions were stalled."""
         self.stalled_epochs = self.stalled_epochs + 1 if fraction > 0.5 else 0
         if self.stalled_epochs == 2:
             log.warning(
-                "for %.0f%% of the questions every sample equals the initial response, so there is nothing to select: the "
-                "model has memorized these answers too well. Raise method.stalled_temperature_factor (now %g; 1.5 is "
+                "for %.0f%% of the questions every sample equals the initial response, so there is nothing to select: these "
+                "answers are memorized too strongly. Raise method.stalled_temperature_factor (now %g; 1.5 is "
                 "usual), method.temperature (now %g), method.top_p or method.num_samples (now %d), or finetune for fewer "
                 "epochs (training.num_epochs there).",
                 100 * fraction,

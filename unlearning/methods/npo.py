@@ -21,7 +21,7 @@ class NPOSettings(MethodSettings):
 
 
 class NPO(UnlearningTrainer):
-    """Makes the forget answers less likely; the gradient vanishes as they become unlikelier than under the reference model."""
+    """Makes the forget answers less likely; the gradient vanishes as they become less likely than under the reference model."""
 
     Settings = NPOSettings
     needs_reference = True

@@ -1,4 +1,4 @@
-"""SatImp (arXiv 2505.11953): gradient ascent weighted by saturation and importance of a token.
+"""SatImp (arXiv 2505.11953): gradient ascent weighted by each token's saturation and importance.
 
 forget loss = -p^beta1 * (1 - p)^beta2 * NLL of a token, the mean over tokens; the weight has no gradient
 
