@@ -180,7 +180,7 @@ class _Batch:
         return [ids[:length] for ids, length in zip(self.drawn.tolist(), self.lengths.tolist(), strict=True)]
 
     def compact(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Remove finished rows if there are enough; returns the tokens of the remaining rows."""
+        """Remove finished rows if there are enough; returns the remaining rows' tokens (none if all are finished)."""
         unfinished = ~self.finished
         count = int(unfinished.sum())
         if count > COMPACT_THRESHOLD * len(self.rows):
