@@ -1,1 +1,1 @@
-"""How fast PMC runs, beside a baseline: the same algorithm with Hugging Face's own tools."""
+"""Speed of PMC, compared with a baseline: the same algorithm with Hugging Face's own tools."""

@@ -1,9 +1,9 @@
-"""PMC as a baseline, for comparison only: a careful first version with Hugging Face's own tools.
+"""The baseline that PMC is compared with: the same algorithm, written with Hugging Face's own tools.
 
 Inside every micro-batch's loss: `generate` on prompts that were repeated num_samples times, rows padded to max_length, one
-forward pass each for collapse, retain and a forget loss that is only logged, ROUGE-L by the `rouge_score` package. In the
-evaluation: split by split, each batch to its longest answer, and for every answer two calls for ROUGE scores. The published
-implementation works like this (arXiv 2507.04219, its public repository); the code here is our own.
+forward pass each for collapse, retain and a forget loss that is only logged, ROUGE-L by the `rouge_score` package. The
+evaluation generates split by split, each batch until its longest answer ends, and scores every answer in two ROUGE calls.
+The published implementation (arXiv 2507.04219, its public repository) works like this; no code is copied from it.
 """
 
 import time
@@ -28,7 +28,7 @@ from unlearning.selection import Candidate, select
 
 
 class AtLengths(StoppingCriteria):
-    """Ends every row at a length of its own."""
+    """Stops every row at its own length."""
 
     def __init__(self, lengths: Sequence[int], prompt_length: int):
         self.lengths, self.prompt_length = torch.tensor(lengths), prompt_length
@@ -47,14 +47,13 @@ def baseline_answers(
     """
     input_ids, mask = pad_left(prompts, model.device)
     prompt_length = input_ids.shape[1]
+    stop = None
     if lengths:
-        settings = GenerationConfig(pad_token_id=0, eos_token_id=None, max_new_tokens=max(lengths), **options)
+        options |= {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": max(lengths)}
         stop = StoppingCriteriaList([AtLengths(lengths, prompt_length)])
     else:
-        settings = GenerationConfig(
-            pad_token_id=eos_token_ids[0], eos_token_id=eos_token_ids, max_length=max_length, **options
-        )
-        stop = None
+        options |= {"pad_token_id": eos_token_ids[0], "eos_token_id": eos_token_ids, "max_length": max_length}
+    settings = GenerationConfig(**options)
     ids = model.generate(input_ids, attention_mask=mask, generation_config=settings, stopping_criteria=stop)
     answers = ids[:, prompt_length:].tolist()
     if lengths:
@@ -161,8 +160,8 @@ class BaselinePMC(Trainer):
     def evaluation_recall(self, reference: str, text: str) -> float:
         """ROUGE-L recall, together with everything else that the published evaluation computes for an answer.
 
-        That is four kinds of ROUGE with bootstrap intervals of their mean, here of one value: as `compute` of Hugging Face's
-        `evaluate`, without the file that it writes for each call.
+        That is four kinds of ROUGE with bootstrap intervals of their mean, here of one value. Hugging Face's `evaluate` does
+        the same in `compute`, and also writes a file for each call.
         """
         aggregator = BootstrapAggregator()
         aggregator.add_scores(self.all_rouge.score(reference, text))

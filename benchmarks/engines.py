@@ -1,9 +1,9 @@
-"""Sampling alone, with three engines on the same prompts: the project's own, Hugging Face's `generate` and `generate_batch`.
+"""Time sampling with three engines on the same prompts: the project's own, Hugging Face's `generate` and `generate_batch`.
 
     python benchmarks/engines.py -cn=benchmark/smollm2
 
-`generate_batch` is transformers' continuous batching over a paged cache. All answers have the same length here, because it
-takes one length for all. The engines take turns; the table has the median over the rounds.
+`generate_batch` is transformers' continuous batching over a paged cache. All answers have the same length here, because
+it takes one length for all. The engines take turns; the table has the median over the rounds.
 """
 
 import sys
@@ -53,11 +53,11 @@ def engines(config: RunConfig, model, prompts: list[list[int]]) -> dict[str, Cal
     }
 
 
-def compare(cfg: DictConfig) -> dict[str, float]:
-    """Print the table; returns each engine's median seconds.
+def compare(cfg: DictConfig) -> None:
+    """Time the engines and print the table.
 
     Raises:
-        UserError: for whatever is wrong with the configuration.
+        UserError: when the configuration is invalid.
     """
     config, _ = read(with_checkpoint(cfg))
     with TemporaryDirectory() as folder:
@@ -77,7 +77,6 @@ def compare(cfg: DictConfig) -> dict[str, float]:
     print("| engine | tokens/s | optimized is faster by |\n|---|---:|---:|")
     for name, median in medians.items():
         print(f"| {name} | {tokens / median:.4g} | {median / medians['optimized']:.1f} |")
-    return medians
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="benchmark/tiny")

@@ -71,7 +71,7 @@ def epoch(config: RunConfig, questions: int, num_samples: int) -> dict[str, floa
 
 def table(records: list[dict[str, float]], varied: str) -> str:
     lines = [
-        f"| {varied.replace('_', ' ')} | sampling, s | sampling, ms an answer | training, s |",
+        f"| {varied.replace('_', ' ')} | sampling, s | sampling, ms per answer | training, s |",
         "|---:|---:|---:|---:|",
     ]
     for record in records:
@@ -90,17 +90,17 @@ def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
         axes.plot(x, [first * value for value in x], color=GRAY, linestyle="--", label="sampling, if linear")
         axes.plot(x, [record["sampling"] for record in records], marker="o", color=RED, label="sampling")
         axes.plot(x, [record["training"] for record in records], marker="o", color=BLUE, label="training")
-        axes.set(xlabel=varied.replace("_", " "), ylabel="seconds an epoch", xlim=(0, None), ylim=(0, None))
+        axes.set(xlabel=varied.replace("_", " "), ylabel="seconds per epoch", xlim=(0, None), ylim=(0, None))
         axes.set_xticks(x)
         axes.legend(frameon=False)
     figure.savefig(path)
 
 
-def cost(cfg: DictConfig) -> Path:
-    """Measure, print and write; returns the JSON file.
+def cost(cfg: DictConfig) -> None:
+    """Measure, print and write the costs.
 
     Raises:
-        UserError: for whatever is wrong with the configuration.
+        UserError: when the configuration is invalid.
     """
     config, _ = read(with_checkpoint(cfg))
     curves = {
@@ -115,7 +115,6 @@ def cost(cfg: DictConfig) -> Path:
     write_json(path, {**curves, "device": device_name(), "versions": package_versions()})
     plot(curves, path.with_suffix(".png"))
     print(f"\nWritten to {path} and {path.with_suffix('.png').name}")
-    return path
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="benchmark/tiny")

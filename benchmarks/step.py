@@ -3,12 +3,12 @@
     python benchmarks/step.py -cn=benchmark/tiny
     python benchmarks/step.py -cn=benchmark/smollm2 training.bf16=false benchmark.steps=2
 
-1. Two processes load the same weights (random ones, or a run's), one for each trainer; each has its own peak of memory.
+1. Two processes load the same weights (random ones, or a run's), one for each trainer; each measures its own peak memory.
 2. They take turns: a step of the baseline, a step of the optimized trainer, on the same questions and sample lengths.
 3. Means over the steps, their ratio and the arithmetic limit of the machine are printed and written as JSON, with the
    device and the versions, to models/benchmarks/<recipe>.json.
 
-The baseline (benchmarks/baseline.py) runs as a user's script would, with PyTorch's own thread and memory settings.
+The baseline (benchmarks/baseline.py) runs with PyTorch's default thread and memory settings.
 """
 
 import sys
@@ -52,13 +52,13 @@ def measure(cfg: dict, settings: BenchmarkSettings, folder: str) -> dict[str, Re
         trainers = [RemoteTrainer(name, cfg, folder) for name in names]
         for round_ in range(settings.warmup_steps + settings.steps):
             for trainer in trainers:
-                record = trainer.ask("step")
+                record = trainer.send("step")
                 log.info("%s, step %d: %.3g s", trainer.name, round_ + 1, record["step"])
                 if round_ >= settings.warmup_steps:
                     trainer.steps.append(record)
         for trainer in trainers:
             if settings.evaluation_questions:
-                trainer.evaluation = trainer.ask("evaluate")
+                trainer.evaluation = trainer.send("evaluate")
             trainer.stop()
         measured |= {trainer.name: trainer for trainer in trainers}
     return measured
@@ -129,7 +129,7 @@ def step_flop(step: dict[str, float], config: RunConfig) -> float:
 
 
 def arithmetic_limit(trainer: RemoteTrainer, config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Seconds that the matrix products of a step alone would take on this machine."""
+    """Seconds that only the matrix products of a step would take on this machine."""
     flop = statistics.fmean(step_flop(step, config) for step in trainer.steps)
     rate = matmul_flop_per_second(config, dtype)
     return {
@@ -142,7 +142,7 @@ def arithmetic_limit(trainer: RemoteTrainer, config: RunConfig, dtype: torch.dty
 
 
 def matmul_flop_per_second(config: RunConfig, dtype: torch.dtype) -> float:
-    """The best rate of some matrix products, the model's own shape among them."""
+    """The highest rate among some matrix products; one has the model's shape."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     width = config.model.new.settings.get("hidden_size", 1024)
     best = 0.0
@@ -167,11 +167,11 @@ def timed(function: Callable[[], Any], at_least: float = 0.5) -> float:
     return (time.perf_counter() - started) / calls
 
 
-def benchmark(cfg: DictConfig) -> Path:
-    """Measure, print and write; returns the JSON file.
+def benchmark(cfg: DictConfig) -> None:
+    """Measure, print and write the figures.
 
     Raises:
-        UserError: for whatever is wrong with the configuration, or when a trainer's process dies.
+        UserError: when the configuration is invalid, or when a trainer's process dies.
     """
     cfg = with_checkpoint(cfg)
     config, settings = read(cfg)
@@ -188,7 +188,6 @@ def benchmark(cfg: DictConfig) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     print(f"\nWritten to {path}")
-    return path
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="benchmark/tiny")

@@ -1,7 +1,7 @@
-"""Questions and answers of TOFU's lengths in invented words, for models with random weights.
+"""Questions and answers in invented words, with lengths as in TOFU, for models with random weights.
 
-Nothing is downloaded. Random weights never end an answer, so every sample's length is drawn from TOFU's own answers, and
-both trainers stop there.
+Nothing is downloaded. With random weights no answer ends by itself, so every sample's length is drawn from those of TOFU's
+answers, and both trainers stop there.
 """
 
 from itertools import product
@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data import Row
 
-END, FRAME = "<end>", ("Question:", "Answer:")  # as the prompt template has them
+END, FRAME = "<end>", ("Question:", "Answer:")  # as in the prompt template
 CONSONANTS, VOWELS, MARKS = "bdfgklmnprstvz", "aeiou", ".,;:!?-()"
 LENGTH_STREAM, ROW_STREAM = 4, 5
 
-# TOFU forget10 under the tokenizer of SmolLM2: tokens -> how many of the 400 rows have as many.
+# TOFU forget10 under the tokenizer of SmolLM2: number of tokens -> number of rows, of 400.
 # Prompts are "Question: ...\nAnswer:"; answers count their EOS token.
 PROMPT_TOKENS = {
     15: 4, 16: 9, 17: 26, 18: 29, 19: 37, 20: 29, 21: 52, 22: 30, 23: 44, 24: 24, 25: 23, 26: 17, 27: 18, 28: 6, 29: 6,

@@ -14,12 +14,12 @@ from unlearning.early_stopping import EarlyStopping
 
 
 class StopAtLengths:
-    """Stopping criteria of `generate`: every sample ends at a length of its own.
+    """Stopping criteria of `generate`: every sample stops at its own length.
 
     On CUDA, where samples are checked every few tokens, they are drawn a little longer and cut.
 
     Args:
-        lengths: for each prompt those of its samples.
+        lengths: lengths of each prompt's samples, in tokens.
     """
 
     every = 1
@@ -32,7 +32,7 @@ class StopAtLengths:
 
 
 def generate_lengths(lengths: Sequence[Sequence[int]], *args, **options) -> list[list[list[int]]]:
-    """What `generate` returns for the other arguments, each sample of its length in tokens."""
+    """The answers of `generate`, each of the given length in tokens; other arguments are passed on."""
     answers = generate(*args, **options | {"stopping_criteria": StopAtLengths(lengths)})
     return [
         [ids[:length] for ids, length in zip(samples, some, strict=True)]
@@ -66,13 +66,13 @@ class TimedPMC(pmc.PMC):
         scored, started = self.spent["scoring"], time.perf_counter()
         with patch.object(pmc, "generate", draw):
             answers = super().sample(rows, early_stopping)
-        # Early stopping scores during sampling.
+        # Early stopping computes rewards during sampling: their time is not counted twice.
         self.spent["sampling"] += time.perf_counter() - started - (self.spent["scoring"] - scored)
         self.sampled_tokens += sum(len(answer) for some in answers for answer in some)
         return answers
 
     def timed(self, score: Callable) -> Callable:
-        """The function, its time added to that of scoring."""
+        """The function, with its time added to the scoring time."""
 
         def timed_score(*args):
             started = time.perf_counter()

@@ -35,7 +35,7 @@ from unlearning.pmc import PMCSettings
 from unlearning.start_checkpoint import start_checkpoint
 from unlearning.trainer import UnlearningData
 
-BASELINE_EVALUATION_BATCH = 256  # as the published recipes have it
+BASELINE_EVALUATION_BATCH = 256  # as in the published recipes
 
 
 @section
@@ -83,7 +83,7 @@ def window_size(config: RunConfig) -> int:
 
 
 class TakeTurns(TrainerCallback):
-    """Makes a Trainer wait for a command before each step, and reports the step's cost."""
+    """A Trainer callback that waits for a command before each step and reports the step's cost afterwards."""
 
     def __init__(self, worker: "Worker"):
         self.worker = worker
@@ -99,39 +99,30 @@ class TakeTurns(TrainerCallback):
 def make_trainer(name: str, config: RunConfig, folder: str, questions: int) -> TimedPMC | BaselinePMC:
     """A trainer with the recipe's model and data; if the model is new, random weights and this many invented questions."""
     use_cuda_graphs(config.generation.cuda_graphs)
+    new = config.model.new
+    tokenizer = word_tokenizer(new.vocab_size) if new else load_tokenizer(config.model)
+    set_seed(config.seed)
+    if new:
+        model = new_model(new, tokenizer, config.model.dtype)
+        model.generation_config.eos_token_id = None
+        invented = rows(2 * questions, tokenizer, config.seed)
+        forget, retain = invented[:questions], invented[questions:]
+    else:
+        model = load_model(config.model, tokenizer, trainable=True)
+        forget, retain = load_splits(config.data, ("forget", "retain")).values()
+    data = UnlearningData(forget, retain, PromptFormat(tokenizer, config.model.prompt), config.data.max_length)
     trainer_class = TimedPMC if name == "optimized" else BaselinePMC
-    if config.model.new:
-        return _on_invented_questions(trainer_class, config, folder, questions)
-    set_seed(config.seed)
-    tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, tokenizer, trainable=True)
-    data = load_splits(config.data, ("forget", "retain"))
-    prompts = PromptFormat(tokenizer, config.model.prompt)
-    args = training_arguments(config, Path(folder), len(data["forget"]))
-    unlearning_data = UnlearningData(data["forget"], data["retain"], prompts, config.data.max_length)
-    trainer = trainer_class(model, args, unlearning_data, config.settings)
-    trainer.forced_lengths = False
-    trainer.before_training()
-    return trainer
-
-
-def _on_invented_questions(
-    trainer_class: type, config: RunConfig, folder: str, questions: int
-) -> TimedPMC | BaselinePMC:
-    prompts = PromptFormat(word_tokenizer(config.model.new.vocab_size), config.model.prompt)
-    set_seed(config.seed)
-    model = new_model(config.model.new, prompts.tokenizer, config.model.dtype)
-    model.generation_config.eos_token_id = None
-    some = rows(2 * questions, prompts.tokenizer, config.seed)
-    data = UnlearningData(some[:questions], some[questions:], prompts, config.data.max_length)
-    args = training_arguments(config, Path(folder), questions)
-    trainer = trainer_class(model, args, data, config.settings)
-    trainer.initial_responses = {row.index: row.answer for row in data.forget}
+    trainer = trainer_class(model, training_arguments(config, Path(folder), len(forget)), data, config.settings)
+    trainer.forced_lengths = bool(new)
+    if new:
+        trainer.initial_responses = {row.index: row.answer for row in forget}
+    else:
+        trainer.before_training()
     return trainer
 
 
 class Worker:
-    """A trainer, driven step by step by the other end of a pipe."""
+    """A trainer that runs one step per command received through a pipe."""
 
     def __init__(self, name: str, config: RunConfig, settings: BenchmarkSettings, pipe: Connection, folder: str):
         self.name, self.config, self.settings, self.pipe = name, config, settings, pipe
@@ -166,9 +157,9 @@ class Worker:
     def evaluate(self) -> dict[str, float]:
         """Greedy answers to the recipe's splits, or for a new model to invented questions, scored by ROUGE-L recall."""
         if self.config.model.new:
-            asked = rows(self.settings.evaluation_questions, self.prompts.tokenizer, seed=1)
-            splits = [[(row.question, row.answer) for row in asked]]
-            lengths = [draw_lengths(ANSWER_TOKENS, len(asked), (2,))]
+            invented = rows(self.settings.evaluation_questions, self.prompts.tokenizer, seed=1)
+            splits = [[(row.question, row.answer) for row in invented]]
+            lengths = [draw_lengths(ANSWER_TOKENS, len(invented), (2,))]
         else:
             questions = load_questions(self.config.data, self.config.evaluation)
             by_split = groupby(questions, key=lambda question: question.split)
@@ -196,7 +187,7 @@ class Worker:
         return [self.prompts.text(answer[0]) for answer in answers]
 
     def baseline_texts(self, splits: list[list[tuple[str, str]]], lengths: list[list[int] | None]) -> list[str]:
-        """Split by split, batches in the data's order, each to its longest answer."""
+        """The questions split by split, in batches in the data's order, each generated until its longest answer ends."""
         trainer, texts = self.trainer, []
         trainer.model.eval()
         for pairs, some in zip(splits, lengths, strict=True):
@@ -211,7 +202,7 @@ class Worker:
 
 
 def work(name: str, cfg: dict, pipe: Connection, folder: str) -> None:
-    """Entry point of a trainer's process."""
+    """Entry point of a worker's process: sends a UserError to the parent instead of raising it."""
     prepare_process()
     config, settings = read(OmegaConf.create(cfg))
     try:
@@ -221,7 +212,7 @@ def work(name: str, cfg: dict, pipe: Connection, folder: str) -> None:
 
 
 class RemoteTrainer:
-    """The parent's end of a worker."""
+    """A worker, from the parent process: starts its process, sends commands and receives figures."""
 
     def __init__(self, name: str, cfg: dict, folder: str):
         context = get_context("spawn")
@@ -233,11 +224,11 @@ class RemoteTrainer:
         self.steps: list[dict[str, float]] = []
         self.evaluation: dict[str, float] = {}
 
-    def ask(self, command: str) -> dict[str, float]:
-        """Have the worker do something and wait for its figures.
+    def send(self, command: str) -> dict[str, float]:
+        """Send a command to the worker; returns the figures that it reports.
 
         Raises:
-            UserError: what the worker raised, or that its process died.
+            UserError: the worker's own, or when its process died.
         """
         self.pipe.send(command)
         try:

@@ -1,4 +1,4 @@
-"""Sampling batch size: as many answers as a fraction of the memory holds."""
+"""Sampling batch size: as many answers as fit in a fraction of the memory."""
 
 import psutil
 import torch
@@ -13,7 +13,8 @@ MAX_ROWS = {"cpu": 256, "cuda": 1024}  # larger batches are not faster
 def rows_that_fit(model: PreTrainedModel, seq_len: int) -> int:
     """The number of answers of `seq_len` tokens, prompt included, that a batch may have.
 
-    Their cache takes at most MEMORY_FRACTION of the device's memory, and at most half of what is free; one always fits.
+    Their cache takes at most MEMORY_FRACTION of the device's memory, and at most half of the free memory. The result is at
+    least 1.
     """
     needed = cache_bytes_per_token(model.config, model.dtype) * seq_len
     rows = max(1, cache_budget(model.device) // needed)
@@ -31,7 +32,7 @@ def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
 
 
 def cache_budget(device: torch.device) -> int:
-    """Bytes that the cache may take."""
+    """Bytes available for the cache."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,7 +1,7 @@
-"""CUDA graphs of the decode step, an option (generation.cuda_graphs): one launch per token instead of hundreds.
+"""CUDA graphs of the decode step: one launch per token instead of hundreds. An option (generation.cuda_graphs).
 
-Off by default; `decoder_of` is the only entry point. A graph repeats its kernels on the same memory, so tokens, positions,
-mask and column are copied to the tensors that it reads, and the cache's buffers are reused from call to call.
+Off by default; `decoder_of` is the only entry point. A graph repeats its kernels on the same memory. So tokens,
+positions, mask and column are copied to fixed tensors, and the cache's buffers are reused in later calls.
 """
 
 import logging
@@ -23,13 +23,13 @@ _enabled = False
 
 
 def use_cuda_graphs(setting: Literal[False, "auto"]) -> None:
-    """Switch graphs on (auto: for the models that `decoder_of` can use them for) or off, in this process."""
+    """Enable graphs (auto: where `decoder_of` supports them) or disable them, in this process."""
     global _enabled
     _enabled = setting == "auto"
 
 
 def decoder_of(model: PreTrainedModel) -> Decoder:
-    """A decoder of the model; one with CUDA graphs where these are switched on, on CUDA with sdpa attention."""
+    """A decoder of the model; with CUDA graphs if these are enabled and the model is on CUDA with sdpa attention."""
     graphs = _enabled and model.device.type == "cuda" and model.config._attn_implementation == "sdpa"
     return GraphDecoder(model) if graphs else Decoder(model)
 
@@ -52,17 +52,17 @@ class GraphLayer(PreallocatedLayer):
         return tuple(buffer[:rows, :, :seq_len] for buffer in self.buffers)
 
     def allocate(self, rows: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-        # Graphs read columns that were never written: they are masked, but 0 * NaN is NaN.
+        # Graphs also read columns that were never written. They are masked, but 0 * NaN is NaN.
         return tuple(buffer.zero_() for buffer in super().allocate(rows, seq_len))
 
 
 class StepGraphs:
-    """A model's graphs, one for each number of rows and columns in use, both rounded up, and the memory that they read.
+    """A model's graphs and the memory that they read. Each number of rows and columns, both rounded up, has its own graph.
 
     Rows and columns beyond those in use hold old values: the mask hides the columns, and the rows are cut off.
 
     Args:
-        model: its decode step is captured.
+        model: the model whose decode step is captured.
         buffers: keys and values of each layer.
     """
 
@@ -76,7 +76,7 @@ class StepGraphs:
         self.replays: dict[tuple[int, int], tuple[Callable[[], None], torch.Tensor]] = {}
 
     def fit(self, model: PreTrainedModel, rows: int, seq_len: int) -> bool:
-        """Whether a batch of this size fits, and the model's weights are still where the graphs read them."""
+        """Whether a batch of this size fits and the model's weights are still at the captured addresses."""
         return rows <= self.rows and seq_len <= self.seq_len and self.weights == weight_addresses(model)
 
 
@@ -85,7 +85,7 @@ _of_model: "weakref.WeakKeyDictionary[PreTrainedModel, StepGraphs | None]" = wea
 
 
 class GraphDecoder(Decoder):
-    """A decoder that replays graphs of its step where they work for the model, and is a plain decoder where not."""
+    """A decoder that replays graphs of its step; a plain decoder where graphs do not work for the model."""
 
     layer_class = GraphLayer
 
@@ -113,8 +113,8 @@ class GraphDecoder(Decoder):
         plain = super().next_logits(tokens)
         try:
             same = alike(self._replay(tokens, size), plain)
-            problem = "" if same else "its logits differ from those of the step itself"
-        except Exception as error:  # whatever a driver, a kernel or a model's own code raises
+            problem = "" if same else "its logits differ from those of the step without a graph"
+        except Exception as error:  # a driver, a kernel or the model's code may raise any exception
             problem = str(error) or type(error).__name__
         if problem:
             log.warning("a CUDA graph of the decode step does not work here (%s); sampling continues without", problem)
@@ -138,7 +138,7 @@ class GraphDecoder(Decoder):
         return logits[:rows]
 
     def _captured_step(self, cache: DynamicCache, rows: int, seq_len: int) -> torch.Tensor:
-        """The step on the memory that graphs read."""
+        """The decode step on the graphs' fixed tensors."""
         tokens, positions = self.graphs.tokens[:rows], self.graphs.positions[:rows]
         mask = self.graphs.mask[:rows, None, None, :seq_len]
         for layer in cache.layers:
@@ -154,7 +154,7 @@ def record(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.
     """A function that repeats what `step` does as one CUDA graph, and the tensor that it fills."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries initialize themselves in a first call, which no graph may hold
+    with torch.cuda.stream(side):  # libraries initialize in their first calls, which must not be captured
         for _ in range(2):
             step()
     torch.cuda.current_stream().wait_stream(side)
@@ -165,7 +165,7 @@ def record(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.
 
 
 def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal but for the rounding of bfloat16 in another order of operations."""
+    """Whether the logits are equal up to bfloat16 rounding in a different order of operations."""
     return bool((one - other).abs().max() <= 0.05 * other.abs().max())
 
 

@@ -1,4 +1,4 @@
-"""Forward passes of sampling: each prompt once (prefill), then one token of every answer per step.
+"""Forward passes of sampling: one for each prompt (prefill), then one per token of the answers (decode).
 
 The cache is a buffer with free columns for later tokens, so a step writes one column and copies nothing.
 """
@@ -43,7 +43,7 @@ class Decoder:
         self.allocate(rows, self.length + max_new_tokens, n)
         self.mask = torch.zeros(rows, self.length + max_new_tokens, dtype=torch.bool, device=mask.device)
         self.mask[:, : self.length] = mask.repeat_interleave(n, 0)
-        # A four-dimensional mask is used as it is, which avoids building one; sliding windows need their own.
+        # The model uses a four-dimensional mask unchanged, which saves building one; sliding windows need masks of their own.
         self.mask_is_final = self.model.config._attn_implementation == "sdpa" and all_preallocated(self.cache)
         self.positions = mask.sum(1).repeat_interleave(n)  # of the next token
         return logits.repeat_interleave(n, 0)
@@ -57,10 +57,10 @@ class Decoder:
                 layer.batch_repeat_interleave(n)
 
     def read(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-        """Process the prompts; many prompts take several forward passes, before which their common prefix takes one.
+        """Process the prompts. Many prompts take several forward passes, before which their common prefix is processed once.
 
         Args:
-            prompts: token ids; if sorted by length, there is little padding.
+            prompts: token ids; sorting them by length reduces padding.
         Returns:
             logits of the next tokens, shape (prompts, vocabulary); mask, shape (prompts, seq_len), each prompt's last token in
             the last column; and the cache, of the same columns.
@@ -91,10 +91,10 @@ class Decoder:
     def _read_together(
         self, prompts: list[list[int]], prefix: DynamicCache | None
     ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-        """What `read` returns, for prompts in one forward pass.
+        """The same as `read`, in one forward pass.
 
         Args:
-            prefix: cache of the common prefix, one row, which is not processed again; None: process whole prompts.
+            prefix: cache of the common prefix, one row, which is not processed again; None: process the whole prompts.
         """
         cache, length = self._new_cache(), prefix.get_seq_length() if prefix else 0
         input_ids, mask = pad_left([prompt[length:] for prompt in prompts], self.model.device)
@@ -127,7 +127,7 @@ class Decoder:
     def forward(
         self, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
-        # Under mixed precision accelerate wraps `forward` in autocast, which would cast every weight for every token.
+        # Under mixed precision accelerate wraps `forward` in autocast, which casts every weight for every token.
         forward = self.model.__dict__.get("_original_forward", self.model)
         output = forward(
             input_ids=input_ids,

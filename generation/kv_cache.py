@@ -4,7 +4,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-BLOCK = 64  # columns that a full buffer grows by
+BLOCK = 64  # number of columns added to a full buffer
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -59,7 +59,7 @@ class PreallocatedLayer(DynamicLayer):
         """Concatenate the rows of all parts; their first `shared` columns are the same tokens.
 
         The parts' last columns are aligned; a shorter part gets zeros after the shared columns. Each part's tensors are
-        released here, layer by layer, so that a second cache never exists.
+        released here, layer by layer, so memory never holds a second complete cache.
         """
         self.rows, self.length = sum(part.rows for part in parts), max(part.length for part in parts)
         self.keys = torch.cat([pad_at(part.keys, 2, shared, self.length) for part in parts])
@@ -91,7 +91,7 @@ def pad_at(states: torch.Tensor, dim: int, index: int, size: int) -> torch.Tenso
 
 
 def compact_indices(unfinished: torch.Tensor) -> torch.Tensor:
-    """The unfinished rows, in an order that moves few: tail rows fill the slots of finished rows.
+    """The unfinished rows in an order that moves few of them: rows from the end replace finished ones.
 
     >>> compact_indices(torch.tensor([True, False, True, False, True]))
     tensor([0, 4, 2])

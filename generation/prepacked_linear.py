@@ -12,10 +12,10 @@ PREPACK_ROWS = 64  # number of rows that the layout is optimized for; others wor
 
 @contextlib.contextmanager
 def prepacked_linears(model: PreTrainedModel) -> Iterator[None]:
-    """On a CPU, the model's linear layers with weights in the layout of oneDNN's kernels; restored afterwards.
+    """Inside, on a CPU, linear layers use weights in the layout of oneDNN's kernels; the layers are restored afterwards.
 
-    Otherwise PyTorch reorders the weight at every call, which for a few rows costs more than the product. Inside, the weights
-    must not change.
+    Otherwise PyTorch reorders the weight at every call, which for a few rows takes longer than the product. The weights must
+    not change inside.
     """
     layers = [module for module in model.modules() if type(module) is torch.nn.Linear and _can_prepack(module)]
     try:

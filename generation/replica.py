@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 class Replica:
     """A copy of a model with its parameters in the dtype that samples are drawn in.
 
-    Sampling reads every weight once per token, so half the bytes double the speed, while training stays in float32.
+    Sampling reads every weight once per token, so half the bytes double the speed. Training stays in float32.
     Buffers such as the rotary frequencies keep their dtype.
 
     Args:

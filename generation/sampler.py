@@ -1,11 +1,11 @@
 """Generates all text: PMC's samples, the initial responses and the evaluation's answers.
 
-1. Each prompt goes through the model once, whatever the number of samples; its cache is then repeated. A prefix that all
-   prompts share is processed once if they need several forward passes.
-2. Each answer has its own random numbers, keyed by (seed, optimizer step, row index): neither the order of the prompts,
-   nor the other rows of the batch, nor the number of processes changes what is drawn.
-3. Finished answers are removed from the batch as soon as they are a tenth of it.
-4. A batch has as many answers as a fraction of the memory holds.
+1. Each prompt is processed once, whatever the number of samples; its cache is then repeated. If the prompts need several
+   forward passes, their common prefix is processed once.
+2. Each answer has its own random numbers, keyed by (seed, optimizer step, row index). So the samples do not depend on the
+   order of the prompts, the other rows of the batch or the number of processes.
+3. Finished answers are removed from the batch once they make up a tenth of it.
+4. A batch has as many answers as fit in a fraction of the memory.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from generation.prepacked_linear import prepacked_linears
 from generation.token_sampling import SamplingSettings, draw_tokens, uniforms_of
 
 COMPACT_THRESHOLD = 0.9  # finished rows are dropped when at most this fraction of the batch is unfinished
-CHECK_INTERVAL = {"cpu": 1, "cuda": 8}  # tokens between two checks of what is finished; a check makes a GPU wait
+CHECK_INTERVAL = {"cpu": 1, "cuda": 8}  # tokens between two checks for finished rows; a check synchronizes with the GPU
 
 
 class PartialSample(NamedTuple):
@@ -62,12 +62,12 @@ def generate(
     Args:
         model: a causal language model; its mode (train or eval) is restored afterwards.
         prompts: token ids of each prompt, of any lengths below `max_length`.
-        settings: how to draw.
+        settings: sampling settings.
         eos_token_ids: tokens that end an answer.
         rng_keys: for each prompt the integers that its random numbers are keyed by; needed unless greedy.
         description: text of a progress bar that counts finished answers; None: no bar.
         stopping_criteria: may stop answers early.
-        temperatures: for each prompt, instead of the one in `settings`; all of them, and that one, must be above 0.
+        temperatures: one for each prompt, replacing the one in `settings`; all must be above 0, the replaced one too.
     Returns:
         for each prompt `num_samples` answers. An answer ends with its EOS token unless `max_length` or `stopping_criteria`
         cut it short.
@@ -117,10 +117,11 @@ def _chunks(prompts: Sequence[list[int]], num_samples: int, batch_size: int) -> 
 
 
 class _Batch:
-    """Answers drawn together, in a batch that shrinks as they finish.
+    """A batch of answers that shrinks as they finish.
 
-    `drawn`, `lengths` and `names` (prompt, sample) hold all answers by index; `rows` are the indices of the answers still in
-    the batch, of which `finished` and `max_new_tokens` are properties; `running` are those unfinished at the last check.
+    `drawn`, `lengths` and `names` (prompt, sample) have an entry for every answer. `rows` are the indices of the answers
+    still in the batch; `finished` and `max_new_tokens` have an entry for each of these. `running` are the indices of the
+    answers that were unfinished at the last check.
     """
 
     def __init__(
@@ -179,7 +180,7 @@ class _Batch:
         return [ids[:length] for ids, length in zip(self.drawn.tolist(), self.lengths.tolist(), strict=True)]
 
     def compact(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Remove finished rows if they are enough; returns the tokens of the remaining rows, none when all are finished."""
+        """Remove finished rows if there are enough; returns the remaining rows' tokens (none if all are finished)."""
         unfinished = ~self.finished
         count = int(unfinished.sum())
         if count > COMPACT_THRESHOLD * len(self.rows):
@@ -192,7 +193,7 @@ class _Batch:
         return tokens[kept]
 
     def check(self, length: int) -> None:
-        """Mark the rows as finished that the stopping criteria stop at this length."""
+        """Apply the stopping criteria at this length: the rows that they stop become finished."""
         criteria = self.stopping_criteria
         if criteria is None or (length % criteria.every and not self.finished.all()):
             return

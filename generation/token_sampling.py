@@ -16,12 +16,12 @@ class SamplingSettings:
     """How the next token is drawn.
 
     Attributes:
-        max_length: tokens of prompt and answer together, at most.
+        max_length: maximum length of prompt and answer together, in tokens.
         num_samples: answers to each prompt.
         temperature: the logits are divided by it; 0 takes the likeliest token (greedy).
         top_k: only the k likeliest tokens; 0: all.
         top_p: of those, the smallest set of likeliest tokens whose probability is at least p; 1: all.
-        batch_size: answers in a batch, at most; None: as many as a fraction of the memory holds.
+        batch_size: maximum number of answers in a batch; None: as many as fit in a fraction of the memory.
     """
 
     max_length: int
@@ -46,7 +46,7 @@ def uniforms_of(
     """Random numbers of the prompts' answers, shape (prompts * samples, positions, draws of a token)."""
 
     def numbers(*key: int) -> np.ndarray:
-        # Always max_length positions, so that no answer's numbers depend on the other answers of its batch.
+        # Always max_length positions, so that an answer's numbers do not depend on the rest of its batch.
         of_prompts = [random_numbers((*own, *key), samples.stop, settings.max_length) for own in rng_keys]
         return np.concatenate([uniforms[samples.start :, :positions] for uniforms in of_prompts])
 
@@ -91,8 +91,9 @@ def _draw_sorted(logits: torch.Tensor, k: int, settings: SamplingSettings, unifo
 def top_tokens(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest logits of each row, largest first, and their tokens, both of shape (rows, k): `torch.topk`, faster.
 
-    On a CPU the vocabulary is split into groups of GROUP tokens. The k largest logits lie in the k groups with the
-    largest maxima: for any other group there are k groups with a logit at least as large. So only these are sorted.
+    On a CPU the vocabulary is split into groups of GROUP tokens. The k groups with the largest maxima
+    contain the k largest logits: each of these groups has a logit at least as large as any in another group. So only these
+    groups are searched.
 
     Args:
         logits: shape (rows, vocabulary).
@@ -110,7 +111,7 @@ def top_tokens(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _draw_from_all(logits: torch.Tensor, settings: SamplingSettings, uniforms: torch.Tensor) -> torch.Tensor:
-    """Pick from the whole vocabulary without sorting it: draw, and draw again where the token lies outside top_p.
+    """Pick from the whole vocabulary without sorting it: draw again wherever the token lies outside top_p.
 
     A token is inside while the mass of the strictly likelier ones is below top_p, so at least the fraction top_p of draws
     is accepted. The few rows whose draws were all rejected are sorted for the last draw.

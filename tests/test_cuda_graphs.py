@@ -157,7 +157,7 @@ def wrong(step):
 
 
 @pytest.mark.parametrize(
-    ("broken", "why"), [(raising, "no capture here"), (wrong, "differ from those of the step itself")]
+    ("broken", "why"), [(raising, "no capture here"), (wrong, "differ from those of the step without a graph")]
 )
 def test_graphs_that_do_not_work_are_given_up(device, steps, monkeypatch, caplog, broken, why):
     model = random_model().to(device)

@@ -1,1 +1,1 @@
-"""Stage 2: make the finetuned model forget some of them. One file a method."""
+"""Stage 2: unlearn some of the data that the model was finetuned on. One file per method."""

@@ -1,8 +1,8 @@
-"""Stops samples that can no longer be selected, during sampling; the selection stays the same.
+"""Stops drawing samples that can no longer be selected; the selection stays the same.
 
-PMC selects the sample with the highest reward among a question's samples and its best so far. Where a reward never rises as
-a sample grows (1 - ROUGE-L recall: words that match the reference in order still do when more words follow), the reward of
-a sample's beginning is an upper bound, and a sample whose bound is too low need not be completed.
+PMC selects the sample with the highest reward among a question's samples and its best so far. Some
+rewards never rise as a sample grows: with 1 - ROUGE-L recall, words that match the reference in order still match when more
+words follow. Then the reward of a sample's beginning is an upper bound, and a sample whose bound is too low is stopped.
 """
 
 import math
@@ -13,10 +13,10 @@ from unlearning.rewards import Scorer
 
 
 class EarlyStopping:
-    """The `generation.sampler.StoppingCriteria` of one optimizer step; scores every sample exactly once.
+    """The `generation.sampler.StoppingCriteria` of one optimizer step; computes the reward of every complete sample once.
 
     Args:
-        best: net reward of each question's best sample so far; -infinity for none.
+        best: net reward of each question's best sample so far; -infinity if there is none.
         references: initial response to each question.
         scorer: computes rewards, and their upper bounds.
         among_samples: whether a complete sample can rule out another one; false where penalties are subtracted later.
@@ -25,7 +25,7 @@ class EarlyStopping:
         stopped: the samples that were stopped, by question and sample.
     """
 
-    every = 8  # tokens between two checks; more frequent checks cost more than they save
+    every = 8  # tokens between two checks; more frequent checks take more time than they save
 
     def __init__(self, best: Sequence[float], references: Sequence[str], scorer: Scorer, among_samples: bool = True):
         self.best, self.references, self.scorer, self.among_samples = best, references, scorer, among_samples
@@ -43,7 +43,7 @@ class EarlyStopping:
         return [self.has_lost(partial) for partial in running]
 
     def has_lost(self, partial: PartialSample) -> bool:
-        """Whether the best so far or a complete sample will be preferred to this one, however it continues.
+        """Whether the best so far or a complete sample will be selected instead of this one, however it continues.
 
         Ties are decided as in `unlearning.selection.select`: a new sample replaces an equal best so far, and of equal
         samples the first is selected.

@@ -2,15 +2,15 @@
 
     python unlearning/main.py -cd=configs -cn=PMC-unlearn-tiny
 
-1. Initial responses: before training, the finetuned model answers every forget question greedily.
+1. Initial responses: before training, generate the finetuned model's greedy answer to every forget question.
 2. Sample: for each forget question of an optimizer step, draw `num_samples` answers from the current model.
 3. Score: the reward of a sample is 1 - its ROUGE-L recall against the initial response.
 4. Select: keep for each question the sample with the highest reward so far. A question whose best reward is 1 is solved:
    it is not sampled again.
 5. Train: loss = CE(selected samples) + lambda_unlearning * CE(retain answers).
 
-The forget answers of the data set are never read. Options that are off by default are in `unlearning.pmc_options`; samples
-that can no longer be selected are stopped while they are drawn (`unlearning.early_stopping`).
+The forget answers of the data set are never read. Options that are off by default are in `unlearning.pmc_options`.
+Samples that can no longer be selected are stopped while they are drawn (`unlearning.early_stopping`).
 """
 
 import math
@@ -47,7 +47,7 @@ class PMC(UnlearningTrainer):
     Settings = PMCSettings
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: PMCSettings):
-        # Copied before super() wraps the model. A model kept in bfloat16 needs no copy.
+        # Copied before super() wraps the model. A model that is already in bfloat16 needs no copy.
         self.replica = Replica(model, torch.bfloat16) if args.bf16 and model.dtype != torch.bfloat16 else None
         self.needs_reference = settings.fluency_weight > 0
         super().__init__(model, args, data, settings)
@@ -69,12 +69,12 @@ class PMC(UnlearningTrainer):
         greedy = SamplingSettings(s.max_length, batch_size=s.sampling_batch_size)
         prompts = [self.prompt_ids[row.index] for row in rows]
         answers = generate(self.sampled_model(), prompts, greedy, self.eos_token_ids, description="initial responses")
-        texts = [self.data.prompts.text(answer[0]) for answer in answers]
-        self.initial_responses = {row.index: text for row, text in zip(rows, texts, strict=True)}
+        for row, answer in zip(rows, answers, strict=True):
+            self.initial_responses[row.index] = self.data.prompts.text(answer[0])
         self.seconds["sampling"] += time.perf_counter() - started
 
     def forget_examples(self, rows: list[Row]) -> list[Example]:
-        """Steps 2 to 4: the answers that the forget rows of this optimizer step are trained on."""
+        """Steps 2 to 4: sample, score and select the answers that this optimizer step trains on."""
         started = time.perf_counter()
         active = [row for row in rows if not self.is_solved(row)]
         early_stopping = self.new_early_stopping(active) if self.stops_early else None
@@ -109,15 +109,12 @@ class PMC(UnlearningTrainer):
         self, rows: list[Row], samples: list[list[list[int]]], early_stopping: EarlyStopping | None
     ) -> list[list[Candidate]]:
         """Step 3: every sample with its reward, or an upper bound of it where the sample was stopped."""
-        if early_stopping:  # it scored every sample during sampling
+        if early_stopping:  # the samples were scored while they were drawn
             rewards = early_stopping.rewards_of(samples)
         else:
             references = [self.initial_responses[row.index] for row in rows]
             rewards = [self.scorer.rewards(*of_question) for of_question in zip(references, samples, strict=True)]
-        return [
-            [Candidate(reward, answer) for reward, answer in zip(*of_question, strict=True)]
-            for of_question in zip(rewards, samples, strict=True)
-        ]
+        return [list(map(Candidate, *of_question)) for of_question in zip(rewards, samples, strict=True)]
 
     def select(self, rows: list[Row], candidates: list[list[Candidate]]) -> None:
         """Step 4: update the best sample so far of each question."""
@@ -131,7 +128,7 @@ class PMC(UnlearningTrainer):
     def new_early_stopping(self, rows: list[Row]) -> EarlyStopping:
         best = [self.best[row.index].net_reward if row.index in self.best else -math.inf for row in rows]
         references = [self.initial_responses[row.index] for row in rows]
-        # Penalties are computed when all samples are drawn, so no sample can rule out another one before.
+        # Penalties are computed after all samples are drawn, so until then no sample can rule out another.
         return EarlyStopping(best, references, self.scorer, among_samples=not self.fluency)
 
     def sampled_model(self) -> PreTrainedModel:
@@ -139,7 +136,7 @@ class PMC(UnlearningTrainer):
         return self.replica.refresh() if self.replica else self.model
 
     def gather_selected(self, rows: list[Row]) -> None:
-        """Share what was selected with all processes: shuffling moves a question to another process every epoch."""
+        """Send the selected samples to all processes, since shuffling moves questions between processes."""
         if self.args.world_size > 1:
             own = [(row.index, self.best[row.index], self.temperature.multipliers[row.index]) for row in rows]
             for index, candidate, multiplier in gather_object(own):

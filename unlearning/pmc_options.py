@@ -1,4 +1,4 @@
-"""PMC's settings, and the parts of PMC that are off by default: fluent selections and a temperature that rises when stalled."""
+"""PMC's settings, and its two options that are off by default: the fluency penalty and the rising temperature."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ from common.prompts import Example
 from unlearning.selection import Candidate
 from unlearning.trainer import MethodSettings, UnlearningTrainer
 
-MAX_TEMPERATURE_MULTIPLIER = 10.0  # nearly uniform draws of the top_k tokens
+MAX_TEMPERATURE_MULTIPLIER = 10.0  # draws from the top_k tokens are then nearly uniform
 
 log = logging.getLogger(__name__)
 
@@ -29,28 +29,28 @@ class PMCSettings(MethodSettings):
     gamma: PositiveFloat = 1.0
     """Weight of the collapse loss."""
     lambda_unlearning: NonNegativeFloat = 1.5
-    """Weight of the retain loss, 0: retain rows are not used."""
+    """Weight of the retain loss; 0: retain rows are not used."""
     num_samples: PositiveInt = 5
     """Samples drawn for each forget question and step."""
     temperature: NonNegativeFloat = 1.25
     """The logits are divided by it; 0 is greedy."""
     stalled_temperature_factor: float = Field(1.0, ge=1)
-    """Multiplies the temperature of a question whose samples all equal its initial response,
-    at each attempt and up to ten times in all; 1: off."""
+    """Multiplies the temperature of a question at each step in which all its samples
+    equal its initial response, up to a factor of 10 in total; 1: off."""
     top_p: Fraction = 0.95
-    """Draw from the smallest set of likeliest tokens with at least this probability."""
+    """Draw from the smallest set of likeliest tokens with at least this total probability."""
     top_k: NonNegativeInt = 50
     """Draw from the k likeliest tokens; 0: all."""
     max_length: PositiveInt = 200
-    """Prompt and sampled answer together, in tokens."""
+    """Maximum length of prompt and sampled answer together, in tokens."""
     min_len: NonNegativeInt = 0
-    """Samples of fewer words lose exp(-words) of their reward; 0: off."""
+    """Minimum number of words; exp(-words) is subtracted from the reward of shorter samples; 0: off."""
     fluency_weight: NonNegativeFloat = 0.0
     """Weight of a sample's mean NLL per token under the model before unlearning, subtracted from its reward; 0: off."""
     early_stopping: bool = True
-    """Stop samples that can no longer be selected, for rewards that never rise as a sample grows."""
+    """Stop samples that can no longer be selected; only for rewards that never rise as a sample grows."""
     sampling_batch_size: int | None = Field(None, gt=0)
-    """Samples drawn side by side, at most; null: as many as a tenth of the memory holds."""
+    """Maximum number of samples in a batch; null: as many as fit in a tenth of the memory."""
     reward: Any = Field(default_factory=lambda: {"_target_": "unlearning.rewards.rouge_l"})
     """Function (reference, samples) -> list of rewards in [0, 1]."""
 
@@ -58,10 +58,8 @@ class PMCSettings(MethodSettings):
     @classmethod
     def samples_differ(cls, temperature: float, info: ValidationInfo) -> float:
         if temperature == 0 and info.data.get("num_samples", 1) > 1:
-            raise ValueError(
-                f"all {info.data['num_samples']} samples would be the same greedy answer; "
-                "expected more than 0, or num_samples=1"
-            )
+            samples = f"all {info.data['num_samples']} samples"
+            raise ValueError(f"{samples} would be the same greedy answer; expected more than 0, or num_samples=1")
         return temperature
 
     @field_validator("stalled_temperature_factor")
@@ -86,7 +84,7 @@ class FluencyPenalty:
     """Subtracts from a reward `weight` times the sample's mean NLL per token under the reference model.
 
     Args:
-        trainer: its reference model is used.
+        trainer: the trainer whose reference model computes the NLL.
         weight: above 0.
     """
 
@@ -142,7 +140,7 @@ class StalledTemperature:
 
     Attributes:
         multipliers: by row index; 1, or missing, for questions that are not stalled.
-        stalled_epochs: epochs in a row in which more than half of the sampled questions were stalled.
+        stalled_epochs: consecutive epochs in which more than half of the sampled questions were stalled.
     """
 
     def __init__(self, settings: PMCSettings):
@@ -163,12 +161,12 @@ class StalledTemperature:
         self.multipliers[row.index] = min(raised, MAX_TEMPERATURE_MULTIPLIER) if stalled else 1.0
 
     def warn_when_stalled(self, fraction: float) -> None:
-        """Warn when, in two epochs in a row, more than half of the sampled questions were stalled."""
+        """Warn when, in two consecutive epochs, more than half of the sampled questions were stalled."""
         self.stalled_epochs = self.stalled_epochs + 1 if fraction > 0.5 else 0
         if self.stalled_epochs == 2:
             log.warning(
-                "for %.0f%% of the questions every sample equals the initial response, so there is nothing to select: the "
-                "model has memorized these answers too well. Raise method.stalled_temperature_factor (now %g; 1.5 is "
+                "for %.0f%% of the questions every sample equals the initial response, so there is nothing to select: these "
+                "answers are memorized too strongly. Raise method.stalled_temperature_factor (now %g; 1.5 is "
                 "usual), method.temperature (now %g), method.top_p or method.num_samples (now %d), or finetune for fewer "
                 "epochs (training.num_epochs there).",
                 100 * fraction,

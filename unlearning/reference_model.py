@@ -1,4 +1,4 @@
-"""The reference model: the model before unlearning, which many losses compare the current model with."""
+"""The reference model: the model before unlearning. Many losses compare the current model with it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from generation.sampler import evaluation_mode
 class ReferenceModel:
     """Keeps the weights that training starts from, and swaps them in while `active`.
 
-    Only trained parameters are stored twice: all of them in full training, those of the adapter with LoRA. (Switching the
-    adapter off would give the base model where unlearning continues with the adapter of the finetuning stage.)
+    Only trained parameters are stored twice: all of them in full training, those of the adapter with LoRA. (With
+    the adapter disabled, the model would be the base model and not the finetuned one, if finetuning trained the adapter.)
 
     Args:
         model: the model to be trained, on its device, with the `requires_grad` of training.
@@ -38,4 +38,4 @@ class ReferenceModel:
     def _load(self, values: list[torch.Tensor]) -> None:
         for parameter, value in zip(self.trained, values, strict=True):
             parameter.data = value
-        torch.clear_autocast_cache()  # its key is the parameter, which stays the same when the data changes
+        torch.clear_autocast_cache()  # its keys are the parameters, which stay the same when their data changes

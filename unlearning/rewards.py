@@ -2,8 +2,8 @@
 
 A reward is a function `(reference, samples) -> list[float]` with one value in [0, 1] per sample; 1 means that nothing of the
 reference is left. To add one, write such a function and name it in configs/method/*.yaml or on the command line as
-`method.reward._target_=my_module.my_reward`. A reward that never rises when words are added to a sample may declare it by
-the attribute `is_monotone = True`: samples that can no longer be selected are then stopped while they are drawn.
+`method.reward._target_=my_module.my_reward`. A reward that never rises when words are added to a sample may set
+its attribute `is_monotone = True`: samples that can no longer be selected are then stopped while they are drawn.
 """
 
 import math
@@ -17,7 +17,7 @@ def rouge_l(reference: str, samples: Sequence[str]) -> list[float]:
     return [1.0 - rouge_l_recall(reference, sample) for sample in samples]
 
 
-rouge_l.is_monotone = True  # words that match the reference in order still do when more words follow
+rouge_l.is_monotone = True  # words that match the reference in order still match when more words follow
 
 
 class Scorer:
@@ -26,7 +26,7 @@ class Scorer:
     Args:
         reward: a reward function.
         text: token ids of an answer -> its text.
-        min_len: answers of fewer words lose a part of their reward (`penalize_short`).
+        min_len: the reward of answers with fewer words is reduced (`penalize_short`).
     """
 
     def __init__(self, reward: Callable[[str, list[str]], list[float]], text: Callable[[list[int]], str], min_len: int):
@@ -43,7 +43,7 @@ class Scorer:
 
 
 def penalize_short(rewards: Sequence[float], samples: Sequence[str], min_len: int) -> list[float]:
-    """Rewards of which samples of w < min_len words lose exp(-w); never below 0.
+    """The rewards, less exp(-w) for samples of w < min_len words; never below 0.
 
     >>> penalize_short([1.0, 1.0], ["a b", "a b c"], min_len=3)
     [0.8646647167633873, 1.0]

@@ -9,7 +9,7 @@ class Candidate:
     """A sample that a question may be trained on.
 
     Attributes:
-        reward: in [0, 1]; 1: nothing of the initial response is left.
+        reward: in [0, 1]; 1: no word of the initial response is left.
         answer: token ids.
         penalty: fluency penalty, 0 or more (`unlearning.pmc_options.FluencyPenalty`).
     """
@@ -24,6 +24,6 @@ class Candidate:
 
 
 def select(best: Candidate | None, candidates: Sequence[Candidate]) -> Candidate:
-    """The candidate with the highest net reward, the first of equals, unless the best so far has a higher one."""
+    """The candidate with the highest net reward, the first of equals; `best` if its net reward is higher."""
     chosen = max(candidates, key=lambda candidate: candidate.net_reward, default=best)
     return chosen if best is None or chosen.net_reward >= best.net_reward else best

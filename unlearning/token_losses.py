@@ -1,4 +1,4 @@
-"""Losses and logits of the answers in a micro-batch: the quantities that the methods' losses are written in."""
+"""Losses and logits of the answers in a micro-batch: the methods' losses are computed from these."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

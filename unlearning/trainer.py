@@ -1,8 +1,8 @@
-"""The trainer that every unlearning method is a subclass of: it pairs forget rows with retain rows and adds their losses.
+"""The base class of every unlearning method: it pairs forget rows with retain rows and adds their losses.
 
     loss = gamma * forget_loss + lambda_unlearning * retain_loss
 
-Both are means over the whole optimizer step, so that neither micro-batches nor processes change the gradient. A method is
+Both are means over the whole optimizer step, so the gradient depends neither on micro-batches nor on processes. A method is
 a subclass that defines what its forget rows are trained on (`forget_examples`, by default the true answers) and its two
 losses (`forget_loss`, `retain_loss`, by default the cross-entropy of the answers), with its `Settings` and a YAML file in
 configs/method/.
@@ -30,7 +30,7 @@ from common.trainer import ResumableTrainer
 from unlearning.reference_model import ReferenceModel
 from unlearning.token_losses import TokenLosses
 
-RETAIN_KEY = 1  # rng key of retain rows; the sampler uses (seed, step, index) alone
+RETAIN_KEY = 1  # rng key of retain rows; PMC's sampling uses (seed, step, index) without a further key
 
 
 @section
@@ -40,7 +40,7 @@ class MethodSettings:
     gamma: NonNegativeFloat = 1.0
     """Weight of the forget loss."""
     lambda_unlearning: NonNegativeFloat = 1.0
-    """Weight of the retain loss, 0: retain rows are not used."""
+    """Weight of the retain loss; 0: retain rows are not used."""
 
     @field_validator("lambda_unlearning")
     @classmethod
@@ -52,7 +52,7 @@ class MethodSettings:
 
 @section
 class NoSettings:
-    """A method without settings of its own: the learning rate and the number of epochs decide."""
+    """No settings: only the learning rate and the number of epochs determine the outcome."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class UnlearningTrainer(ResumableTrainer):
 
     Settings: type = MethodSettings
     needs_reference = False  # whether the losses use `TokenLosses.reference`
-    logs_forget_nll = False  # whether the cross-entropy of the forget answers is logged beside the loss
+    logs_forget_nll = False  # whether the cross-entropy of the forget answers is logged, too
     logged_terms: tuple[str, ...] = ()  # other quantities that the method passes to `add_to_epoch` in each step
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: Any):

@@ -1,6 +1,6 @@
-"""AltPO (arXiv 2409.13474): prefer other plausible answers, sampled once from the reference model, over the forget answer.
+"""AltPO (arXiv 2409.13474): prefer other plausible answers to the forget answer; the reference model samples them once.
 
-The loss is that of DPO (`unlearning.methods.dpo`); a sampled alternative, drawn for each step, replaces the refusal.
+The loss is that of DPO (`unlearning.methods.dpo`). In place of a refusal, each step draws one of the sampled answers.
 
     python unlearning/main.py -cd=configs -cn=unlearn-tiny method=altpo
 """
@@ -23,32 +23,32 @@ from unlearning.trainer import MethodSettings
 
 log = logging.getLogger(__name__)
 
-ALTERNATIVE_KEY = 4  # of `UnlearningTrainer.draw_index`: which alternative a step takes
-SAMPLING_KEY = 5  # of the sampler: the alternatives
-MAX_ATTEMPTS = 5  # samplings for a question that has too few alternatives
+ALTERNATIVE_KEY = 4  # rng key of `UnlearningTrainer.draw_index`: the alternative of a step
+SAMPLING_KEY = 5  # rng key of the sampler: the tokens of the alternatives
+MAX_ATTEMPTS = 5  # how often to sample for a question that has too few alternatives
 TEMPERATURE_FACTOR = 1.25  # multiplies the temperature at each further attempt
 
 
 @section
 class AltPOSettings(MethodSettings):
     beta: PositiveFloat = 0.1
-    """Inverse temperature, how far a pair may move from the start."""
+    """Inverse temperature; the smaller, the further a pair may move from the reference model."""
     num_alternatives: PositiveInt = 5
-    """Answers to each forget question that are preferred to the forget answer."""
+    """Alternative answers sampled for each forget question."""
     max_recall: Fraction = 0.7
-    """Samples with a higher ROUGE-L recall of the forget answer are left out; 1: only copies."""
+    """Samples with a higher ROUGE-L recall of the forget answer are discarded; 1: only exact copies are."""
     temperature: PositiveFloat = 1.0
-    """The logits are divided by it; raised for questions that have too few alternatives."""
+    """The logits are divided by it; raised for questions with too few alternatives."""
     top_p: Fraction = 0.95
-    """Draw from the smallest set of likeliest tokens with at least this probability."""
+    """Draw from the smallest set of likeliest tokens with at least this total probability."""
     top_k: NonNegativeInt = 50
     """Draw from the k likeliest tokens; 0: all."""
     max_length: PositiveInt = 200
-    """Prompt and sampled answer together, in tokens."""
+    """Maximum length of prompt and sampled answer together, in tokens."""
 
 
 class AltPO(DPO):
-    """Prefers the model's other answers over the forget answer."""
+    """Prefers other answers sampled from the model to the forget answer."""
 
     Settings = AltPOSettings
 
@@ -67,8 +67,8 @@ class AltPO(DPO):
                 self.alternatives[row.index] = (self.alternatives[row.index] + accepted)[:wanted]
         if without := sum(not found for found in self.alternatives.values()):
             log.warning(
-                "%d of %d questions have no answer but the forget answer even at a temperature of %.2f, and are not "
-                "unlearned; raise method.temperature (now %g), method.top_p or method.max_recall (now %g)",
+                "for %d of %d questions no sample differs enough from the forget answer, even at a temperature of %.2f; they "
+                "are not unlearned. Raise method.temperature (now %g), method.top_p or method.max_recall (now %g)",
                 without,
                 len(rows),
                 self.settings.temperature * TEMPERATURE_FACTOR ** (MAX_ATTEMPTS - 1),
@@ -92,11 +92,8 @@ class AltPO(DPO):
         text = self.data.prompts.text(answer)
         return text not in ("", row.answer.strip()) and rouge_l_recall(row.answer, text) <= self.settings.max_recall
 
-    def preferred_examples(self, rows: list[Row]) -> list[Example]:
-        return [self.alternative(row) for row in rows]
-
-    def alternative(self, row: Row) -> Example:
-        """The question with the alternative drawn for this step, or with the forget answer (no gradient) if it has none."""
+    def preferred_example(self, row: Row) -> Example:
+        """The question with an alternative drawn for this step; without alternatives the forget answer (no gradient)."""
         found = self.alternatives[row.index]
         if not found:
             return self.example(row)

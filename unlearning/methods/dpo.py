@@ -1,4 +1,4 @@
-"""Direct preference optimization (arXiv 2305.18290) of a refusal over the forget answer, as TOFU (arXiv 2401.06121) uses it.
+"""Direct preference optimization (DPO, arXiv 2305.18290) of a refusal over the forget answer, as in TOFU (arXiv 2401.06121).
 
 forget loss = -(2/beta) log sigmoid(beta * [log pi/pi0 (refusal) - log pi/pi0 (forget answer)]), the mean over rows
 
@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from common.config import section
 from common.data import Row
 from common.prompts import Example
-from unlearning.methods.refusals import RefusalSettings, refusal_examples
+from unlearning.methods.refusals import RefusalSettings, refusal_example
 from unlearning.token_losses import TokenLosses
 from unlearning.trainer import UnlearningTrainer
 
@@ -20,7 +20,7 @@ from unlearning.trainer import UnlearningTrainer
 @section
 class DPOSettings(RefusalSettings):
     beta: PositiveFloat = 0.1
-    """Inverse temperature, how far a pair may move from the start."""
+    """Inverse temperature; the smaller, the further a pair may move from the reference model."""
 
 
 class DPO(UnlearningTrainer):
@@ -30,12 +30,12 @@ class DPO(UnlearningTrainer):
     needs_reference = True
     logged_terms = ("preferred",)  # fraction of the pairs with a margin above 0
 
-    def preferred_examples(self, rows: list[Row]) -> list[Example]:
-        """The answer that is preferred to each row's forget answer in this optimizer step."""
-        return refusal_examples(self, rows)
+    def preferred_example(self, row: Row) -> Example:
+        """The row's question with the answer that this optimizer step prefers to the forget answer."""
+        return refusal_example(self, row)
 
     def forget_groups(self, rows: list[Row]) -> list[tuple[Example, ...]]:
-        return list(zip(self.preferred_examples(rows), self.forget_examples(rows), strict=True))
+        return [(self.preferred_example(row), self.example(row)) for row in rows]
 
     def buckets(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         return [batch]  # the two answers to a question stay together
@@ -43,7 +43,7 @@ class DPO(UnlearningTrainer):
     def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
         beta = self.settings.beta
         # log pi/pi0 of the preferred answers, then of the forget answers
-        preferred, forgotten = (forget.reference.nll - forget.nll).chunk(2)
-        margin = preferred - forgotten
+        preferred, dispreferred = (forget.reference.nll - forget.nll).chunk(2)
+        margin = preferred - dispreferred
         self.add_to_epoch(preferred=forget.mean_over_rows((margin > 0).float()))
         return forget.mean_over_rows(-2 / beta * logsigmoid(beta * margin))

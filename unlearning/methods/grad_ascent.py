@@ -1,21 +1,16 @@
-"""Gradient ascent (GA) on the forget answers alone: loss = -CE(forget). TOFU, arXiv 2401.06121.
+"""Gradient ascent (GA) on the forget answers only: loss = -CE(forget). TOFU, arXiv 2401.06121.
 
 python unlearning/main.py -cd=configs -cn=unlearn-tiny method=grad_ascent
 """
 
-import torch
-
-from unlearning.token_losses import TokenLosses
-from unlearning.trainer import NoSettings, UnlearningTrainer
+from unlearning.methods.grad_diff import GradDiff
+from unlearning.trainer import NoSettings
 
 
-class GradAscent(UnlearningTrainer):
+class GradAscent(GradDiff):
     """Makes the forget answers less likely, without a retain loss."""
 
     Settings = NoSettings
 
     def loss_weights(self) -> tuple[float, float]:
         return 1.0, 0.0
-
-    def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
-        return -forget.cross_entropy

@@ -1,11 +1,13 @@
-"""IDK: train on refusals. loss = gamma * CE(forget question, refusal) + lambda_unlearning * CE(retain). TOFU, arXiv 2401.06121.
+"""IDK (I don't know): train on refusals.
+
+loss = gamma * CE(forget question, refusal) + lambda_unlearning * CE(retain). TOFU, arXiv 2401.06121.
 
 python unlearning/main.py -cd=configs -cn=unlearn-tiny method=idk
 """
 
 from common.data import Row
 from common.prompts import Example
-from unlearning.methods.refusals import RefusalSettings, refusal_examples
+from unlearning.methods.refusals import RefusalSettings, refusal_example
 from unlearning.trainer import UnlearningTrainer
 
 
@@ -15,4 +17,4 @@ class IDK(UnlearningTrainer):
     Settings = RefusalSettings
 
     def forget_examples(self, rows: list[Row]) -> list[Example]:
-        return refusal_examples(self, rows)
+        return [refusal_example(self, row) for row in rows]

@@ -1,4 +1,4 @@
-"""KL minimization: gradient ascent that stays close to the reference model (pi0). TOFU, arXiv 2401.06121.
+"""KL minimization: gradient ascent, with a KL divergence from the reference model (pi0). TOFU, arXiv 2401.06121.
 
 loss = gamma * -CE(forget) + lambda_unlearning * KL(pi0 || pi) on the retain tokens
 

@@ -17,11 +17,11 @@ from unlearning.trainer import MethodSettings, UnlearningTrainer
 @section
 class NPOSettings(MethodSettings):
     beta: PositiveFloat = 0.1
-    """Inverse temperature, the smaller, the nearer to gradient ascent."""
+    """Inverse temperature; the smaller, the closer to gradient ascent."""
 
 
 class NPO(UnlearningTrainer):
-    """Makes the forget answers less likely; the gradient vanishes as they become unlikelier than under the reference model."""
+    """Makes the forget answers less likely; the gradient vanishes as they become less likely than under the reference model."""
 
     Settings = NPOSettings
     needs_reference = True

@@ -18,33 +18,32 @@ REFUSAL_KEY = 3  # of `UnlearningTrainer.draw_index`
 @section
 class RefusalSettings(MethodSettings):
     refusals: str = "data/refusals.txt"
-    """File with a refusal per line; one is drawn for each question and step."""
+    """File with one refusal per line; one is drawn for each question and step."""
 
     @field_validator("refusals")
     @classmethod
     def has_refusals(cls, path: str) -> str:
         try:
-            empty = not read_refusals(path)
+            refusals = read_refusals(path)
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot be read ({error}); expected a text file, a refusal per line") from error
-        if empty:
-            raise ValueError("the file is empty; expected a refusal per line")
+            raise ValueError(f"cannot be read ({error}); expected a text file with one refusal per line") from error
+        if not refusals:
+            raise ValueError("the file is empty; expected one refusal per line")
         return path
 
 
 @cache
 def read_refusals(path: str) -> list[str]:
-    """The lines of a file, without empty ones; a relative path starts in the working folder, or else in the repository.
+    """The lines of a file, without empty ones. A relative path is looked up in the working folder, then in the repository.
 
     Raises:
-        OSError, UnicodeDecodeError: when it cannot be read.
+        OSError, UnicodeDecodeError: when the file cannot be read.
     """
     lines = Path(resolve_path(path)).read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
-def refusal_examples(trainer: UnlearningTrainer, rows: list[Row]) -> list[Example]:
-    """Each row's question with a refusal drawn for this optimizer step as its answer."""
+def refusal_example(trainer: UnlearningTrainer, row: Row) -> Example:
+    """The row's question, answered by a refusal that is drawn for this optimizer step."""
     refusals = read_refusals(trainer.settings.refusals)
-    drawn = [refusals[trainer.draw_index(REFUSAL_KEY, row, len(refusals))] for row in rows]
-    return [trainer.example(replace(row, answer=refusal)) for row, refusal in zip(rows, drawn, strict=True)]
+    return trainer.example(replace(row, answer=refusals[trainer.draw_index(REFUSAL_KEY, row, len(refusals))]))

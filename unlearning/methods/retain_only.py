@@ -1,4 +1,4 @@
-"""Retain-only finetuning: loss = CE(retain), the baseline that shows the effect of the retain rows alone.
+"""Retain-only finetuning: loss = CE(retain), the baseline that shows the effect of the retain rows by themselves.
 
 python unlearning/main.py -cd=configs -cn=unlearn-tiny method=retain_only
 """

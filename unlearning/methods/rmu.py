@@ -3,8 +3,8 @@
     forget loss = mean squared distance of the activations on forget tokens to steering_coeff * u/|u|
     retain loss = the same distance to the activations of the reference model, on retain tokens
 
-u is a fixed random vector; only some weights of the layer and of the two below it are trained. The forward pass includes the
-layers above.
+u is a fixed random vector. Only some weights of the layer and of the two below it are trained. The forward pass also runs
+the layers above.
 
     python unlearning/main.py -cd=configs -cn=unlearn-tiny method=rmu
 """
@@ -31,13 +31,13 @@ TRAINED_LAYERS = 3  # the steered layer and the two below it
 @section
 class RMUSettings(MethodSettings):
     steering_coeff: PositiveFloat = 10.0
-    """Length of the vector that activations are steered to."""
+    """Norm of the vector that activations are steered to."""
     layer: int | None = Field(None, ge=0)
-    """Steered layer, counted from 0; null: the one a third of the way up."""
+    """Index of the steered layer, from 0; null: a third of the way up."""
     layers: str = r"\.(layers|h|blocks)\.\d+$"
-    """Regular expression of the names of the model's layers."""
+    """Regular expression that matches the names of the model's layers."""
     trained: str = r"\.mlp\.(down_proj|fc2|c_proj)\b"
-    """Regular expression of the names of the trained parameters."""
+    """Regular expression that matches the names of the trained parameters."""
 
     @field_validator("layers", "trained")
     @classmethod
@@ -118,16 +118,16 @@ def steered_layers(model: PreTrainedModel, settings: RMUSettings) -> list[str]:
     """Names of the steered layer, last, and of the two below it.
 
     Raises:
-        UserError: when no module's name matches `layers`, or the model has no layer of the number `layer`.
+        UserError: when no module's name matches `layers`, or the model has fewer layers than `layer`.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    decoder = {id(module) for module in base.get_decoder().modules()}  # a vision tower has layers, too
+    decoder = {id(module) for module in base.get_decoder().modules()}  # excludes the layers of a vision tower
     modules = [name for name, module in model.named_modules() if id(module) in decoder]
     layers = [name for name in modules if re.search(settings.layers, f".{name}")]
     if not layers:
         numbered = [name for name in modules if name[-1:].isdigit()]
         raise UserError(
-            f"method.layers={settings.layers}: no module of this model is called so; candidates: {patterns(numbered)}"
+            f"method.layers={settings.layers}: it matches no module of this model; candidates: {patterns(numbered)}"
         )
     chosen = len(layers) // 3 if settings.layer is None else settings.layer
     if chosen >= len(layers):
@@ -139,7 +139,7 @@ def trained_parameters(model: PreTrainedModel, layers: list[str], settings: RMUS
     """Names of the parameters in these layers that are trained; with LoRA those of the adapters there.
 
     Raises:
-        UserError: when none matches `trained`.
+        UserError: when no name matches `trained`.
     """
     inside = [
         name
@@ -149,12 +149,12 @@ def trained_parameters(model: PreTrainedModel, layers: list[str], settings: RMUS
     found = {name for name in inside if re.search(settings.trained, name)}
     if not found:
         raise UserError(
-            f"method.trained={settings.trained}: no trainable parameter of {', '.join(layers)} is called so; "
+            f"method.trained={settings.trained}: it matches no trainable parameter of {', '.join(layers)}; "
             f"candidates: {patterns(inside)}"
         )
     return found
 
 
 def patterns(names: Iterable[str]) -> str:
-    """The names, those that differ in numbers alone as one."""
+    """The names, with numbers replaced by N, without duplicates."""
     return ", ".join(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "N", name) for name in names)) or "none"

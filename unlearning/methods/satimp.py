@@ -1,4 +1,4 @@
-"""SatImp (arXiv 2505.11953): gradient ascent weighted by saturation and importance of a token.
+"""SatImp (arXiv 2505.11953): gradient ascent weighted by each token's saturation and importance.
 
 forget loss = -p^beta1 * (1 - p)^beta2 * NLL of a token, the mean over tokens; the weight has no gradient
 
@@ -18,9 +18,9 @@ class SatImpSettings(MethodSettings):
     gamma: NonNegativeFloat = 0.1
     """Weight of the forget loss."""
     beta1: NonNegativeFloat = 5.0
-    """Exponent of p, the larger, the sooner unlikely tokens are let alone."""
+    """Exponent of p; the larger, the smaller the weight of unlikely tokens."""
     beta2: NonNegativeFloat = 1.0
-    """Exponent of 1 - p, the larger, the less tokens known by heart count."""
+    """Exponent of 1 - p; the larger, the smaller the weight of likely tokens."""
 
 
 class SatImp(WGA):

@@ -21,9 +21,9 @@ class SimNPOSettings(MethodSettings):
     gamma: NonNegativeFloat = 0.125
     """Weight of the forget loss."""
     beta: PositiveFloat = 4.5
-    """Inverse temperature, the larger, the sooner forgotten answers are let alone."""
+    """Inverse temperature; the larger, the sooner the gradient of unlikely answers vanishes."""
     delta: float = 0.0
-    """NLL per token at the middle of the loss, the larger, the further answers are pushed."""
+    """NLL per token where the sigmoid is 1/2; the larger, the less likely answers become."""
 
 
 class SimNPO(UnlearningTrainer):

@@ -16,7 +16,7 @@ from unlearning.trainer import MethodSettings, UnlearningTrainer
 @section
 class UNDIALSettings(MethodSettings):
     beta: NonNegativeFloat = 10.0
-    """What is subtracted from the true token's logit."""
+    """Amount subtracted from the true token's logit."""
 
 
 class UNDIAL(UnlearningTrainer):

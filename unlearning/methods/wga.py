@@ -16,7 +16,7 @@ from unlearning.trainer import MethodSettings, UnlearningTrainer
 @section
 class WGASettings(MethodSettings):
     beta: NonNegativeFloat = 1.0
-    """Exponent of a token's probability, 0: plain gradient ascent."""
+    """Exponent of a token's probability; 0: plain gradient ascent."""
 
 
 class WGA(UnlearningTrainer):
