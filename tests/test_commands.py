@@ -77,7 +77,7 @@ def test_the_same_command_from_the_stage_folder_finds_the_result(unlearned, mode
     folder, _ = unlearned
     before = (folder / "result.json").read_bytes()
     done = run_stage("unlearning", "-cd=configs", *QUICK, f"models_dir={models_dir}", cwd=ROOT / "unlearning")
-    assert "the result is there already" in done.stdout
+    assert "the result already exists" in done.stdout
     assert (folder / "result.json").read_bytes() == before
 
 
@@ -303,7 +303,7 @@ def test_a_changed_configuration_redoes_the_run_and_keeps_the_old_figures(models
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
     time.sleep(1)  # previous/ is named by the second
     done = run_stage("unlearning", *common, "method.lambda_unlearning=0.5", "overwrite=true")
-    assert "the result is there already" not in done.stdout
+    assert "the result already exists" not in done.stdout
 
 
 def test_a_real_run_is_timed_by_both_trainers(models_dir, tmp_path):
