@@ -1,5 +1,6 @@
 """Checkpoints: find the one to resume from, write one on SIGTERM or Ctrl-C, and save the trained model."""
 
+import contextlib
 import logging
 import signal
 from pathlib import Path
@@ -14,14 +15,12 @@ log = logging.getLogger(__name__)
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint in the folder, or None."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
-        try:
+    found = folder.glob("checkpoint-*")
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        with contextlib.suppress(OSError, ValueError):
             read_json(path / "trainer_state.json")
             read_json(path / "run_state.json")
-        except (OSError, ValueError):
-            continue
-        return path
+            return path
     return None
 
 
@@ -62,11 +61,9 @@ def save_trained(trainer: Trainer, folder: Path, merge: bool) -> None:
     Args:
         merge: merge a LoRA adapter into the weights first.
     """
-    if merge and hasattr(trainer.model, "merge_and_unload"):
-        if not trainer.is_world_process_zero():
-            return
+    if not (merge and hasattr(trainer.model, "merge_and_unload")):
+        trainer.save_model(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the configuration is in result.json
+    elif trainer.is_world_process_zero():
         trainer.model.merge_and_unload().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-        return
-    trainer.save_model(str(folder))
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the configuration is in result.json

@@ -83,9 +83,8 @@ def _explain_override(message: str) -> str:
     known: set[str] = set()
     for path in CONFIGS.rglob("*.yaml"):
         is_global = path.parent == CONFIGS or path.read_text(encoding="utf-8").startswith("# @package _global_")
-        known.update(
-            _dotted_keys(OmegaConf.to_container(OmegaConf.load(path)), "" if is_global else f"{path.parent.name}.")
-        )
+        prefix = "" if is_global else f"{path.parent.name}."
+        known.update(_dotted_keys(OmegaConf.to_container(OmegaConf.load(path)), prefix))
     return f"no key '{mistyped[1]}' in this configuration{did_you_mean(mistyped[1], known)}"
 
 

@@ -43,8 +43,8 @@ def bucket_by_length(batch: dict[str, torch.Tensor], extra_pass: int) -> list[di
         batch: tensors with one row per example; includes `attention_mask` of shape (rows, length).
         extra_pass: cost of a pass in positions; each further sub-batch must save more than this.
     """
-    lengths, order = batch["attention_mask"].sum(1).sort()
-    lengths = lengths.tolist()
+    sorted_lengths, order = batch["attention_mask"].sum(1).sort()
+    lengths = sorted_lengths.tolist()
     # cheapest[n]: lowest cost of the n shortest rows in positions, and the row that the last sub-batch starts with.
     cheapest = [(0, 0)]
     for end in range(1, len(lengths) + 1):

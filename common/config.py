@@ -135,7 +135,7 @@ class DataConfig:
     path: str
     """Hub id, or a local folder of <split>.json files in JSON lines."""
     splits: dict[str, str | None]
-    """role: split; null: the data set has no split for this role."""
+    """role: split, or null if the data set has none."""
     columns: Columns
     """field: column of the data files."""
     max_length: int = Field(256, ge=2)
@@ -337,10 +337,8 @@ def type_name(hint: Any, limits: typing.Iterable[Any] = ()) -> str:
         name = f"{typing.get_origin(hint).__name__}[{', '.join(map(type_name, typing.get_args(hint)))}]"
     else:
         name = {type(None): "null", Any: "any"}.get(hint) or getattr(hint, "__name__", str(hint))
-    bounds = [
-        f"{word} {getattr(limit, sign)}" for limit in limits for sign, word in LIMITS.items() if hasattr(limit, sign)
-    ]
-    return ", ".join([name, *bounds])
+    signs = [(limit, sign) for limit in limits for sign in LIMITS if hasattr(limit, sign)]
+    return ", ".join([name, *(f"{LIMITS[sign]} {getattr(limit, sign)}" for limit, sign in signs)])
 
 
 # --- training: Hugging Face TrainingArguments under their own names ----------------------------------------------------

@@ -33,9 +33,8 @@ def full_disk_as_user_error(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not any(
-            sign in str(error) for sign in SIGNS_OF_A_FULL_DISK
-        ):
+        named = any(sign in str(error) for sign in SIGNS_OF_A_FULL_DISK)
+        if not named and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
             f"{folder}: no space left on the device. Nothing was replaced: an earlier result of this run is still complete. "

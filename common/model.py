@@ -64,12 +64,9 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainabl
     if _is_adapter(path):
         return _load_adapter(config, path, tokenizer, trainable)
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "output_loading_info": True}
+    options |= {"quantization_config": GgufConfig(dequantize=True)} if config.gguf_file else {"use_safetensors": True}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
-    if config.gguf_file:
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    else:
-        options["use_safetensors"] = True
     with _errors_of_loading(config, "its weights", *READING_ERRORS, ImportError):
         model, loading = AutoModelForCausalLM.from_pretrained(path, **_source(config), **options)
     if missing := sorted(loading["missing_keys"]):
@@ -114,8 +111,7 @@ def eos_token_ids(model: PreTrainedModel, eos_token_id: int) -> list[int]:
 
 def _checkpoint_path(config: ModelConfig) -> str:
     """`model.path` as a hub id, or as the absolute path of a folder with a checkpoint."""
-    path = resolve_path(config.path)
-    folder = Path(path)
+    folder = Path(path := resolve_path(config.path))
     remedy = f"; make it with: {config.made_by}" if config.made_by else ""
     if folder.is_file():
         raise UserError(
@@ -158,12 +154,8 @@ def _load_adapter(
     saved = read_json(Path(path) / ADAPTER)
     continue_adapter = trainable and config.lora is not None
     if continue_adapter:
-        here, there = (config.lora.r, config.lora.alpha), (saved.get("r"), saved.get("lora_alpha"))
-        differing = [
-            f"{key}={ours} (checkpoint: {theirs})"
-            for key, ours, theirs in zip(("r", "alpha"), here, there, strict=True)
-            if ours != theirs
-        ]
+        values = {"r": (config.lora.r, saved.get("r")), "alpha": (config.lora.alpha, saved.get("lora_alpha"))}
+        differing = [f"{key}={here} (checkpoint: {there})" for key, (here, there) in values.items() if here != there]
         if differing:
             raise UserError(
                 f"model.lora.{', '.join(differing)}: {path} is an adapter that training continues with; use the same "

@@ -69,7 +69,8 @@ def write_result(
         folder.mkdir(parents=True, exist_ok=True)
     for name, rows in row_files.items():
         write_json_lines(folder / name, rows)
-    of_run = {
+    result = {
+        **measured,
         "device": device_name(),
         "peak_memory_bytes": peak_memory_bytes(),
         "versions": package_versions(),
@@ -78,7 +79,7 @@ def write_result(
         "started_from": started_from,
         "config": identity,
     }
-    write_json(folder / RESULT, {**measured, **of_run})
+    write_json(folder / RESULT, result)
 
 
 def started_from(folder: Path | str) -> str | None:

@@ -208,6 +208,5 @@ class EpochRecords(TrainerCallback):
 
 
 def log_record(epoch: int, values: dict[str, float]) -> None:
-    log.info(
-        "epoch %d  %s", epoch, "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
-    )
+    text = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+    log.info("epoch %d  %s", epoch, text)

@@ -123,7 +123,7 @@ def test_a_sweep_gives_every_combination_a_folder_and_survives_a_failed_job(mode
     assert all(folder.name.startswith("seed-0+") for folder in folders)
     assert not list(folders[0].glob("*.safetensors")), "save_model=false"
     assert done.returncode != 0
-    assert "method.temperature=0" in done.stdout + done.stderr and "this job failed, the others go on" in done.stdout
+    assert "method.temperature=0" in done.stdout + done.stderr and "this job failed, the sweep continues" in done.stdout
 
 
 def test_two_by_two_sweep(models_dir):
