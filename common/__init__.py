@@ -1,1 +1,1 @@
-"""What the three stages share: configuration, data, prompts, models, sampling, ROUGE. Imports none of the stages."""
+"""Code that the three stages share: configuration, data, prompts, models, training, ROUGE. It imports no stage."""

@@ -1,5 +1,6 @@
-"""Checkpoints: the one that training continues from, and those that are written on SIGTERM or Ctrl-C."""
+"""Checkpoints: find the one to resume from, write one on SIGTERM or Ctrl-C, and save the trained model."""
 
+import contextlib
 import logging
 import signal
 from pathlib import Path
@@ -13,20 +14,18 @@ log = logging.getLogger(__name__)
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is complete, or None."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
-        try:
+    """The newest complete checkpoint in the folder, or None."""
+    found = folder.glob("checkpoint-*")
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        with contextlib.suppress(OSError, ValueError):
             read_json(path / "trainer_state.json")
             read_json(path / "run_state.json")
-        except (OSError, ValueError):
-            continue
-        return path
+            return path
     return None
 
 
 class StopSignals:
-    """Inside the context the first SIGTERM or Ctrl-C is recorded in `received`; a second one ends the process as usual."""
+    """A context that records the first SIGTERM or Ctrl-C in `received`. A second one ends the process as usual."""
 
     def __enter__(self) -> "StopSignals":
         self.received = 0
@@ -38,13 +37,15 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _record(self, number: int, _frame: Any) -> None:
-        log.warning("signal %d: stopping after this step with a checkpoint (send it again to stop at once)", number)
+        log.warning(
+            "signal %d: saving a checkpoint and stopping after this step (send it again to stop at once)", number
+        )
         self.received = number
         self.__exit__()
 
 
 class SaveAndStop(TrainerCallback):
-    """After a signal, saves a checkpoint and ends training at the end of the optimizer step."""
+    """After a signal, end training with a checkpoint when the current optimizer step is done."""
 
     def __init__(self, stop: StopSignals):
         self.stop = stop
@@ -58,13 +59,11 @@ def save_trained(trainer: Trainer, folder: Path, merge: bool) -> None:
     """Save an ordinary Hugging Face folder: safetensors, tokenizer with its chat template, generation config.
 
     Args:
-        merge: fold a LoRA adapter into the weights first.
+        merge: merge a LoRA adapter into the weights first.
     """
-    if merge and hasattr(trainer.model, "merge_and_unload"):
-        if not trainer.is_world_process_zero():
-            return
+    if not (merge and hasattr(trainer.model, "merge_and_unload")):
+        trainer.save_model(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the configuration is in result.json
+    elif trainer.is_world_process_zero():
         trainer.model.merge_and_unload().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-        return
-    trainer.save_model(str(folder))
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the configuration is in result.json

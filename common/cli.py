@@ -1,4 +1,4 @@
-"""The command line of a stage: environment variables, overrides, and one message for an error that the user can fix."""
+"""The command line of a stage: environment variables, overrides, and short messages for errors that the user can fix."""
 
 import contextlib
 import logging
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def prepare_process() -> None:
     """Load environment.local.env and environment.env, and set the variables that the libraries read.
 
-    The Hugging Face token is passed on as an environment variable alone: no login writes files.
+    The Hugging Face token is only set as an environment variable. Logging in would write it to a file.
     """
     load_dotenv(ROOT / "environment.local.env")
     load_dotenv(ROOT / "environment.env")
@@ -34,11 +34,11 @@ def prepare_process() -> None:
     if token := os.environ.get("HUGGINGFACE_LOGIN_TOKEN"):
         os.environ.setdefault("HF_TOKEN", token)
     os.environ.setdefault("PMC_ROOT", str(ROOT))
-    # The processes that a launcher starts import the packages of this repository, too.
+    # Processes that a launcher starts must find the packages of this repository as well.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.set_verbosity_error()
-    # Without it, bars for reading and writing files would clutter the output of training.
+    # Hides the progress bars for reading and writing files, which would clutter the output of training.
     transformers.utils.logging.disable_progress_bar()
 
 
@@ -46,7 +46,7 @@ def launch(main: Callable[[], None]) -> None:
     """Run a stage's Hydra entry point. An error that the user can fix is printed without a traceback."""
     prepare_process()
     sys.argv[1:] = [allow_new_key(word) for word in sys.argv[1:]]
-    # Without it, Hydra prints its own errors and exits.
+    # Makes Hydra raise its errors. By default it prints them and exits.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         main()
@@ -63,7 +63,10 @@ def launch(main: Callable[[], None]) -> None:
 
 
 def allow_new_key(override: str) -> str:
-    """Prefix an override with "++", which also sets keys that no YAML lists. Mistyped keys are refused later.
+    """Prefix an override with "++", so that it can also set a key that no YAML file lists.
+
+    `read_config` rejects mistyped keys later.
+
 
     >>> allow_new_key("training.fp16=true")
     '++training.fp16=true'
@@ -73,16 +76,15 @@ def allow_new_key(override: str) -> str:
 
 
 def _explain_override(message: str) -> str:
-    """Hydra's message; for a mistyped override one that names the closest known key."""
+    """Hydra's message, or for a mistyped override a message with the closest known key."""
     mistyped = re.search(r"Could not override '([^']+)'", message)
     if not mistyped:
         return message
     known: set[str] = set()
     for path in CONFIGS.rglob("*.yaml"):
         is_global = path.parent == CONFIGS or path.read_text(encoding="utf-8").startswith("# @package _global_")
-        known.update(
-            _dotted_keys(OmegaConf.to_container(OmegaConf.load(path)), "" if is_global else f"{path.parent.name}.")
-        )
+        prefix = "" if is_global else f"{path.parent.name}."
+        known.update(_dotted_keys(OmegaConf.to_container(OmegaConf.load(path)), prefix))
     return f"no key '{mistyped[1]}' in this configuration{did_you_mean(mistyped[1], known)}"
 
 
@@ -95,12 +97,15 @@ def _dotted_keys(values: dict, prefix: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def job_errors(folder: str | Path) -> Iterator[None]:
-    """Around one job: turns a full disk into a UserError, and in a sweep, which goes on, logs the job's error at once."""
+    """A context for one job: turn a full disk into a UserError, and in a sweep log the error at once.
+
+    A sweep continues after a failed job.
+    """
     try:
         with full_disk_as_user_error(folder):
             yield
     except Exception as error:
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             traceback = None if isinstance(error, UserError) else error
-            log.error("this job failed, the others go on: %s", error, exc_info=traceback)
+            log.error("this job failed, the sweep continues: %s", error, exc_info=traceback)
         raise

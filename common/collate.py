@@ -1,4 +1,4 @@
-"""From examples to batches of tensors: padding, micro-batches, and buckets of similar length."""
+"""Turn examples into batches of tensors: padding, micro-batches, and sub-batches of similar length."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,13 +11,13 @@ IGNORED = -100  # label of a position without loss
 
 
 def collate(examples: Sequence[Example], pad_id: int = 0) -> dict[str, torch.Tensor]:
-    """Pad examples on the right to the longest of them.
+    """Pad examples on the right to the length of the longest one.
 
     >>> collate([Example([5, 6], [7, 2]), Example([5], [2])])
     {'input_ids': tensor([[5, 6, 7, 2], [5, 2, 0, 0]]), 'attention_mask': tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
      'labels': tensor([[-100, -100, 7, 2], [-100, 2, -100, -100]])}
 
-    Masks come from lengths, so any id can pad. Shapes: (rows, longest).
+    The masks are computed from the lengths, so `pad_id` may be any id. Shapes: (rows, longest).
     """
     longest = max(map(len, examples))
     input_ids = torch.full((len(examples), longest), pad_id)
@@ -31,21 +31,21 @@ def collate(examples: Sequence[Example], pad_id: int = 0) -> dict[str, torch.Ten
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-PASS_OVERHEAD_TOKENS = 128  # cost of one more forward and backward pass on a CPU, in positions (approximate)
+PASS_OVERHEAD_TOKENS = 128  # approximate fixed cost of a forward and backward pass on a CPU, in token positions
 
 
 def bucket_by_length(batch: dict[str, torch.Tensor], extra_pass: int) -> list[dict[str, torch.Tensor]]:
-    """The rows of a batch in sub-batches of similar length, chosen so that all together have the fewest positions.
+    """Split a batch into sub-batches of similar length, so that positions plus costs of passes are fewest.
 
-    A batch is as long as its longest row, and TOFU's rows differ so much that half of its positions are padding.
+    Every row is padded to the longest of its batch. With TOFU, half of the positions would be padding.
 
     Args:
-        batch: tensors with a row an example, `attention_mask` of shape (rows, length) among them.
-        extra_pass: how many positions a further sub-batch must save.
+        batch: tensors with one row per example; includes `attention_mask` of shape (rows, length).
+        extra_pass: cost of a pass in positions; each further sub-batch must save more than this.
     """
-    lengths, order = batch["attention_mask"].sum(1).sort()
-    lengths = lengths.tolist()
-    # cheapest[n]: positions of the n shortest rows with what their parts cost, and where the last part starts.
+    sorted_lengths, order = batch["attention_mask"].sum(1).sort()
+    lengths = sorted_lengths.tolist()
+    # cheapest[n]: lowest cost of the n shortest rows in positions, and the row that the last sub-batch starts with.
     cheapest = [(0, 0)]
     for end in range(1, len(lengths) + 1):
         costs = [(cheapest[start][0] + (end - start) * lengths[end - 1] + extra_pass, start) for start in range(end)]
@@ -62,14 +62,14 @@ def bucket_by_length(batch: dict[str, torch.Tensor], extra_pass: int) -> list[di
 def sort_into_micro_batches(
     examples: Sequence[Any], sizes: Sequence[int], length: Callable[[Any], int] = len
 ) -> list[list[Any]]:
-    """The examples from short to long, in micro-batches of the given sizes: similar lengths need little padding.
+    """Sort the examples by length and split them into micro-batches of the given sizes, which saves padding.
 
-    The loss is a mean over the tokens of the whole optimizer step, so it does not matter which rows go together.
+    The loss is a mean over the tokens of the whole optimizer step, so the order of the rows does not change it.
     """
     ordered = iter(sorted(examples, key=length))
     return [[next(ordered) for _ in range(size)] for size in sizes]
 
 
 def count_answer_tokens(labels: torch.Tensor) -> int:
-    """The number of tokens with a loss; the first token of a row is never predicted. `labels`: shape (rows, length)."""
+    """Count the tokens with a loss. The first token of a row is never predicted. `labels` has shape (rows, length)."""
     return int((labels[:, 1:] != IGNORED).sum())

@@ -1,7 +1,7 @@
-"""The configuration's fixed sections: names, types, ranges and what each key means. The values stand in configs/*.yaml.
+"""The sections of the configuration: each key with its type, range and meaning. The values are in configs/*.yaml.
 
-`read_config` turns a composed Hydra configuration into these dataclasses and reports every problem at once, before
-anything is loaded.
+`read_config` turns a composed Hydra configuration into these dataclasses. It reports all problems at once, before any
+data or model is loaded.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from typing_extensions import TypedDict, is_typeddict
 
 from common.errors import UserError, did_you_mean
 
-# Unknown keys are refused; true and "5" are not numbers, nor are infinity and NaN.
+# Rejects unknown keys, true and "5" where a number is expected, infinity and NaN.
 STRICT = ConfigDict(
     extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
 )
@@ -31,10 +31,10 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 @typing.dataclass_transform(field_specifiers=(Field,))
 def section(cls: type) -> Any:
-    """Make the class a dataclass that checks its fields; the text under a field is the field's description."""
+    """Make the class a dataclass that checks its fields. The string under a field is the field's description."""
     made = dataclass(cls, config=STRICT)
     for name, field in made.__pydantic_fields__.items():
-        for parent in cls.__mro__[1:]:  # pydantic reads only the texts in the class itself
+        for parent in cls.__mro__[1:]:  # pydantic reads only the strings in the class itself
             inherited = getattr(parent, "__pydantic_fields__", {}).get(name)
             field.description = field.description or (inherited and inherited.description)
         field.description = field.description and " ".join(field.description.split())
@@ -48,11 +48,11 @@ class PromptConfig:
     system: str | None = None
     """System message of a chat."""
     date_string: str | None = None
-    """Date that a chat template prints, null: not passed."""
+    """Date that a chat template prints; null: the template's default."""
     question: str = "Question: {question}\nAnswer:"
     """plain style: the prompt."""
     answer: str = " {answer}"
-    """plain style: what follows the prompt, before the EOS token."""
+    """plain style: the text between the prompt and the EOS token."""
 
     @field_validator("question", "answer")
     @classmethod
@@ -67,7 +67,7 @@ class LoraSettings:
     r: PositiveInt = 16
     """Rank of the adapter."""
     alpha: int = 32
-    """Scale of the adapter, its output is multiplied by alpha / r."""
+    """The adapter's output is multiplied by alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     target_modules: Any = "all-linear"
@@ -78,7 +78,7 @@ class LoraSettings:
 
 @section
 class NewModelConfig:
-    """A model made from nothing: random weights, and a byte-level BPE tokenizer trained on the data set's text."""
+    """A new model: random weights, and a byte-level BPE tokenizer trained on the data set's text."""
 
     architecture: str
     """model_type of transformers, for instance llama."""
@@ -92,13 +92,13 @@ class NewModelConfig:
 
 @section
 class ModelConfig:
-    _: dataclasses.KW_ONLY  # a field with a default stands first: `path` is checked after `new`
+    _: dataclasses.KW_ONLY  # allows a default before required fields; the check of `path` needs `new`
     new: NewModelConfig | None = None
     """Make a new model instead of loading one."""
     path: str | None
     """Hub id, or local folder of the weights."""
     prompt: PromptConfig
-    """How a question is put to the model."""
+    """Format of the questions and answers."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     gguf_file: str | None = None
@@ -106,13 +106,13 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the parameters."""
     attn_implementation: str | None = None
-    """Attention kernel of transformers (sdpa, flash_attention_2, eager), null: its default."""
+    """Attention implementation in transformers (sdpa, flash_attention_2, eager); null: its default."""
     trust_remote_code: bool = False
     """Run Python code that comes with the weights."""
     lora: LoraSettings | None = None
     """Train a LoRA adapter instead of all parameters."""
     made_by: str | None = None
-    """Command that makes the path, shown when it is missing."""
+    """Command that creates the path; shown when the path is missing."""
 
     @field_validator("path")
     @classmethod
@@ -135,29 +135,29 @@ class DataConfig:
     path: str
     """Hub id, or a local folder of <split>.json files in JSON lines."""
     splits: dict[str, str | None]
-    """role: split, null for a role that the data set lacks."""
+    """role: split, or null if the data set has none."""
     columns: Columns
-    """field: column of the files."""
+    """field: column of the data files."""
     max_length: int = Field(256, ge=2)
-    """Longest training example in tokens; longer answers are cut there."""
+    """Maximum tokens of a training example; longer answers are truncated."""
     hub_configurations: bool = True
-    """On the hub every split is a configuration of its own, as in TOFU."""
+    """Each split is a separate configuration on the hub, as in TOFU."""
 
 
 @section
 class EvaluationConfig:
     max_length: PositiveInt = 200
-    """Prompt and greedy answer together, in tokens."""
+    """Maximum tokens of a prompt with its greedy answer."""
     batch_size: int | None = Field(None, gt=0)
-    """Answers generated side by side, at most; null: as many as a tenth of the memory holds."""
+    """Maximum number of answers generated at once; null: as many as fit in a tenth of the memory."""
     full_eval: bool = False
-    """Score all retain rows instead of 400 drawn with a fixed seed."""
+    """Score all retain rows; false: 400 rows drawn with a fixed seed."""
     bf16: Literal[False, True, "auto"] = False
-    """Generate answers with a bfloat16 copy of a float32 model, auto: where the hardware has it."""
+    """Generate answers with a bfloat16 copy of a float32 model; auto: only if bfloat16 is faster here."""
     every_epochs: NonNegativeInt = 0
-    """Also evaluate after every so many epochs of training; 0: only at the end."""
+    """Evaluate during training, each time this many epochs are done; 0: only at the end."""
     start: bool = True
-    """Also evaluate the model that training starts from."""
+    """Evaluate the model before training as well."""
 
 
 @section
@@ -168,19 +168,19 @@ class GenerationConfig:
 
 @section
 class StageConfig:
-    """The keys that every stage has, besides `training`."""
+    """The keys of every stage, apart from `training`."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    """Seed of data order, sampling and new weights."""
+    """Seed for data order, sampling and new weights."""
     model: ModelConfig
     data: DataConfig
     evaluation: EvaluationConfig
     save_model: bool
-    """Keep the weights beside the results."""
+    """Save the weights with the results."""
     overwrite: bool
-    """Redo a run whose result is there."""
+    """Repeat a run that already has a result."""
     keep_checkpoints: bool
-    """Keep the trainer's checkpoints after the run."""
+    """Keep the training checkpoints after the run."""
     output_dir: str | None
     """Folder of the run; null: models/<stage>/<recipe>/<seed and overrides>."""
     models_dir: str
@@ -196,7 +196,7 @@ class RunConfig(StageConfig):
     settings: Any = None
     """The unlearning method's settings (its `Settings` dataclass); None in the other stages."""
     sections: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Further sections that only one stage has, by their names."""
+    """Sections of one stage only, by name."""
 
 
 def read_config(
@@ -209,11 +209,11 @@ def read_config(
 
     Args:
         cfg: what Hydra composed.
-        settings_class: the dataclass that `cfg.method` (less `_target_`) must fit.
-        also: further top-level keys that the stage knows.
-        sections: further sections that the stage knows, and the dataclass that each must fit.
+        settings_class: the dataclass for `cfg.method` (without `_target_`).
+        also: further top-level keys of the stage, whose values are not checked here.
+        sections: further sections of the stage, by name, each with its dataclass.
     Raises:
-        UserError: listing every problem, each with its key, its value and what is allowed.
+        UserError: lists every problem with its key, its value and what is allowed.
     """
     sections, method = sections or {}, {"method": settings_class} if settings_class else {}
     problems: dict[str, str] = {}
@@ -236,10 +236,10 @@ def read_config(
 
 
 def read_section(name: str, schema: type, node: Any) -> Any:
-    """A single section as its dataclass.
+    """Check one section and turn it into its dataclass.
 
     Raises:
-        UserError: listing every problem.
+        UserError: lists every problem.
     """
     problems: dict[str, str] = {}
     values = {} if node is None else {name: _plain(node, problems, f"{name}.")}
@@ -253,7 +253,7 @@ def problem_list(problems: list[str]) -> str:
 
 
 def _plain(node: Any, problems: dict[str, str], prefix: str = "") -> Any:
-    """A configuration node as plain data without its missing values; what does not resolve is added to `problems`."""
+    """A configuration node as plain data without its missing values. Interpolation errors are added to `problems`."""
     if not OmegaConf.is_dict(node):
         return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     values = {}
@@ -268,14 +268,14 @@ def _plain(node: Any, problems: dict[str, str], prefix: str = "") -> Any:
 
 
 def _validated(keys: dict[str, Any], values: dict[str, Any], problems: dict[str, str]) -> Any:
-    """The values as a model with these keys.
+    """The values as attributes of an object with these keys.
 
     Raises:
-        UserError: listing `problems` and all that pydantic finds in other keys.
+        UserError: lists `problems`, and pydantic's errors for all other keys.
     """
     schema = create_model("Configuration", __config__=STRICT, **keys)
     read = None
-    try:  # JSON: numbers and texts are checked strictly, while a dictionary becomes a section
+    try:  # from JSON, strict mode still turns dictionaries into sections
         read = schema.model_validate_json(json.dumps(values, default=str))
     except ValidationError as errors:
         for error in errors.errors(include_url=False):
@@ -287,7 +287,7 @@ def _validated(keys: dict[str, Any], values: dict[str, Any], problems: dict[str,
 
 
 def _problem(schema: type, error: Any) -> tuple[str, str]:
-    """The key of one of pydantic's errors, and the message about it."""
+    """The key that a pydantic error is about, and our message for it."""
     path, hint, field, fields = [], schema, FieldInfo(), {}
     for part in error["loc"]:
         if (found := fields_of(hint)) is not None:
@@ -295,7 +295,7 @@ def _problem(schema: type, error: Any) -> tuple[str, str]:
             hint = field.annotation
         elif typing.get_origin(hint) in (dict, list):
             hint = typing.get_args(hint)[-1]
-        else:  # the option of a union that was tried
+        else:  # a part that names an option of a union
             break
         path.append(str(part))
     key = ".".join(path)
@@ -312,11 +312,11 @@ def _problem(schema: type, error: Any) -> tuple[str, str]:
 
 
 def fields_of(hint: Any) -> dict[str, FieldInfo] | None:
-    """The fields of the section in `X` or `X | None`; None where X is no section."""
+    """The fields of X for the type `X` or `X | None`; None if X is not a section."""
     for option in typing.get_args(hint) or (hint,):
         if "__pydantic_fields__" in getattr(option, "__dict__", {}):
             return option.__pydantic_fields__
-        if is_typeddict(option) or dataclasses.is_dataclass(option):  # the latter: a dataclass without @section
+        if is_typeddict(option) or dataclasses.is_dataclass(option):  # also a plain dataclass without @section
             hints = typing.get_type_hints(option, include_extras=True)
             return {name: FieldInfo.from_annotation(kind) for name, kind in hints.items()}
     return None
@@ -326,7 +326,7 @@ LIMITS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most
 
 
 def type_name(hint: Any, limits: typing.Iterable[Any] = ()) -> str:
-    """`int or null, at least 1`: the type as YAML has it, and its range."""
+    """The type in YAML terms with its range, for instance `int or null, at least 1`."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         name = " or ".join(map(type_name, typing.get_args(hint)))
     elif typing.get_origin(hint) is Literal:
@@ -337,13 +337,11 @@ def type_name(hint: Any, limits: typing.Iterable[Any] = ()) -> str:
         name = f"{typing.get_origin(hint).__name__}[{', '.join(map(type_name, typing.get_args(hint)))}]"
     else:
         name = {type(None): "null", Any: "any"}.get(hint) or getattr(hint, "__name__", str(hint))
-    bounds = [
-        f"{word} {getattr(limit, sign)}" for limit in limits for sign, word in LIMITS.items() if hasattr(limit, sign)
-    ]
-    return ", ".join([name, *bounds])
+    signs = [(limit, sign) for limit in limits for sign in LIMITS if hasattr(limit, sign)]
+    return ", ".join([name, *(f"{LIMITS[sign]} {getattr(limit, sign)}" for limit, sign in signs)])
 
 
-# --- training: Hugging Face TrainingArguments, by their own names ------------------------------------------------------
+# --- training: Hugging Face TrainingArguments under their own names ----------------------------------------------------
 
 REFUSED = {
     "output_dir": "set the top-level output_dir instead",
@@ -363,7 +361,7 @@ def _installed(trackers: Any) -> Any:
 
 
 def _training_schema() -> type:
-    """TrainingArguments with our own keys, and the ranges that it would notice late or not at all."""
+    """The fields of TrainingArguments plus our own keys, with ranges that TrainingArguments checks late or not at all."""
     from transformers import TrainingArguments
 
     hints = typing.get_type_hints(TrainingArguments)

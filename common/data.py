@@ -1,6 +1,6 @@
-"""Questions and answers: splits of TOFU from the hub, or JSON-lines files of any data set.
+"""Load questions and answers: splits of TOFU from the hub, or JSON-lines files of any data set.
 
-A split is written as in the `datasets` library, with slices and sums: "forget01[:20] + retain99[:60]".
+Slices and sums of splits are written as in the `datasets` library: "forget01[:20] + retain99[:60]".
 """
 
 import json
@@ -19,12 +19,12 @@ _PART = re.compile(r"^(?P<name>[\w.\-]+)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$")
 
 
 class HubError(UserError):
-    """The hub cannot be reached or lacks the data. Other splits are not tried: each would first repeat the retries."""
+    """The hub cannot be reached or lacks the data. Loading stops: every other split would wait for the same retries."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One question with its answer. `index`, its position in its split, identifies it: questions may occur twice."""
+    """A question with its answer. `index` is its position in the split and identifies it, as questions may repeat."""
 
     index: int
     question: str
@@ -35,7 +35,7 @@ class Row:
 
 
 def load_split(data: DataConfig, role: str) -> list[Row]:
-    """The rows of the split that is configured for a role (train, forget, retain, ...).
+    """Load the split of a role (train, forget, retain, ...).
 
     Raises:
         UserError: for a missing role, split, file or column, a malformed line, an empty question or answer.
@@ -50,7 +50,7 @@ def load_split(data: DataConfig, role: str) -> list[Row]:
 
 
 def load_splits(data: DataConfig, roles: tuple[str, ...]) -> dict[str, list[Row]]:
-    """Several splits by role; one UserError lists the problems of all."""
+    """Load several splits by role. A single UserError lists the problems of all of them."""
     splits, problems = {}, []
     for role in roles:
         try:
@@ -65,7 +65,7 @@ def load_splits(data: DataConfig, roles: tuple[str, ...]) -> dict[str, list[Row]
 
 
 def scored_retain_rows(rows: list[Row], full_eval: bool) -> list[Row]:
-    """The retain rows that utility is measured on: all, or 400 drawn with replacement in the same way as the PMC authors."""
+    """The retain rows for measuring utility: all, or 400 drawn with replacement exactly as in the PMC authors' code."""
     if full_eval or len(rows) <= SCORED_RETAIN_ROWS:
         return rows
     drawn = np.random.default_rng(12345).integers(0, len(rows), SCORED_RETAIN_ROWS)
@@ -73,7 +73,7 @@ def scored_retain_rows(rows: list[Row], full_eval: bool) -> list[Row]:
 
 
 def _load_part(data: DataConfig, role: str, part: str) -> list[tuple[str, dict]]:
-    """The records of one "name" or "name[start:stop]", each with its place for error messages."""
+    """The records of one "name" or "name[start:stop]", each with its location for error messages."""
     match = _PART.match(part)
     if not match:
         raise UserError(f"data.splits.{role}={part!r}: expected a split's name, a slice name[:20], or a sum of them")
@@ -91,14 +91,14 @@ def _load_part(data: DataConfig, role: str, part: str) -> list[tuple[str, dict]]
 
 
 def _read_json_lines(folder: Path, name: str, role: str) -> list[tuple[str, dict]]:
-    paths = sorted(folder.iterdir(), reverse=True)  # .json comes last and replaces .jsonl of the same name
+    paths = sorted(folder.iterdir(), reverse=True)  # .json comes last, so it replaces .jsonl of the same name
     files = {path.stem: path for path in paths if path.suffix in (".json", ".jsonl") and path.is_file()}
     if name not in files:
         hint, found = did_you_mean(name, files), ", ".join(sorted(files)) or "none"
         raise UserError(f"data.splits.{role}={name}: no {folder / name}.json{hint} (there: {found})")
     file = files[name]
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines(), which splits at other characters, too
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines() would also split at other characters
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text ({error})") from error
     numbered = ((f"{file}, line {number}", line) for number, line in enumerate(lines, start=1))

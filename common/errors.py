@@ -6,12 +6,12 @@ import errno
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# Fragments of the messages of safetensors and torch.save, whose errors have no errno.
+# Parts of error messages from safetensors and torch.save, whose errors have no errno.
 SIGNS_OF_A_FULL_DISK = ("No space left", "inline_container", "PytorchStreamWriter", "file write failed")
 
 
 class UserError(Exception):
-    """A problem that the user can fix; its text names the key or file, the value, and what to do."""
+    """A problem that the user can fix. The message names the key or file, the value, and what to do."""
 
 
 class Interrupted(SystemExit):
@@ -22,7 +22,7 @@ class Interrupted(SystemExit):
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean '<prefix>x'?` for the closest of the known words, or the empty string."""
+    """`; did you mean '<prefix>x'?` with the closest known word x, or an empty string if none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{prefix}{close[0]}'?" if close else ""
 
@@ -33,11 +33,10 @@ def full_disk_as_user_error(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not any(
-            sign in str(error) for sign in SIGNS_OF_A_FULL_DISK
-        ):
+        named = any(sign in str(error) for sign in SIGNS_OF_A_FULL_DISK)
+        if not named and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"{folder}: no space left on the device. Nothing was replaced: an earlier result of this run is still whole. "
-            "Free some space and run the same command again; save_model=false needs far less."
+            f"{folder}: no space left on the device. Nothing was replaced: an earlier result of this run is still complete. "
+            "Free some space and run the same command again; save_model=false needs much less."
         ) from error

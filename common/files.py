@@ -1,4 +1,4 @@
-"""Paths, and files that appear whole or not at all."""
+"""Paths, and writing files so that they are complete or absent."""
 
 import json
 import os
@@ -11,7 +11,7 @@ CONFIGS = ROOT / "configs"
 
 
 def resolve_path(path: str) -> str:
-    """An existing local path (relative to the working folder, then to the repository) made absolute; a hub id as it is."""
+    """The absolute path, if it exists in the working folder or else in the repository. Others (hub ids) stay unchanged."""
     expanded = Path(path).expanduser()
     for candidate in (expanded, ROOT / expanded):
         if candidate.exists():
@@ -20,17 +20,17 @@ def resolve_path(path: str) -> str:
 
 
 def looks_local(path: str) -> bool:
-    """Whether a path is meant as a folder of this machine rather than as a hub id ("owner/name")."""
+    """Whether a path is meant as a local folder, not as a hub id ("owner/name")."""
     return path.startswith((".", "/", "~", "models/")) or path.count("/") != 1
 
 
 def is_first_process() -> bool:
-    """Whether this process writes the files; the only one unless a launcher such as torchrun started several."""
+    """Whether this process writes the files. False only in further processes of a launcher such as torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; the first process does."""
+    """Write a complete file or none. Only the first process writes."""
     if not is_first_process():
         return
     partial = path.with_name(path.name + ".partial")

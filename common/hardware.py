@@ -1,4 +1,4 @@
-"""The device: its name, memory and number types, and the number of CPU threads."""
+"""The device: its name, peak memory and bfloat16 support, and the number of CPU threads."""
 
 import contextlib
 import logging
@@ -12,7 +12,7 @@ from timeit import timeit
 import torch
 
 log = logging.getLogger(__name__)
-TINY = 2_000_000  # parameters below which a model runs on one CPU thread
+TINY = 2_000_000  # a model with fewer parameters runs on one CPU thread
 
 
 def device_name() -> str:
@@ -23,9 +23,9 @@ def device_name() -> str:
 
 @cache
 def has_fast_bf16() -> bool:
-    """Whether the hardware multiplies bfloat16 natively (a GPU since Ampere; a CPU with AVX512-BF16 or AMX) and faster.
+    """Whether bfloat16 is supported (GPUs since Ampere; CPUs with AVX512-BF16 or AMX) and on a CPU also faster.
 
-    On a CPU, one matmul per dtype is timed: with AVX512-BF16 some CPUs are twice as fast as in float32, some half as fast.
+    A matmul is timed on the CPU: with AVX512-BF16, some CPUs are twice as fast as in float32, others half as fast.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -38,7 +38,7 @@ def has_fast_bf16() -> bool:
 
 
 def matmul_seconds(*dtypes: torch.dtype) -> dict[torch.dtype, float]:
-    """Seconds of a matmul in each dtype on the CPU: the minimum of ten. The dtypes take turns, so that load hits all."""
+    """Seconds of a CPU matmul per dtype, the minimum of ten. Dtypes alternate, so that other load slows all of them."""
     matrices = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in dtypes}
     linear = torch.nn.functional.linear
     rounds = [
@@ -49,7 +49,7 @@ def matmul_seconds(*dtypes: torch.dtype) -> dict[torch.dtype, float]:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of the GPU where there is one, else of this process."""
+    """Peak memory of the GPU, or of this process if there is no GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -57,16 +57,16 @@ def peak_memory_bytes() -> int:
 
 @contextlib.contextmanager
 def suitable_threads(model: torch.nn.Module) -> Iterator[None]:
-    """Inside the context a tiny model runs on one CPU thread, unless OMP_NUM_THREADS is set.
+    """A context in which a tiny model runs on one CPU thread, unless OMP_NUM_THREADS is set.
 
-    Its operations take microseconds, and all threads synchronize after each; on busy cores they wait ten times as long as
-    they compute.
+    Its operations take microseconds, and all threads synchronize after each one. On busy cores this waiting takes ten
+    times as long as the computation.
     """
     before = torch.get_num_threads()
     parameters = list(model.parameters())
     tiny = sum(parameter.numel() for parameter in parameters) < TINY and parameters[0].device.type == "cpu"
     if tiny and before > 1 and "OMP_NUM_THREADS" not in os.environ:
-        log_once("a model this small runs on one CPU thread; OMP_NUM_THREADS sets another number")
+        log_once("this small model runs on one CPU thread; OMP_NUM_THREADS sets another number")
         torch.set_num_threads(1)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Losses and logits of answer tokens, from one forward pass."""
+"""Losses and logits of the answer tokens of a batch."""
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -11,9 +11,9 @@ def answer_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tup
 
     Args:
         model: a causal language model.
-        batch: `collate`d examples.
+        batch: the output of `collate`.
     Returns:
-        losses, float32, shape (answer tokens of the batch,), and for each the row it belongs to.
+        the losses, float32, and the index of each one's row; both of shape (answer tokens of the batch,).
     """
     logits, targets, rows = answer_logits(model, batch)
     return cross_entropy(logits, targets, reduction="none"), rows
@@ -22,11 +22,11 @@ def answer_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tup
 def answer_logits(
     model: torch.nn.Module, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The logits that predict each answer token, from one forward pass with the head on these positions only.
+    """The logits that predict each answer token. The output layer is computed for these positions only.
 
     Returns:
-        logits, float32 whatever the model's type, shape (answer tokens of the batch, vocabulary); the answer tokens; and
-        for each the row it belongs to.
+        the logits, float32 for any dtype of the model, shape (answer tokens of the batch, vocabulary); the answer
+        tokens; and the index of each token's row.
     """
     targets = batch["labels"][:, 1:]
     is_answer = targets != IGNORED

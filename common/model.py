@@ -1,6 +1,6 @@
-"""Tokenizers and weights: loaded from the hub, a folder or a GGUF file, or made new; with a LoRA adapter if configured.
+"""Load tokenizers and models from the hub, a folder or a GGUF file, or create new ones; add LoRA adapters.
 
-Weights are read as safetensors alone. Code from the hub runs only with model.trust_remote_code.
+Weights are read from safetensors or GGUF files only. Code from the hub runs only with model.trust_remote_code.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ READING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
 
 
 def load_tokenizer(config: ModelConfig, texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; for a new model one trained on `texts`.
+    """Load the model's tokenizer, or for a new model train one on `texts`.
 
     Raises:
-        UserError: when the path is not a checkpoint, or the tokenizer has more ids than the embedding has rows.
+        UserError: if the path is not a checkpoint, or the tokenizer has more ids than the embedding has rows.
     """
     if config.new:
         return train_tokenizer(config.new, texts)
@@ -48,15 +48,15 @@ def load_tokenizer(config: ModelConfig, texts: Iterable[str] = ()) -> PreTrained
 
 
 def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainable: bool) -> PreTrainedModel:
-    """The model with its weights, ready for training or generation.
+    """Load the model, ready for training or generation.
 
     Args:
         config: the `model` section.
         tokenizer: from `load_tokenizer`.
-        trainable: with `config.lora`, add a LoRA adapter or continue training the checkpoint's own. Otherwise an adapter
+        trainable: with `config.lora`, add a LoRA adapter, or continue with the checkpoint's adapter. Otherwise an adapter
             in the checkpoint is merged into the weights, which makes generation faster.
     Raises:
-        UserError: when the weights cannot be loaded or do not fit the tokenizer.
+        UserError: if the weights cannot be loaded or do not fit the tokenizer.
     """
     if config.new:
         return new_model(config.new, tokenizer, config.dtype)
@@ -64,12 +64,9 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainabl
     if _is_adapter(path):
         return _load_adapter(config, path, tokenizer, trainable)
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "output_loading_info": True}
+    options |= {"quantization_config": GgufConfig(dequantize=True)} if config.gguf_file else {"use_safetensors": True}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
-    if config.gguf_file:
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    else:
-        options["use_safetensors"] = True
     with _errors_of_loading(config, "its weights", *READING_ERRORS, ImportError):
         model, loading = AutoModelForCausalLM.from_pretrained(path, **_source(config), **options)
     if missing := sorted(loading["missing_keys"]):
@@ -82,11 +79,11 @@ def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
     """Freeze the model and add a new LoRA adapter.
 
     Raises:
-        UserError: when no layer has a name in `target_modules`.
+        UserError: if no layer has a name in `target_modules`.
     """
     from peft import LoraConfig, get_peft_model
 
-    # Without it, gradient checkpointing gives the adapter no gradient, because the frozen embedding's output needs none.
+    # With gradient checkpointing the adapter gets no gradient unless the frozen embedding's output requires one.
     model.enable_input_require_grads()
     try:
         settings = LoraConfig(
@@ -106,16 +103,15 @@ def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
 
 
 def eos_token_ids(model: PreTrainedModel, eos_token_id: int) -> list[int]:
-    """Every token that ends an answer: that of the prompt format and those in the model's generation config."""
+    """The tokens that end an answer: `eos_token_id` of the prompt format, and those in the model's generation config."""
     named = getattr(model.generation_config, "eos_token_id", None)
     named = named if isinstance(named, list) else [] if named is None else [named]
     return sorted({eos_token_id, *named})
 
 
 def _checkpoint_path(config: ModelConfig) -> str:
-    """`model.path` as a hub id or as a folder that holds a checkpoint."""
-    path = resolve_path(config.path)
-    folder = Path(path)
+    """`model.path` as a hub id, or as the absolute path of a folder with a checkpoint."""
+    folder = Path(path := resolve_path(config.path))
     remedy = f"; make it with: {config.made_by}" if config.made_by else ""
     if folder.is_file():
         raise UserError(
@@ -140,7 +136,7 @@ def _checkpoint_path(config: ModelConfig) -> str:
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:
-    """The arguments of every from_pretrained call."""
+    """The arguments that all from_pretrained calls share."""
     named = {key: getattr(config, key) for key in ("revision", "gguf_file") if getattr(config, key)}
     return {"trust_remote_code": config.trust_remote_code, **named}
 
@@ -152,22 +148,18 @@ def _is_adapter(path: str) -> bool:
 def _load_adapter(
     config: ModelConfig, path: str, tokenizer: PreTrainedTokenizerBase, trainable: bool
 ) -> PreTrainedModel:
-    """The base model of a LoRA checkpoint with its adapter: as one to continue training, or merged into the weights."""
+    """Load the base model of a LoRA checkpoint with its adapter, either to train the adapter or merged into the weights."""
     from peft import PeftModel
 
     saved = read_json(Path(path) / ADAPTER)
     continue_adapter = trainable and config.lora is not None
     if continue_adapter:
-        here, there = (config.lora.r, config.lora.alpha), (saved.get("r"), saved.get("lora_alpha"))
-        differing = [
-            f"{key}={ours} (checkpoint: {theirs})"
-            for key, ours, theirs in zip(("r", "alpha"), here, there, strict=True)
-            if ours != theirs
-        ]
+        values = {"r": (config.lora.r, saved.get("r")), "alpha": (config.lora.alpha, saved.get("lora_alpha"))}
+        differing = [f"{key}={here} (checkpoint: {there})" for key, (here, there) in values.items() if here != there]
         if differing:
             raise UserError(
-                f"model.lora.{', '.join(differing)}: {path} is an adapter, which training continues; give it the same "
-                "values, or finetune with model.lora.merge=true to start a new one"
+                f"model.lora.{', '.join(differing)}: {path} is an adapter that training continues with; use the same "
+                "values, or finetune with model.lora.merge=true to start a new adapter"
             )
     base = dataclasses.replace(config, path=saved["base_model_name_or_path"], revision=saved.get("revision"), lora=None)
     model = load_model(base, tokenizer, trainable=False)
@@ -183,13 +175,13 @@ def _check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, r
     if len(tokenizer) > rows:
         raise UserError(
             f"model.path={config.path}: its tokenizer has {len(tokenizer)} ids and its embedding {rows} rows; "
-            "the two do not belong together"
+            "they do not belong together"
         )
 
 
 @contextlib.contextmanager
 def _errors_of_loading(config: ModelConfig, what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn these errors of a library into a UserError that names `what` could not be loaded."""
+    """Turn library errors of these kinds into a UserError: `what` could not be loaded."""
     try:
         yield
     except kinds as error:

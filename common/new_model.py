@@ -1,4 +1,4 @@
-"""A new model with random weights, and the tokenizer for it."""
+"""Create a new model with random weights, and train a tokenizer for it."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ END, PAD, UNKNOWN = "<|end|>", "<|pad|>", "<|unknown|>"
 
 
 def train_tokenizer(new: NewModelConfig, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer of `new.vocab_size` tokens."""
+    """Train a byte-level BPE tokenizer with `new.vocab_size` tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -31,7 +31,7 @@ def train_tokenizer(new: NewModelConfig, texts: Iterable[str]) -> PreTrainedToke
 
 
 def new_model(new: NewModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:
-    """A model of the architecture that `new` describes, with random weights.
+    """Create a model of the architecture in `new`, with random weights.
 
     Raises:
         UserError: for an unknown architecture or setting, or settings that do not fit together.

@@ -1,4 +1,4 @@
-"""From questions and answers to token ids. Prompt and answer are tokenized apart, and their ids are concatenated."""
+"""Turn questions and answers into token ids. Prompt and answer are tokenized separately, then concatenated."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from common.errors import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with the answer that the model is trained to give; the EOS token is part of the answer's ids."""
+    """Token ids of a prompt and of the answer that the model is trained on. The answer includes its EOS token."""
 
     prompt: list[int]
     answer: list[int]
@@ -24,13 +24,13 @@ class Example:
 
 
 class PromptFormat:
-    """How a question becomes a prompt: with the tokenizer's chat template, or as plain "Question: ... Answer:" text.
+    """Turns questions into prompts, with the tokenizer's chat template or as plain "Question: ... Answer:" text.
 
     Args:
         tokenizer: the model's tokenizer.
         config: the `model.prompt` section.
     Raises:
-        UserError: for style "chat" when the tokenizer has no chat template, or when there is no EOS token.
+        UserError: for style "chat" if the tokenizer has no chat template, or if there is no EOS token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig):
@@ -41,18 +41,18 @@ class PromptFormat:
         self.eos_token_id = self._find_eos_token()
 
     def prompt(self, question: str) -> list[int]:
-        """Token ids of the prompt, which the answer's follow."""
+        """Token ids of the prompt for a question."""
         if self.config.style == "plain":
             return self.tokenizer(self.config.question.replace("{question}", question))["input_ids"]
         return self._chat(self._messages(question), add_generation_prompt=True, tokenize=True, return_dict=False)
 
     def answer(self, answer: str) -> list[int]:
-        """Token ids of an answer, the EOS token included."""
+        """Token ids of an answer, including the EOS token."""
         text = self.config.answer.replace("{answer}", answer) if self.config.style == "plain" else answer
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_token_id]
 
     def example(self, row: Row, max_length: int) -> Example:
-        """The row as an example of at most `max_length` tokens. A longer answer is cut and has no EOS token.
+        """The row as an example of at most `max_length` tokens. A longer answer is truncated and has no EOS token.
 
         The answer is empty when the prompt alone has `max_length` tokens or more.
         """
@@ -62,7 +62,7 @@ class PromptFormat:
     def text(self, answer_ids: Sequence[int]) -> str:
         """The text of an answer, without special tokens and surrounding whitespace.
 
-        Tokenization spaces are not cleaned up, so that the text of an answer's first tokens is a prefix of its text.
+        Without clean-up of spaces, the text of the first tokens of an answer is a prefix of the whole text.
         """
         decoded = self.tokenizer.decode(answer_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return decoded.strip()
@@ -78,11 +78,11 @@ class PromptFormat:
             return self.tokenizer.apply_chat_template(messages, **options)
         except TemplateError as error:
             raise UserError(
-                f"model.prompt: the chat template refuses it ({error}); is it model.prompt.system?"
+                f"model.prompt: the chat template rejects the prompt ({error}); is it because of model.prompt.system?"
             ) from error
 
     def _find_eos_token(self) -> int:
-        """The token that ends an answer: the one that the chat template puts after it, else the tokenizer's EOS token."""
+        """The token that ends an answer: the chat template's token after an answer, or else the tokenizer's EOS token."""
         if self.config.style == "chat":
             marker = "ANSWER"
             chat = [*self._messages("?"), {"role": "assistant", "content": marker}]
@@ -92,7 +92,7 @@ class PromptFormat:
                 return ids[0]
         if self.tokenizer.eos_token_id is None:
             raise UserError(
-                "the tokenizer has no EOS token (eos_token), so no answer would end; add one to the tokenizer"
+                "the tokenizer has no EOS token (eos_token), so answers would never end; add one to the tokenizer"
             )
         return self.tokenizer.eos_token_id
 
@@ -103,8 +103,8 @@ def check_prompt_lengths(prompts: Sequence[list[int]], max_length: int, key: str
     Args:
         key: the configuration key of `max_length`.
     Raises:
-        UserError: with the length of the longest prompt.
+        UserError: states the length of the longest prompt.
     """
     longest = max(map(len, prompts), default=0)
     if longest >= max_length:
-        raise UserError(f"{key}={max_length}: the longest prompt has {longest} tokens; set it to more than that")
+        raise UserError(f"{key}={max_length}: the longest prompt has {longest} tokens; set it to a larger value")

@@ -1,4 +1,4 @@
-"""result.json and the files beside it: what a run measured, and everything that the measurement depends on."""
+"""result.json and the files of single rows: the measurements of a run, and everything that they depend on."""
 
 import contextlib
 import platform
@@ -16,13 +16,13 @@ from common.hardware import device_name, peak_memory_bytes
 RESULT = "result.json"
 GENERATIONS = "generations.jsonl"  # one row per greedy answer
 SAMPLES = "samples.jsonl"  # one row per question with its sampled answers
-ROWS = "rows.jsonl"  # one row per score, with the values that it is the mean of
+ROWS = "rows.jsonl"  # one row per score, with the values that the score is the mean of
 HISTORY = "history.jsonl"  # one row per epoch of training
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "hydra-core", "omegaconf", "rapidfuzz")
 
 
 def result_of(folder: Path | str) -> dict | None:
-    """The result in a folder, or None where there is none of ours."""
+    """The result in a folder, or None if there is none from this program."""
     path = Path(folder) / RESULT
     if not path.is_file():
         return None
@@ -42,7 +42,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, "-dirty" appended when tracked files differ from it; None outside git."""
+    """The commit of this repository, with "-dirty" appended if tracked files differ from it; None outside git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -57,19 +57,20 @@ def write_result(
     identity: dict[str, Any],
     started_from: str | None = None,
 ) -> None:
-    """Write the files of single rows, then result.json: a folder with a result.json is complete.
+    """Write the files of single rows, then result.json. A folder with a result.json is therefore complete.
 
     Args:
-        measured: scores, seconds and what belongs to them, from `Scores.as_result`.
-        row_files: name of a file -> its rows.
+        measured: scores, seconds and further measurements, from `Scores.as_result`.
+        row_files: file name -> rows of the file.
         identity: the run's configuration, from `common.runs.comparable_config`.
-        started_from: the checkpoint that was trained further: a hub id, or a path relative to the run's folder.
+        started_from: the checkpoint that training started from: a hub id, or a path relative to the run's folder.
     """
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
     for name, rows in row_files.items():
         write_json_lines(folder / name, rows)
-    of_run = {
+    result = {
+        **measured,
         "device": device_name(),
         "peak_memory_bytes": peak_memory_bytes(),
         "versions": package_versions(),
@@ -78,11 +79,11 @@ def write_result(
         "started_from": started_from,
         "config": identity,
     }
-    write_json(folder / RESULT, {**measured, **of_run})
+    write_json(folder / RESULT, result)
 
 
 def started_from(folder: Path | str) -> str | None:
-    """The checkpoint that the run in a folder trained further, as a path or a hub id; None where that is not known."""
+    """The checkpoint that the run in a folder started from, as a path or a hub id; None if that is not recorded."""
     start = (result_of(folder) or {}).get("started_from")
     beside = Path(folder) / str(start)
     return str(beside.resolve()) if start and beside.exists() else start
@@ -95,7 +96,7 @@ def stored_result(folder: str | Path, identity: dict[str, Any]) -> dict | None:
 
 
 def _evaluation_inputs(identity: dict[str, Any]) -> tuple:
-    """The part of a run's configuration that its headline scores depend on, besides the weights."""
+    """The settings that the headline scores depend on, apart from the weights."""
     data, evaluation = identity["data"], identity["evaluation"]
     splits = {role: split for role, split in data["splits"].items() if role != "train"}
     settings = [evaluation.get(key) for key in ("max_length", "full_eval", "bf16")]

@@ -1,11 +1,11 @@
-"""A run's folder: its name, whether it holds an up-to-date result, and how a new result replaces an old one.
+"""A run's folder: its name, the check for an up-to-date result, and the replacement of an old result.
 
     models/<stage>/<recipe>/seed-0+method.num_samples-2/
-        in_progress/     configuration, checkpoints and files of a run that is not finished; removed at its end
-        previous/        figures of the results that this run replaced (weights, too, if the new run saved none)
+        in_progress/     configuration, checkpoints and files of an unfinished run; removed at its end
+        previous/        results that a newer run replaced (also the old weights, if the newer run saved none)
         result.json, generations.jsonl, history.jsonl, report.md, model.safetensors, tokenizer.json, ...
 
-All files are written to in_progress/ first and moved up at the end, result.json last: a folder with a result.json is
+All files are first written to in_progress/ and moved up at the end, result.json last. So a folder with a result.json is
 complete, and a run that is killed or fills the disk does not change the old result.
 """
 
@@ -32,12 +32,12 @@ from common.results import RESULT, result_of
 log = logging.getLogger(__name__)
 FIGURES = (RESULT, "generations.jsonl", "rows.jsonl", "samples.jsonl", "history.jsonl", "report.md", "report.png")
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "adapter_config.json")
-# Keys without influence on the result: they are not part of a folder's name and do not make a result stale.
+# Keys that do not influence the result. They are not part of a folder's name, and a change does not make a result stale.
 NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoints", "generation")
 
 
 def run_name(seed: int, overrides: list[str]) -> str:
-    """A folder name of its own for every combination: the seed, then the overrides that influence the result.
+    """A distinct folder name for every combination: the seed, then the overrides that influence the result.
 
     >>> run_name(0, ["method.num_samples=2", "seed=0", "overwrite=true"])
     'seed-0+method.num_samples-2'
@@ -51,7 +51,7 @@ def run_name(seed: int, overrides: list[str]) -> str:
 
 
 def _as_file_name(override: str) -> str:
-    """An override as part of a folder's name. Where characters are replaced, a digest keeps names distinct."""
+    """An override as part of a folder name. If characters are replaced, a digest keeps names distinct."""
     name = override.replace("=", "-", 1)
     safe = re.sub(r"[^A-Za-z0-9._+\-]+", "-", name).strip("-")
     return name if safe == name else f"{safe}-{hashlib.sha256(override.encode()).hexdigest()[:6]}"
@@ -60,10 +60,10 @@ def _as_file_name(override: str) -> str:
 def run_folder(stage: str, config: RunConfig, overrides: list[str] | None = None) -> Path:
     """The folder for a run's files: output_dir, else models/<stage>/<recipe>/<seed and overrides>.
 
-    In a sweep every combination has a folder of its own, below output_dir if that is given.
+    In a sweep every combination gets a separate folder, inside output_dir if that is given.
 
     Args:
-        overrides: for one of several runs of the same command: the overrides of a command for this run alone.
+        overrides: given for one of several runs of a command: the overrides of a command for only this run.
     """
     hydra = HydraConfig.get() if HydraConfig.initialized() else None
     one_of_several = overrides is not None or (hydra and hydra.mode == RunMode.MULTIRUN)
@@ -76,10 +76,10 @@ def run_folder(stage: str, config: RunConfig, overrides: list[str] | None = None
 
 
 def comparable_config(cfg: DictConfig, start_id: str | None = None) -> dict[str, Any]:
-    """The configuration as JSON values, without keys that do not influence the result. If it differs, a result is stale.
+    """The configuration as JSON values, without keys that do not influence the result. A result with another one is stale.
 
     Args:
-        start_id: `id` of the result that this run starts from: after that is made again, this run is redone, too.
+        start_id: `id` of the result of the checkpoint that this run starts from. A new id makes this run's result stale.
     """
     plain = OmegaConf.to_container(cfg, resolve=True)
     plain = {key: value for key, value in plain.items() if key not in NOT_PART_OF_THE_RUN}
@@ -89,7 +89,7 @@ def comparable_config(cfg: DictConfig, start_id: str | None = None) -> dict[str,
 
 
 def with_portable_paths(value: Any, models_dir: str) -> Any:
-    """The value with paths below `models_dir` and the repository made relative, so that these may be moved."""
+    """The value with paths inside `models_dir` and the repository made relative, so that both can be moved."""
     if isinstance(value, dict):
         return {key: with_portable_paths(item, models_dir) for key, item in value.items()}
     if isinstance(value, list):
@@ -101,7 +101,7 @@ def with_portable_paths(value: Any, models_dir: str) -> Any:
 
 
 def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """The dotted keys in which two nested dictionaries differ, each with its two values."""
+    """The dotted keys whose values differ between two nested dictionaries, each with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(set(old) | set(new))
         return [line for key in keys for line in differing_keys(old.get(key), new.get(key), f"{prefix}{key}.")]
@@ -109,7 +109,7 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def training_run(stage: str, cfg: DictConfig, config: RunConfig) -> "RunFolder":
-    """The folder of a run that trains the checkpoint at `config.model.path`, or a new model."""
+    """The folder of a run that trains the checkpoint at `config.model.path` or a new model."""
     start = resolve_path(config.model.path) if config.model.path else ""
     start_id = (result_of(start) or {}).get("id") if start else None
     return RunFolder(run_folder(stage, config), comparable_config(cfg, start_id), start)
@@ -121,9 +121,9 @@ class RunFolder:
     Args:
         folder: of the finished run's files.
         configuration: `comparable_config(...)` of the run.
-        start: hub id or folder of the checkpoint that the run starts from, empty for a new model.
+        start: hub id or folder of the checkpoint that the run starts from; empty for a new model.
     Raises:
-        UserError: when the run would overwrite that checkpoint.
+        UserError: if the run would overwrite that checkpoint.
     """
 
     def __init__(self, folder: Path, configuration: dict[str, Any], start: str = ""):
@@ -136,47 +136,47 @@ class RunFolder:
         self.configuration = configuration
 
     def is_done(self) -> bool:
-        """Whether the folder holds a result of exactly this configuration. The reason is logged."""
+        """Whether the folder has a result of exactly this configuration. The reason is logged."""
         result = result_of(self.folder)
         if result is None:
             return False
         if self._can_continue():
-            log.info("%s: continuing an interrupted run, which will replace the result in this folder", self.folder)
+            log.info("%s: continuing an interrupted run; its result will replace the one in this folder", self.folder)
             return False
         changes = differing_keys(result.get("config"), self.configuration)
         if changes:
-            log.info("%s: the configuration changed, so the run is redone: %s", self.folder, "; ".join(changes[:8]))
+            log.info("%s: the configuration changed, so the run is repeated: %s", self.folder, "; ".join(changes[:8]))
         else:
-            log.info("%s: the result is there already; overwrite=true redoes it", self.folder)
+            log.info("%s: the result already exists; overwrite=true repeats the run", self.folder)
         return not changes
 
     def open(self, fresh: bool) -> Path:
-        """Prepare in_progress/ and return it, with the files of an interrupted run of the same configuration.
+        """Prepare in_progress/ and return it. Files of an interrupted run of the same configuration are kept.
 
         Args:
-            fresh: delete the files of an interrupted run.
+            fresh: delete these files instead.
         Raises:
-            UserError: when the folder cannot be created or holds other files than a run's.
+            UserError: if the folder cannot be created or holds files that no run wrote.
         """
         try:
             if is_first_process():
                 self._prepare(fresh)
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
             raise UserError(
-                f"output_dir={self.folder}: cannot be written to ({error.strerror}); name another"
+                f"output_dir={self.folder}: cannot be written to ({error.strerror}); name another folder"
             ) from error
         PartialState().wait_for_everyone()
         return self.work
 
     def _can_continue(self) -> bool:
-        """Whether in_progress/ holds an interrupted run of this configuration."""
+        """Whether in_progress/ has an interrupted run of this configuration."""
         return self.recorded.is_file() and read_json(self.recorded) == self.configuration
 
     def _prepare(self, fresh: bool) -> None:
         has_result = result_of(self.folder) is not None
         if not (has_result or self.recorded.is_file()) and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise UserError(f"output_dir={self.folder}: holds files that are no run's; name another folder")
-        # With a result, overwrite=true started the interrupted run, so the same command must continue it.
+            raise UserError(f"output_dir={self.folder}: holds files that no run wrote; name another folder")
+        # If there is a result, the interrupted run was itself started with overwrite=true and must be continued.
         if self.recorded.is_file() and ((fresh and not has_result) or not self._can_continue()):
             changes = differing_keys(read_json(self.recorded), self.configuration)
             why = "; ".join(changes[:8]) or "overwrite=true"
@@ -187,7 +187,7 @@ class RunFolder:
             write_json(self.recorded, self.configuration)
 
     def publish(self, keep_checkpoints: bool = False) -> Path:
-        """Move the finished files up, result.json last; those of the old result go to previous/. Returns the folder."""
+        """Move the finished files up, result.json last, and the old result to previous/. Returns the folder."""
         PartialState().wait_for_everyone()
         if not is_first_process():
             return self.folder
@@ -209,10 +209,10 @@ class RunFolder:
         while archive.exists():
             archive = archive.with_name(archive.name + "+")
         archive.mkdir(parents=True)
-        for name in FIGURES:  # result.json first: without it the folder does not count as complete
+        for name in FIGURES:  # result.json first: without it the folder is not complete
             if (self.folder / name).exists():
                 (self.folder / name).replace(archive / name)
-        # Old weights do not belong to the new result: new ones replace them; without new ones they are archived, too.
+        # Old weights must not stay with the new result: delete them if there are new ones, or else archive them.
         replaced = any(self.work.glob("*.safetensors"))
         for path in (path for pattern in WEIGHTS for path in self.folder.glob(pattern)):
             path.unlink() if replaced else path.replace(archive / path.name)

@@ -1,7 +1,7 @@
-"""The trainers that both training stages build on: checkpoints to continue from, and a record of every epoch.
+"""The trainers that both training stages use, with resumable checkpoints and a history of the epochs.
 
-Training rows are `Example`s (a prompt with its answer), padded to the longest of their batch. The loss is the mean over
-the answer tokens of the whole optimizer step, so splitting a step into micro-batches does not change the gradient.
+An `Example` (a prompt with its answer) is padded to the longest of its batch. The loss is the mean over the answer tokens
+of the whole optimizer step, so splitting a step into micro-batches does not change the gradient.
 """
 
 import json
@@ -26,21 +26,21 @@ log = logging.getLogger(__name__)
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer over a list of rows that continues from the last complete checkpoint and keeps a history of the epochs.
+    """A Trainer for a list of rows that resumes from the last complete checkpoint and keeps a history of the epochs.
 
     A subclass defines the micro-batches of an optimizer step (`get_batch_samples`) and their loss (`compute_loss`: the
-    contribution of a micro-batch to a mean over the whole step). State of its own is saved by `state_to_save` and restored
-    by `load_state`.
+    contribution of a micro-batch to a mean over the whole step). It extends `state_to_save` and `load_state` for its own
+    state.
 
     Attributes:
         history: one dictionary per epoch, written to history.jsonl.
         seconds: seconds by part of the work ("training", "evaluation"), kept across interruptions.
-        epoch_sums: what `add_to_epoch` has summed in this epoch.
-        evaluate_model: function from the model to its scores; set it to evaluate while training.
-        evaluate_every: epochs between two such evaluations.
+        epoch_sums: the sums of `add_to_epoch` in the current epoch.
+        evaluate_model: a function that returns the scores of the model; if set, it is called during training.
+        evaluate_every: number of epochs between two of these calls.
     """
 
-    # compute_loss divides by the counts of the whole optimizer step itself.
+    # compute_loss already divides by the counts of the whole optimizer step.
     loss_is_scaled_for_ga = True
 
     evaluate_model: Callable[[Any], dict[str, float]] | None = None
@@ -63,12 +63,12 @@ class ResumableTrainer(Trainer):
     # --- one optimizer step ---
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward passes of a micro-batch, one per bucket; returns the sum of their losses."""
+        """Run one forward and backward pass per sub-batch of a micro-batch; return the sum of the losses."""
         step = super().training_step
         return sum(step(model, bucket, num_items_in_batch) for bucket in self.buckets(inputs))
 
     def buckets(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """The micro-batch in sub-batches of one pass each: on a CPU of similar length, which saves padding, else whole."""
+        """The sub-batches of a micro-batch, one per pass: rows of similar length on a CPU, elsewhere all rows in one."""
         if self.args.device.type == "cpu" and self.args.world_size == 1:  # all processes need the same number of passes
             return bucket_by_length(batch, PASS_OVERHEAD_TOKENS)
         return [batch]
@@ -82,27 +82,27 @@ class ResumableTrainer(Trainer):
     # --- the epoch's record ---
 
     def add_to_epoch(self, **values: torch.Tensor | float) -> None:
-        """Add to this epoch's sums. Tensors stay on their device until the epoch ends."""
+        """Add to the epoch's sums. Tensors stay on their device until the end of the epoch."""
         for name, value in values.items():
             self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
 
     def epoch_record(self, steps: int) -> dict[str, float]:
-        """The values to log for an epoch of `steps` optimizer steps. A subclass adds its own."""
+        """The values to log for an epoch of `steps` optimizer steps. Subclasses override this."""
         return {}
 
     def epoch_means(self, count: str, names: list[str]) -> dict[str, float]:
-        """The epoch's sums divided by the sum called `count`; empty where that is 0."""
+        """The epoch's sums divided by the sum with the name `count`; empty if that sum is 0."""
         number = self.epoch_sum(count)
         return {name: self.epoch_sum(name) / number for name in names} if number else {}
 
     def epoch_sum(self, name: str) -> float:
-        """An epoch's sum over all processes; 0 where nothing was added."""
+        """A sum of the epoch over all processes; 0 if nothing was added."""
         return self.total(float(self.epoch_sums.get(name, 0.0)))
 
     # --- checkpoints ---
 
     def state_to_save(self) -> dict[str, Any]:
-        """The state that a checkpoint needs beyond the Trainer's own, as JSON values."""
+        """The state to save in addition to the Trainer's, as JSON values."""
         sums = {name: float(value) for name, value in self.epoch_sums.items()}
         return {"history": self.history, "seconds": self.seconds, "epoch_sums": sums}
 
@@ -112,8 +112,8 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if last_complete_checkpoint(folder.parent) == folder:
-            return  # a stop signal on an epoch's last step saves that step twice; a kill while rewriting would break it
-        # Before the Trainer's own files: it writes trainer_state.json last, which marks the checkpoint as complete.
+            return  # already saved at the end of the epoch; a kill while rewriting it would break it
+        # Written before the Trainer's files, whose last one, trainer_state.json, marks the checkpoint as complete.
         state = self.state_to_save()
         if self.is_world_process_zero():
             folder.mkdir(parents=True, exist_ok=True)
@@ -121,10 +121,10 @@ class ResumableTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def train_or_resume(self) -> None:
-        """Train from the last complete checkpoint in the output folder, or from the start.
+        """Train from the last complete checkpoint in the output folder, or from the beginning.
 
         Raises:
-            Interrupted: after SIGTERM or Ctrl-C, when the checkpoint is written.
+            Interrupted: after SIGTERM or Ctrl-C, once the checkpoint is saved.
         """
         checkpoint = last_complete_checkpoint(Path(self.args.output_dir))
         if checkpoint:
@@ -141,14 +141,14 @@ class ResumableTrainer(Trainer):
             raise Interrupted(stop.received)
 
     def before_training(self) -> None:
-        """Computes what a subclass needs once, before the first step. Not called when a run continues."""
+        """Called once before the first step, but not when a run is resumed. Subclasses may override it."""
 
 
 class ExampleTrainer(ResumableTrainer):
-    """Trains on `Example`s: cross-entropy, the mean over the answer tokens of the optimizer step."""
+    """Trains on `Example`s with cross-entropy, the mean over the answer tokens of the optimizer step."""
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Collate the micro-batches of one optimizer step; the loss is divided by their number of answer tokens."""
+        """Collate the micro-batches of one optimizer step; also return their number of answer tokens."""
         self.step_started = time.perf_counter()
         window = [examples for _, examples in zip(range(num_batches), epoch_iterator, strict=False)]
         examples = [example for micro_batch in window for example in micro_batch]
@@ -166,16 +166,16 @@ class ExampleTrainer(ResumableTrainer):
 
 
 class ProgressBar(ProgressCallback):
-    """The Trainer's progress bar, without the dictionaries that it prints between."""
+    """The Trainer's progress bar without the dictionaries that it would print."""
 
     def on_log(self, args, state, control, **kwargs):
         return
 
 
 class EpochRecords(TrainerCallback):
-    """Measures the time of every step, and at the end of an epoch logs its record, with scores where they are due.
+    """Measures the time of every step; at the end of an epoch, logs its record and evaluates the model if configured.
 
-    The record is made before the epoch's checkpoint is written, so that a resumed run has it.
+    The record is added to the history before the epoch's checkpoint is written, so that a resumed run has it.
 
     Args:
         trainer: the trainer whose epochs are recorded.
@@ -208,6 +208,5 @@ class EpochRecords(TrainerCallback):
 
 
 def log_record(epoch: int, values: dict[str, float]) -> None:
-    log.info(
-        "epoch %d  %s", epoch, "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
-    )
+    text = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+    log.info("epoch %d  %s", epoch, text)

@@ -1,4 +1,4 @@
-"""TrainingArguments of Hugging Face from the `training` section of the configuration."""
+"""Turn the `training` section of the configuration into TrainingArguments of Hugging Face."""
 
 import logging
 import math
@@ -18,24 +18,24 @@ log = logging.getLogger(__name__)
 
 
 def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> TrainingArguments:
-    """The `training` section as TrainingArguments, every value by its own name.
+    """The `training` section as TrainingArguments, with every value under the same name.
 
     Args:
         config: the run's configuration.
         output_dir: folder of the checkpoints.
-        num_rows: number of training rows, from which the optimizer steps of `warmup_epochs` are counted.
+        num_rows: number of training rows, for converting `warmup_epochs` to optimizer steps.
     Raises:
-        UserError: when TrainingArguments refuses a combination.
+        UserError: if TrainingArguments rejects a combination of values.
     """
     values = dict(config.training)
-    values.pop("num_epochs", None)  # the recipes pass it on as num_train_epochs
+    values.pop("num_epochs", None)  # the recipes set num_train_epochs to it
     warmup_epochs = values.pop("warmup_epochs", None)
     if warmup_epochs:
         values.setdefault("warmup_steps", math.ceil(warmup_epochs * _steps_per_epoch(values, num_rows)))
     if values.get("bf16") == "auto":
         values["bf16"] = has_fast_bf16() and not values.get("fp16", False)
     if values.get("bf16") and not torch.cuda.is_available():
-        values.setdefault("use_cpu", True)  # TrainingArguments accepts bfloat16 on a CPU only with it
+        values.setdefault("use_cpu", True)  # TrainingArguments requires it for bfloat16 on a CPU
     values["data_seed"] = values.get("data_seed") or config.seed
     values["disable_tqdm"] = values.get("disable_tqdm") or not sys.stderr.isatty()
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
@@ -45,7 +45,7 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
         raise UserError(f"training: {str(error).strip().splitlines()[0]}") from error
     if args.n_gpu > 1:
         log.info("using one of %d GPUs; torchrun --nproc-per-node N uses more", args.n_gpu)
-        args._n_gpu = 1  # DataParallel would split batches by their tensors' first dimension alone
+        args._n_gpu = 1  # prevents DataParallel, which splits every tensor along its first dimension
     return args
 
 

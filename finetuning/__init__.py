@@ -1,1 +1,1 @@
-"""Stage 1: teach a model the questions and answers, those to be forgotten among them."""
+"""Stage 1: finetune a model on the questions and answers, including those to be forgotten."""

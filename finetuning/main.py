@@ -2,8 +2,8 @@
 
     python finetuning/main.py -cd=configs -cn=tiny
 
-Writes models/finetuned/<recipe>/<seed and overrides>/: the checkpoint, result.json, generations.jsonl, history.jsonl,
-and in vanilla/ the results of the model that training starts from.
+Writes to models/finetuned/<recipe>/<seed and overrides>/: the checkpoint, result.json, generations.jsonl, history.jsonl,
+and in vanilla/ the results of the model before training.
 """
 
 import sys
@@ -35,7 +35,7 @@ def finetune(cfg: DictConfig) -> Path:
     """Run the stage; returns the run's folder.
 
     Raises:
-        UserError: when the configuration, the data or the model has an error, before training starts.
+        UserError: for an error in the configuration, the data or the model; before training starts.
     """
     config = read_config(cfg)
     use_cuda_graphs(config.generation.cuda_graphs)
@@ -61,7 +61,7 @@ def finetune(cfg: DictConfig) -> Path:
 
 
 def tokenizer_texts(config: RunConfig) -> list[str]:
-    """The texts that a new model's tokenizer is trained on; empty for a model that is loaded."""
+    """The texts for training a new model's tokenizer; empty for a model that is loaded."""
     if not config.model.new:
         return []
     data = replace(config.data, splits={"tokenizer": " + ".join(config.model.new.tokenizer_splits)})

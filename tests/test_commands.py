@@ -77,7 +77,7 @@ def test_the_same_command_from_the_stage_folder_finds_the_result(unlearned, mode
     folder, _ = unlearned
     before = (folder / "result.json").read_bytes()
     done = run_stage("unlearning", "-cd=configs", *QUICK, f"models_dir={models_dir}", cwd=ROOT / "unlearning")
-    assert "the result is there already" in done.stdout
+    assert "the result already exists" in done.stdout
     assert (folder / "result.json").read_bytes() == before
 
 
@@ -123,7 +123,7 @@ def test_a_sweep_gives_every_combination_a_folder_and_survives_a_failed_job(mode
     assert all(folder.name.startswith("seed-0+") for folder in folders)
     assert not list(folders[0].glob("*.safetensors")), "save_model=false"
     assert done.returncode != 0
-    assert "method.temperature=0" in done.stdout + done.stderr and "this job failed, the others go on" in done.stdout
+    assert "method.temperature=0" in done.stdout + done.stderr and "this job failed, the sweep continues" in done.stdout
 
 
 def test_two_by_two_sweep(models_dir):
@@ -303,7 +303,7 @@ def test_a_changed_configuration_redoes_the_run_and_keeps_the_old_figures(models
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
     time.sleep(1)  # previous/ is named by the second
     done = run_stage("unlearning", *common, "method.lambda_unlearning=0.5", "overwrite=true")
-    assert "the result is there already" not in done.stdout
+    assert "the result already exists" not in done.stdout
 
 
 def test_a_real_run_is_timed_by_both_trainers(models_dir, tmp_path):

@@ -140,7 +140,7 @@ def test_prompts_without_room_for_an_answer_are_refused():
     check_prompt_lengths([[1, 2], [1, 2, 3]], 4, "data.max_length")
     with pytest.raises(UserError) as caught:
         check_prompt_lengths([[1, 2], [1, 2, 3]], 3, "data.max_length")
-    assert str(caught.value) == "data.max_length=3: the longest prompt has 3 tokens; set it to more than that"
+    assert str(caught.value) == "data.max_length=3: the longest prompt has 3 tokens; set it to a larger value"
 
 
 # --- examples -----------------------------------------------------------------------------------------------------------

@@ -317,7 +317,7 @@ def test_a_result_of_the_same_configuration_is_done(folder, caplog):
     caplog.set_level("INFO")
     finish(RunFolder(folder, CONFIG), "new")
     assert RunFolder(folder, CONFIG).is_done()
-    assert "the result is there already" in caplog.text
+    assert "the result already exists" in caplog.text
 
 
 def test_a_stale_result_says_what_changed(folder, caplog):
@@ -348,7 +348,7 @@ def test_a_run_does_not_write_over_the_model_that_it_reads(folder):
 def test_a_folder_of_somebody_else_is_refused(folder):
     folder.mkdir()
     (folder / "model.safetensors").write_text("mine")
-    with pytest.raises(UserError, match="holds files that are no run's"):
+    with pytest.raises(UserError, match="holds files that no run wrote"):
         RunFolder(folder, CONFIG).open(fresh=True)
     assert (folder / "model.safetensors").read_text() == "mine"
 

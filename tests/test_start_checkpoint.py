@@ -94,7 +94,7 @@ def test_the_command_that_makes_a_path(path, command):
 def test_a_checkpoint_of_other_data_model_or_prompt_is_refused(tmp_path, override, message):
     folder = finetuned(tmp_path)
     assert error_of(tmp_path, override).startswith(
-        f"finetuned={folder}: was made with other settings than this run has: {message}"
+        f"finetuned={folder}: was finetuned with other settings than this run has: {message}"
     )
     mine = finetuned(tmp_path, "mine", override)
     assert start(tmp_path, override, f"finetuned={mine}").path == str(mine)

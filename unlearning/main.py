@@ -3,8 +3,8 @@
     python unlearning/main.py -cd=configs -cn=PMC-unlearn-tiny
     python unlearning/main.py -m -cd=configs -cn=PMC-unlearn-tiny method.lambda_unlearning=0.5,1.5 method.num_samples=2,5
 
-Writes models/unlearned/<recipe>/<seed and overrides>/: the checkpoint, result.json, generations.jsonl, history.jsonl and
-the report, and in vanilla/ and finetuned/ the results of these two models.
+Writes to models/unlearned/<recipe>/<seed and overrides>/: the checkpoint, result.json, generations.jsonl, history.jsonl
+and the report, and in vanilla/ and finetuned/ the results of the models before finetuning and before unlearning.
 """
 
 import sys
@@ -41,7 +41,7 @@ def unlearn(cfg: DictConfig) -> Path:
     """Run the stage; returns the run's folder.
 
     Raises:
-        UserError: when the configuration, the data or the model has an error, before training starts.
+        UserError: for an error in the configuration, the data or the model; before training starts.
     """
     method = method_class(cfg)
     config = read_config(cfg, method.Settings, also=("finetuned",))
@@ -82,10 +82,10 @@ def unlearn(cfg: DictConfig) -> Path:
 
 
 def method_class(cfg: DictConfig) -> type[UnlearningTrainer]:
-    """The class that `method._target_` names.
+    """Import the class named by `method._target_`.
 
     Raises:
-        UserError: when there is no such class, or it is not an unlearning method.
+        UserError: if there is no such class, or it is not an unlearning method.
     """
     target = cfg.get("method", {}).get("_target_")
     try:
@@ -99,7 +99,7 @@ def method_class(cfg: DictConfig) -> type[UnlearningTrainer]:
 
 
 def show_report(folder: Path) -> None:
-    """Print the report's table and the path of the whole report."""
+    """Print the report's table and the path of the full report."""
     if not is_first_process():
         return
     print((folder / "report.md").read_text(encoding="utf-8").split("\n## ")[0])

@@ -1,4 +1,4 @@
-"""The finetuned checkpoint that unlearning starts from, and the check that it fits the run."""
+"""Find the finetuned checkpoint that unlearning starts from, and check that it fits the run."""
 
 import re
 from dataclasses import asdict, replace
@@ -16,7 +16,7 @@ def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
     """The model section with the finetuned checkpoint as its path.
 
     Raises:
-        UserError: when the folder does not exist, or its run used another data set, base model or prompt than this one.
+        UserError: if the folder does not exist, or was finetuned with another data set, base model or prompt than this run.
     """
     path, command = resolve_path(finetuned), finetuning_command(finetuned)
     siblings = sorted(folder.name for folder in Path(resolve_path(str(Path(finetuned).parent))).glob("seed-*"))
@@ -26,16 +26,16 @@ def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
         raise UserError(f"finetuned={finetuned}: no such folder; {remedy}{existing}")
     if differences := differences_from_finetuning(config, path):
         raise UserError(
-            f"finetuned={finetuned}: was made with other settings than this run has: {'; '.join(differences)}. Give this "
-            f"run the same, or finetune with these{existing or ' and name that folder with finetuned=FOLDER'}"
+            f"finetuned={finetuned}: was finetuned with other settings than this run has: {'; '.join(differences)}. Use "
+            f"its settings, or finetune with this run's{existing or ' and name that folder with finetuned=FOLDER'}"
         )
     return replace(config.model, path=path, made_by=command, gguf_file=None, revision=None, new=None)
 
 
 def finetuning_command(path: str) -> str | None:
-    """The command that makes the folder <models_dir>/finetuned/<recipe>/seed-<seed>.
+    """The command that creates the folder <models_dir>/finetuned/<recipe>/seed-<seed>.
 
-    None for a path of another form, and where configs/ has no such recipe.
+    None for a path of another form, or if configs/ has no such recipe.
     """
     match = re.fullmatch(r"(?:(.*)/)?finetuned/([^/]+)/seed-(\d+)/?", path)
     if not match or not (CONFIGS / f"{match[2]}.yaml").exists():
@@ -45,9 +45,9 @@ def finetuning_command(path: str) -> str | None:
 
 
 def differences_from_finetuning(config: RunConfig, path: str) -> list[str]:
-    """The settings that unlearning must share with the run that made a checkpoint and does not, each with both values.
+    """The settings that must be the same as in finetuning but are not, each with both values.
 
-    Empty for a checkpoint that was not made here. The seeds in paths may differ.
+    Empty for a checkpoint without a result of this program. The seeds in paths may differ.
     """
     recorded = (result_of(path) or {}).get("config")
     if recorded is None:
@@ -65,7 +65,7 @@ def differences_from_finetuning(config: RunConfig, path: str) -> list[str]:
 
 
 def shared_settings(data: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """What finetuning and unlearning must agree on, by dotted key; prompt settings that are not given have their defaults."""
+    """The settings that must be equal in finetuning and unlearning, by dotted key. Missing prompt settings get defaults."""
     prompt = asdict(PromptConfig(style="plain")) | model["prompt"]
     paths = {"data.path": data["path"], "model.path": model["path"]}
     return paths | {f"model.prompt.{key}": value for key, value in prompt.items()}
