@@ -121,3 +121,11 @@ def test_what_may_differ_is_accepted(tmp_path, overrides):
 def test_a_checkpoint_made_elsewhere_is_not_compared(tmp_path):
     (tmp_path / "theirs").mkdir()
     assert start(tmp_path, f"finetuned={tmp_path}/theirs", "data.path=/elsewhere").path == f"{tmp_path}/theirs"
+
+
+def test_a_local_copy_of_a_hub_data_set_is_warned_about(tmp_path, caplog):
+    """It cannot be told from another data set, and finetuning on the hub's and unlearning on a copy is common."""
+    folder = finetuned(tmp_path, "seed-0", "data.path=locuslab/TOFU")
+    assert start(tmp_path, f"data.path={tmp_path}").path == str(folder)
+    assert f"data.path={tmp_path}: the checkpoint was finetuned on locuslab/TOFU" in caplog.text
+    assert "data.path=locuslab/TOFU there, other/DATA here" in error_of(tmp_path, "data.path=other/DATA")

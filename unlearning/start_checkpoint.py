@@ -1,5 +1,6 @@
 """Find the finetuned checkpoint that unlearning starts from, and check that it fits the run."""
 
+import logging
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from common.errors import UserError
 from common.files import CONFIGS, ROOT, looks_local, resolve_path
 from common.results import result_of
 from common.runs import with_portable_paths
+
+log = logging.getLogger(__name__)
 
 
 def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
@@ -47,7 +50,8 @@ def finetuning_command(path: str) -> str | None:
 def differences_from_finetuning(config: RunConfig, path: str) -> list[str]:
     """The settings that must be the same as in finetuning but are not, each with both values.
 
-    Empty for a checkpoint without a result of this program. The seeds in paths may differ.
+    Empty for a checkpoint without a result of this program. The seeds in paths may differ. A local data set against one from
+    the hub is only warned about.
     """
     recorded = (result_of(path) or {}).get("config")
     if recorded is None:
@@ -61,6 +65,15 @@ def differences_from_finetuning(config: RunConfig, path: str) -> list[str]:
         return resolve_path(re.sub(r"/seed-\d+", "", with_portable_paths(str(value), config.models_dir)))
 
     differing = [key for key in sorted(here) if comparable(key, there[key]) != comparable(key, here[key])]
+    if "data.path" in differing and looks_local(there["data.path"]) != looks_local(here["data.path"]):
+        differing.remove(
+            "data.path"
+        )  # a local copy of a data set from the hub, which cannot be told from another data set
+        log.warning(
+            "data.path=%s: the checkpoint was finetuned on %s; its scores mean something only if this is a copy of that data",
+            here["data.path"],
+            there["data.path"],
+        )
     return [f"{key}={there[key]} there, {here[key]} here" for key in differing]
 
 
