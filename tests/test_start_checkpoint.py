@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -9,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from common.config import read_config
 from common.errors import UserError
 from common.files import CONFIGS, ROOT, write_json
-from common.runs import comparable_config
+from common.runs import comparable_config, run_name
 from unlearning.main import method_class
 from unlearning.start_checkpoint import finetuning_command, start_checkpoint
 
@@ -59,7 +60,7 @@ def test_a_missing_folder_names_the_command_and_the_folders_beside_it(tmp_path):
     assert message.endswith("(there: seed-0+data.path-x; name one with finetuned=FOLDER)")
 
 
-@pytest.mark.parametrize("word", ["tiny", "./tiny", "models/finetuned/none/seed-0", "finetuned/tiny/seed-0+x"])
+@pytest.mark.parametrize("word", ["tinny/x/y", "./tiny", "models/finetuned/none/seed-0", "finetuned/tiny/seed-0+x"])
 def test_a_missing_folder_that_no_recipe_writes_has_no_command(tmp_path, word):
     assert error_of(tmp_path, f"finetuned={word}").startswith(f"finetuned={word}: no such folder; {FOREIGN}")
 
@@ -79,7 +80,7 @@ def test_a_hub_id_is_left_to_the_hub(tmp_path):
     ],
 )
 def test_the_command_that_makes_a_path(path, command):
-    assert finetuning_command(path) == (command and f"python finetuning/main.py -cd=configs {command}")
+    assert finetuning_command(path, []) == (command and f"python finetuning/main.py -cd=configs {command}")
 
 
 @pytest.mark.parametrize(
@@ -127,5 +128,49 @@ def test_a_local_copy_of_a_hub_data_set_is_warned_about(tmp_path, caplog):
     """It cannot be told from another data set, and finetuning on the hub's and unlearning on a copy is common."""
     folder = finetuned(tmp_path, "seed-0", "data.path=locuslab/TOFU")
     assert start(tmp_path, f"data.path={tmp_path}").path == str(folder)
-    assert f"data.path={tmp_path}: the checkpoint was finetuned on locuslab/TOFU" in caplog.text
+    assert f"data.path=locuslab/TOFU there, {tmp_path} here" in caplog.text
     assert "data.path=locuslab/TOFU there, other/DATA here" in error_of(tmp_path, "data.path=other/DATA")
+
+
+def on_the_command_line(monkeypatch, *words: str) -> tuple[str, ...]:
+    """As if the stage were started with these overrides."""
+    config = SimpleNamespace(overrides=SimpleNamespace(task=list(words)))
+    hydra = SimpleNamespace(initialized=lambda: True, get=lambda: config)
+    monkeypatch.setattr("unlearning.start_checkpoint.HydraConfig", hydra)
+    return words
+
+
+def test_the_command_for_a_missing_folder_has_the_overrides_that_finetuning_shares(tmp_path, monkeypatch):
+    words = on_the_command_line(
+        monkeypatch, "model.path=some/other", "data.splits.forget=retain", "seed=9", "method.num_samples=2"
+    )
+    message = error_of(tmp_path, *words)
+    assert f"-cn=tiny seed=9 models_dir={tmp_path} model.path=some/other and name its folder with " in message
+    folder = tmp_path / "finetuned/tiny" / run_name(9, ["model.path=some/other"])
+    assert message.endswith(f"finetuned={folder}"), "the folder that this command writes"
+
+
+def test_another_training_split_is_refused(tmp_path, monkeypatch):
+    """Unlearning reads no such split: the checkpoint would be the one that was trained on the default."""
+    finetuned(tmp_path)
+    words = on_the_command_line(monkeypatch, "data.splits.train=retain")
+    assert error_of(tmp_path, *words).startswith("data.splits.train: unlearning does not read it; name a checkpoint")
+
+
+@pytest.mark.parametrize("override", ["model.lora={r:4}", "data.max_length=99"])
+def test_an_adapter_or_another_length_is_warned_about_with_the_folders_beside(tmp_path, caplog, override):
+    folder = finetuned(tmp_path)
+    assert start(tmp_path, override).path == str(folder)
+    key = override.partition("=")[0]
+    assert f"finetuning had other settings: {key}=" in caplog.text
+    finetuned(tmp_path, "seed-0+mine", override)
+    caplog.clear()
+    start(tmp_path, override)
+    assert "there: seed-0+mine; name one with finetuned=FOLDER" in caplog.text
+    caplog.clear()
+    start(tmp_path, override, f"finetuned={tmp_path}/finetuned/tiny/seed-0+mine")
+    assert not caplog.text
+
+
+def test_a_recipe_s_name_is_answered_with_the_folder_that_it_writes(tmp_path):
+    assert "such as finetuned=models/finetuned/tiny/seed-0" in error_of(tmp_path, "finetuned=tiny")

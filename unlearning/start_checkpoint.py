@@ -2,15 +2,18 @@
 
 import logging
 import re
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from common.config import ModelConfig, PromptConfig, RunConfig
+from hydra.core.hydra_config import HydraConfig
+
+from common.config import LoraSettings, ModelConfig, PromptConfig, RunConfig
 from common.errors import UserError
 from common.files import CONFIGS, ROOT, looks_local, resolve_path
 from common.results import result_of
-from common.runs import with_portable_paths
+from common.runs import run_name, with_portable_paths
 
 log = logging.getLogger(__name__)
 
@@ -21,41 +24,71 @@ def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
     Raises:
         UserError: if the folder does not exist, or was finetuned with another data set, base model or prompt than this run.
     """
-    path, command = resolve_path(finetuned), finetuning_command(finetuned)
-    siblings = sorted(folder.name for folder in Path(resolve_path(str(Path(finetuned).parent))).glob("seed-*"))
-    existing = f" (there: {', '.join(siblings)}; name one with finetuned=FOLDER)" if siblings else ""
-    if looks_local(finetuned) and not Path(path).exists():
-        remedy = f"make it with: {command}" if command else "name the folder of a finetuned model, or a hub id"
-        raise UserError(f"finetuned={finetuned}: no such folder; {remedy}{existing}")
-    if differences := differences_from_finetuning(config, path):
+    path, siblings = Path(resolve_path(finetuned)), Path(resolve_path(str(Path(finetuned).parent))).glob("seed-*")
+    names = ", ".join(sorted(folder.name for folder in siblings if folder != path))
+    existing = f" (there: {names}; name one with finetuned=FOLDER)" if names else ""
+    overrides = shared_overrides()
+    if any(override.startswith("data.splits.train=") for override in overrides):
         raise UserError(
-            f"finetuned={finetuned}: was finetuned with other settings than this run has: {'; '.join(differences)}. Use "
-            f"its settings, or finetune with this run's{existing or ' and name that folder with finetuned=FOLDER'}"
+            "data.splits.train: unlearning does not read it; name a checkpoint that was finetuned on that split with "
+            f"finetuned=FOLDER{existing}"
         )
-    return replace(config.model, path=path, made_by=command, gguf_file=None, revision=None, new=None)
+    if looks_local(finetuned) and not path.exists():
+        raise UserError(f"finetuned={finetuned}: no such folder; {remedy(config, finetuned, overrides)}{existing}")
+    refused, warned = differences_from_finetuning(config, str(path))
+    if refused:
+        raise UserError(
+            f"finetuned={finetuned}: was finetuned with other settings than this run has: {'; '.join(refused)}. Use its "
+            f"settings, or finetune with this run's{existing or ' and name that folder with finetuned=FOLDER'}"
+        )
+    if warned:
+        log.warning("finetuned=%s: finetuning had other settings: %s%s", finetuned, "; ".join(warned), existing)
+    command = finetuning_command(finetuned, [])
+    return replace(config.model, path=str(path), made_by=command, gguf_file=None, revision=None, new=None)
 
 
-def finetuning_command(path: str) -> str | None:
-    """The command that creates the folder <models_dir>/finetuned/<recipe>/seed-<seed>.
+def shared_overrides() -> list[str]:
+    """The command line's overrides of model and data, which finetuning needs as well."""
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    words = [word.lstrip("+~") for word in words]
+    return [word for word in words if re.match(r"(model|data)[.=](?!splits\.(?!train=))", word)]
+
+
+def remedy(config: RunConfig, finetuned: str, overrides: list[str]) -> str:
+    """How to get the checkpoint that does not exist."""
+    if re.fullmatch(r"[\w-]+", finetuned) and (CONFIGS / f"{finetuned}.yaml").exists():
+        return (
+            f"name the folder that the recipe writes, such as finetuned=models/finetuned/{finetuned}/seed-{config.seed}"
+        )
+    command = finetuning_command(finetuned, overrides)
+    if command is None:
+        return "name the folder of a finetuned model, or a hub id"
+    folder = Path(finetuned).with_name(run_name(config.seed, overrides))
+    return f"make it with: {command}" + (f" and name its folder with finetuned={folder}" if overrides else "")
+
+
+def finetuning_command(path: str, overrides: list[str]) -> str | None:
+    """The command that creates the folder <models_dir>/finetuned/<recipe>/seed-<seed>, with these overrides.
 
     None for a path of another form, or if configs/ has no such recipe.
     """
     match = re.fullmatch(r"(?:(.*)/)?finetuned/([^/]+)/seed-(\d+)/?", path)
     if not match or not (CONFIGS / f"{match[2]}.yaml").exists():
         return None
-    models_dir = "" if match[1] in ("models", f"{ROOT}/models") else f" models_dir={match[1] or '.'}"
-    return f"python finetuning/main.py -cd=configs -cn={match[2]} seed={match[3]}{models_dir}"
+    models_dir = [] if match[1] in ("models", f"{ROOT}/models") else [f"models_dir={match[1] or '.'}"]
+    words = [f"-cn={match[2]}", f"seed={match[3]}", *models_dir, *map(shlex.quote, overrides)]
+    return " ".join(["python finetuning/main.py -cd=configs", *words])
 
 
-def differences_from_finetuning(config: RunConfig, path: str) -> list[str]:
-    """The settings that must be the same as in finetuning but are not, each with both values.
+def differences_from_finetuning(config: RunConfig, path: str) -> tuple[list[str], list[str]]:
+    """The settings that are not the same as in finetuning, each with both values: those to refuse, and those to warn of.
 
-    Empty for a checkpoint without a result of this program. The seeds in paths may differ. A local data set against one from
-    the hub is only warned about.
+    An adapter or another length may be wanted. A local data set cannot be told from a copy of the one on the hub. Empty for
+    a checkpoint without a result of this program. The seeds in paths may differ.
     """
     recorded = (result_of(path) or {}).get("config")
     if recorded is None:
-        return []
+        return [], []
     there = shared_settings(recorded["data"], recorded["model"])
     here = shared_settings(asdict(config.data), asdict(config.model))
 
@@ -64,21 +97,20 @@ def differences_from_finetuning(config: RunConfig, path: str) -> list[str]:
             return value
         return resolve_path(re.sub(r"/seed-\d+", "", with_portable_paths(str(value), config.models_dir)))
 
-    differing = [key for key in sorted(here) if comparable(key, there[key]) != comparable(key, here[key])]
-    if "data.path" in differing and looks_local(there["data.path"]) != looks_local(here["data.path"]):
-        differing.remove(
-            "data.path"
-        )  # a local copy of a data set from the hub, which cannot be told from another data set
-        log.warning(
-            "data.path=%s: the checkpoint was finetuned on %s; its scores mean something only if this is a copy of that data",
-            here["data.path"],
-            there["data.path"],
-        )
-    return [f"{key}={there[key]} there, {here[key]} here" for key in differing]
+    refused, warned = [], []
+    for key in sorted(here):
+        if comparable(key, there[key]) != comparable(key, here[key]):
+            copy = key == "data.path" and looks_local(there[key]) != looks_local(here[key])
+            found = warned if copy or key in ("model.lora", "data.max_length") else refused
+            found.append(f"{key}={there[key]} there, {here[key]} here")
+    return refused, warned
 
 
 def shared_settings(data: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """The settings that must be equal in finetuning and unlearning, by dotted key. Missing prompt settings get defaults."""
+    """The settings that finetuning and unlearning share, by dotted key. Missing prompt and adapter settings get defaults."""
     prompt = asdict(PromptConfig(style="plain")) | model["prompt"]
-    paths = {"data.path": data["path"], "model.path": model["path"]}
-    return paths | {f"model.prompt.{key}": value for key, value in prompt.items()}
+    if model.get("lora"):
+        model = model | {"lora": asdict(LoraSettings()) | model["lora"]}
+    found = {f"data.{key}": data.get(key) for key in ("path", "max_length")}
+    found |= {f"model.{key}": model.get(key) for key in ("path", "revision", "gguf_file", "lora")}
+    return found | {f"model.prompt.{key}": value for key, value in prompt.items()}
