@@ -1,9 +1,12 @@
 """Losses and logits of the answer tokens of a batch."""
 
+import math
+
 import torch
 from torch.nn.functional import cross_entropy
 
 from common.collate import IGNORED
+from common.errors import UserError
 
 
 def answer_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,3 +38,17 @@ def answer_logits(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=predicts
     ).logits
     return logits.reshape(-1, logits.shape[-1]).float(), targets[is_answer], is_answer.nonzero()[:, 0]
+
+
+def check_finite(logits: torch.Tensor) -> None:
+    """Refuse logits with NaN or +infinity; -infinity marks an impossible token.
+
+    Raises:
+        UserError: saying that the weights of the model are not usable.
+    """
+    if not bool((logits < math.inf).all()):
+        raise UserError(
+            "the model's logits are NaN or infinite: its weights are not finite or far too large, as after training that "
+            "diverged. Train it again with a lower training.learning_rate or more training.warmup_epochs, or name another "
+            "checkpoint"
+        )

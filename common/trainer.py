@@ -6,6 +6,7 @@ of the whole optimizer step, so splitting a step into micro-batches does not cha
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from common.checkpoints import SaveAndStop, StopSignals, last_complete_checkpoint
 from common.collate import PASS_OVERHEAD_TOKENS, bucket_by_length, collate, count_answer_tokens, sort_into_micro_batches
-from common.errors import Interrupted
+from common.errors import Interrupted, UserError
 from common.files import read_json
 from common.hardware import suitable_threads
 from common.losses import answer_losses
@@ -66,6 +67,22 @@ class ResumableTrainer(Trainer):
         """Run one forward and backward pass per sub-batch of a micro-batch; return the sum of the losses."""
         step = super().training_step
         return sum(step(model, bucket, num_items_in_batch) for bucket in self.buckets(inputs))
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm of the gradients, as Hugging Face computes it before each optimizer step.
+
+        Raises:
+            UserError: if it is not finite. The weights are still as they were; a float16 scaler skips such steps itself.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            checkpoint = last_complete_checkpoint(Path(self.args.output_dir))
+            raise UserError(
+                f"training diverged: in optimizer step {self.state.global_step + 1} of {self.state.max_steps} the loss or a "
+                f"gradient is not finite. Lower training.learning_rate (now {self.args.learning_rate:g}) or raise "
+                f"training.warmup_epochs; the last checkpoint is {checkpoint or 'none'}"
+            )
+        return norm
 
     def buckets(self, batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """The sub-batches of a micro-batch, one per pass: rows of similar length on a CPU, elsewhere all rows in one."""

@@ -21,7 +21,7 @@ from common.collate import collate
 from common.config import EvaluationConfig
 from common.data import Row
 from common.hardware import has_fast_bf16, suitable_threads
-from common.losses import answer_logits
+from common.losses import answer_logits, check_finite
 from common.model import eos_token_ids
 from common.prompts import Example, PromptFormat, check_prompt_lengths
 from generation.replica import Replica
@@ -195,6 +195,7 @@ def token_log_probs(model: PreTrainedModel, examples: Sequence[Example], eos_tok
         return [TokenLogProbs(empty, empty.astype(bool), empty, empty, has_eos=False) for _ in examples]
     with evaluation_mode(model):
         logits, targets, rows = answer_logits(model, batch)
+    check_finite(logits)
     # In chunks, because each intermediate is as large as the logits: gigabytes for a vocabulary of 100,000 tokens.
     chunks = zip(logits.split(VOCABULARY_CHUNK), targets.split(VOCABULARY_CHUNK), strict=True)
     columns = zip(*(_of_logits(*chunk) for chunk in chunks), strict=True)

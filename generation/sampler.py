@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from common.hardware import suitable_threads
+from common.losses import check_finite
 from generation.batch_size import rows_that_fit
 from generation.cuda_graphs import decoder_of
 from generation.decoder import Decoder
@@ -162,6 +163,7 @@ class _Batch:
         interval = CHECK_INTERVAL.get(self.rows.device.type, 1)
         last = self.drawn.shape[1] - 1
         logits = self.decoder.start(prompts, len(self.names) // len(prompts), last + 1)
+        check_finite(logits)
         for position in range(last + 1):
             if temperatures is not None:
                 logits = logits.float() / temperatures[self.rows, None]
