@@ -12,7 +12,9 @@ from pydantic import Field, PositiveFloat
 from common.cli import allow_new_key
 from common.config import section
 from common.files import CONFIGS, ROOT, read_json_lines
-from tests.helpers import docs_generator, run_stage
+from common.runs import run_name
+from tests.helpers import docs_generator, make_trainer, run_stage
+from unlearning.pmc_options import PMCSettings
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README} | {
@@ -51,9 +53,39 @@ def test_command_composes(command, monkeypatch):
         assert words[script] in ("scripts/plot_curves.py", "scripts/convert_gguf.py", "scripts/make_embedded_data.py")
         return
     overrides = [word for word in words[script + 1 :] if not word.startswith("-")]
-    overrides = [allow_new_key(word if "[" in word else word.split(",")[0]) for word in overrides]
+    overrides = [allow_new_key(word if re.search(r"[\[{]", word) else word.split(",")[0]) for word in overrides]
     with initialize_config_dir(str(CONFIGS), version_base=None):
         compose(recipe, overrides=overrides)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_finetuned_folder_is_the_one_that_finetuning_writes(page):
+    """`finetuned=...` with overrides in its name follows a finetuning command of the page with these overrides."""
+    written = set()
+    for command in commands_of(PAGES[page]):
+        _, script, *words = shlex.split(command, comments=True)
+        if script == "finetuning/main.py":
+            recipe = next(word.removeprefix("-cn=") for word in words if word.startswith("-cn="))
+            overrides = [word for word in words if not word.startswith("-")]
+            written.add(f"models/finetuned/{recipe}/{run_name(0, overrides)}")
+        named = {word.removeprefix("finetuned=") for word in words if re.match(r"finetuned=.*\+", word)}
+        assert named <= written
+
+
+def test_log_names_in_the_docs_are_those_of_pmc(model, prompts, tmp_path):
+    """Names with spaces in backticks, like `selected reward`, are keys of the history as the log shows them."""
+    quoted = {name for text in PAGES.values() for name in re.findall(r"`([^`\n]+)`", text)}
+    quoted = {name for name in quoted if re.fullmatch(r"[a-z]+( [a-z]+)+", name) and not name.startswith("make ")}
+    assert quoted >= {"selected reward", "sample reward upper bound", "stopped early"}
+    logged = set()
+    for early_stopping in (True, False):
+        options = {"fluency_weight": 0.1, "early_stopping": early_stopping}
+        settings = PMCSettings(num_samples=2, max_length=48, **options)
+        trainer = make_trainer(model, prompts, tmp_path, settings=settings)
+        trainer.train()
+        logged |= {key.replace("_", " ") for key in trainer.history[-1]}
+    assert sorted(quoted - logged) == []
+    assert {"solved", "selected reward"} <= logged
 
 
 @pytest.mark.parametrize("page", PAGES)
