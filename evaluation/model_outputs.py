@@ -195,7 +195,6 @@ def token_log_probs(model: PreTrainedModel, examples: Sequence[Example], eos_tok
         return [TokenLogProbs(empty, empty.astype(bool), empty, empty, has_eos=False) for _ in examples]
     with evaluation_mode(model):
         logits, targets, rows = answer_logits(model, batch)
-    check_finite(logits)
     # In chunks, because each intermediate is as large as the logits: gigabytes for a vocabulary of 100,000 tokens.
     chunks = zip(logits.split(VOCABULARY_CHUNK), targets.split(VOCABULARY_CHUNK), strict=True)
     columns = zip(*(_of_logits(*chunk) for chunk in chunks), strict=True)
@@ -209,6 +208,7 @@ def token_log_probs(model: PreTrainedModel, examples: Sequence[Example], eos_tok
 
 def _of_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The first four attributes of `TokenLogProbs` from logits, shape (tokens, vocabulary)."""
+    check_finite(logits)
     # Clamped because an impossible token has log-probability -inf, and 0 times -inf is NaN.
     log_probs = logits.log_softmax(-1).clamp(min=-1e4)
     probabilities = log_probs.exp()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from common.collate import collate
-from common.losses import answer_losses
+from common.errors import UserError
+from common.losses import answer_losses, check_finite
 from common.prompts import Example
 
 
@@ -22,3 +23,15 @@ def test_losses_do_not_depend_on_the_pad_token(model):
     one, _ = answer_losses(model, collate(examples, pad_id=0))
     other, _ = answer_losses(model, collate(examples, pad_id=13))
     torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(value):
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = value
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
+        check_finite(logits)
+
+
+def test_an_impossible_token_is_no_error():
+    check_finite(torch.tensor([[0.0, -float("inf")]]))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common.config import EvaluationConfig
+from common.errors import UserError
 from common.prompts import Example
 from evaluation import model_outputs
 from evaluation.model_outputs import ModelOutputs, batches_by_length
@@ -154,3 +155,11 @@ def test_a_bfloat16_copy_answers_and_the_model_stays_as_it_is(model, prompts):
         ModelOutputs(lambda: model, prompts, EvaluationConfig(bf16=bf16, **settings), 256).answers(questions)
         assert set(seen) == {dtype}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_model_without_finite_logits_has_no_probabilities():
+    outputs, model = bigram_outputs(random_table())
+    with torch.no_grad():
+        model.logits.fill_(float("nan"))
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
+        outputs.tokens_of_answers([("a", "b")])

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from common.errors import UserError
 from common.trainer import ExampleTrainer
 from tests.helpers import ROWS, arguments
 from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer
@@ -152,3 +153,14 @@ def test_a_complete_checkpoint_is_not_written_again(model, prompts, tmp_path):
     written = weights.stat().st_mtime_ns
     trainer._save_checkpoint(trainer.model, None)
     assert weights.stat().st_mtime_ns == written
+
+
+def test_training_that_diverges_stops_before_the_step_that_would_spoil_the_weights(model, prompts, tmp_path):
+    examples = [prompts.example(row, 64) for row in ROWS]
+    args = arguments(tmp_path, 4, 1, learning_rate=1e30, max_steps=6)
+    trainer = ExampleTrainer(model, args, examples, prompts.tokenizer)
+    with pytest.raises(
+        UserError, match=r"diverged: in optimizer step \d of 6 .* training.learning_rate \(now 1e\+30\)"
+    ):
+        trainer.train()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
