@@ -66,7 +66,7 @@ class PromptConfig:
 class LoraSettings:
     r: PositiveInt = 16
     """Rank of the adapter."""
-    alpha: int = 32
+    alpha: PositiveInt = 32
     """The adapter's output is multiplied by alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
@@ -350,7 +350,18 @@ REFUSED = {
     "seed": "set the top-level seed instead",
     "save_only_model": "a run could not be continued from such a checkpoint",
     "remove_unused_columns": "the data never passes through columns here",
+    "label_smoothing_factor": "no loss here reads it",
+    "resume_from_checkpoint": "a run resumes by itself; overwrite=true starts it anew",
+    "auto_find_batch_size": "another batch size would be another run; lower per_device_train_batch_size",
+    "train_sampling_strategy": "rows are always shuffled, and sorted by length within an optimizer step",
 }
+WITHOUT_EFFECT = (
+    "do_train do_eval do_predict load_best_model_at_end metric_for_best_model greater_is_better eval_strategy"
+)
+WITHOUT_EFFECT += " eval_steps eval_delay eval_on_start per_device_eval_batch_size prediction_loss_only label_names"
+REFUSED |= dict.fromkeys(
+    WITHOUT_EFFECT.split(), "it has no effect here; evaluation.every_epochs evaluates during training"
+)
 
 
 def _installed(trackers: Any) -> Any:
@@ -368,7 +379,9 @@ def _training_schema() -> type:
     kinds = {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments) if field.init}
     kinds |= dict.fromkeys(("num_epochs", "num_train_epochs", "learning_rate"), PositiveFloat)
     kinds |= dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), PositiveInt)
-    kinds["warmup_epochs"] = NonNegativeFloat
+    kinds |= dict.fromkeys(("warmup_epochs", "weight_decay", "max_grad_norm"), NonNegativeFloat)
+    kinds |= dict.fromkeys(("adam_beta1", "adam_beta2"), Annotated[float, Field(ge=0, lt=1)])
+    kinds |= {"adam_epsilon": PositiveFloat, "save_steps": PositiveFloat, "save_total_limit": PositiveInt | None}
     kinds["bf16"] = Literal[False, True, "auto"]
     trackers = hints["report_to"]
     kinds["report_to"] = Annotated[trackers, AfterValidator(_installed)]

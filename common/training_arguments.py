@@ -32,6 +32,8 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
     warmup_epochs = values.pop("warmup_epochs", None)
     if warmup_epochs:
         values.setdefault("warmup_steps", math.ceil(warmup_epochs * _steps_per_epoch(values, num_rows)))
+    if values.get("fp16") and not torch.cuda.is_available():
+        raise UserError("training.fp16=true: needs an NVIDIA GPU; use training.bf16=auto")
     if values.get("bf16") == "auto":
         values["bf16"] = has_fast_bf16() and not values.get("fp16", False)
     if values.get("bf16") and not torch.cuda.is_available():

@@ -581,3 +581,22 @@ def test_evaluation_of_a_checkpoint_without_result_needs_prompt_and_data():
         UserError, match=r"model\.prompt: not given, and elsewhere has no result\.json.*model=phi data=tofu"
     ):
         fill_from_run(cfg, None)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("label_smoothing_factor=0.1", "training.label_smoothing_factor: no loss here reads it"),
+        ("resume_from_checkpoint=true", "training.resume_from_checkpoint: a run resumes by itself"),
+        ("eval_strategy=epoch", "training.eval_strategy: it has no effect here; evaluation.every_epochs"),
+        ("adam_beta1=2", "training.adam_beta1=2: expected float, at least 0, less than 1"),
+        ("weight_decay=-1", "training.weight_decay=-1: expected float, at least 0"),
+        ("max_grad_norm=nan", "training.max_grad_norm=nan: expected finite float"),
+        ("save_steps=0", "training.save_steps=0: expected float, more than 0"),
+        ("save_total_limit=0", "training.save_total_limit=0: expected int, more than 0"),
+    ],
+)
+def test_training_arguments_without_effect_or_out_of_range_are_refused(override, expected):
+    with pytest.raises(UserError) as caught:
+        read_config(compose("finetune", [f"++training.{override}"]))
+    assert expected in str(caught.value)
