@@ -230,10 +230,8 @@ def test_a_reward_that_does_not_return_numbers_between_0_and_1_is_refused(values
         with pytest.raises(UserError) as caught:
             compute()
         message = str(caught.value)
-        assert (
-            message.startswith("method.reward=tests.test_pmc.") and f"odd returned {values!r} for 1 sample" in message
-        )
-        assert "expected a list with one number in [0, 1] per sample" in message
+        assert message.startswith(f"method.reward={scorer.name} returned {values!r}; expected")
+        assert "a list with one number in [0, 1] per sample (samples: 1)" in message
 
 
 @pytest.mark.parametrize("values", [(1.0000000000000002, -1e-17), [1, 0], torch.tensor([1.0, 0.0])], ids=str)

@@ -70,8 +70,8 @@ class Scorer:
         is_list = isinstance(values, Sequence) and len(values) == len(samples)
         if not is_list or not all(isinstance(value, Real) and -ROUNDING <= value <= 1 + ROUNDING for value in values):
             raise UserError(
-                f"method.reward={self.name} returned {returned!r} for {len(samples)} samples; "
-                "expected a list with one number in [0, 1] per sample"
+                f"method.reward={self.name} returned {returned!r}; expected a list with one number in [0, 1] "
+                f"per sample (samples: {len(samples)})"
             )
         return [min(max(float(value), 0.0), 1.0) for value in values]
 
