@@ -13,7 +13,7 @@ from dotenv import load_dotenv
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from common.errors import UserError, did_you_mean, full_disk_as_user_error
 from common.files import CONFIGS, ROOT
@@ -38,6 +38,8 @@ def prepare_process() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.set_verbosity_error()
+    # Hydra logs an error that importing a name raises. The stage prints it as well.
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
     # Hides the progress bars for reading and writing files, which would clutter the output of training.
     transformers.utils.logging.disable_progress_bar()
 
@@ -93,6 +95,29 @@ def _dotted_keys(values: dict, prefix: str) -> Iterator[str]:
         yield f"{prefix}{key}"
         if isinstance(value, dict):
             yield from _dotted_keys(value, f"{prefix}{key}.")
+
+
+# A recipe with one of these keys belongs to this program; the first that fits counts. All others are for finetuning.
+PROGRAMS = {
+    "comparison": "scripts/compare_methods.py",
+    "benchmark": "benchmarks/step.py",
+    "metrics": "evaluation/main.py",
+    "method": "unlearning/main.py",
+}
+
+
+def check_recipe(cfg: DictConfig, program: str) -> None:
+    """Check that the composed recipe belongs to this program.
+
+    Raises:
+        UserError: names the program that the recipe belongs to.
+    """
+    key = next((key for key in PROGRAMS if key in cfg), None)
+    belongs_to = PROGRAMS.get(key, "finetuning/main.py")
+    if belongs_to != program:
+        name = HydraConfig.get().job.config_name
+        why = f"it has the key {key}" if key else "it has neither the key method nor the key metrics"
+        raise UserError(f"recipe {name} does not belong to {program}: {why}; use {belongs_to}")
 
 
 @contextlib.contextmanager

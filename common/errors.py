@@ -10,6 +10,10 @@ from pathlib import Path
 SIGNS_OF_A_FULL_DISK = ("No space left", "inline_container", "PytorchStreamWriter", "file write failed")
 
 
+# Former names of keys.
+RENAMED = {"prune": "early_stopping", "side_by_side": "interleaved"}
+
+
 class UserError(Exception):
     """A problem that the user can fix. The message names the key or file, the value, and what to do."""
 
@@ -22,9 +26,19 @@ class Interrupted(SystemExit):
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean '<prefix>x'?` with the closest known word x, or an empty string if none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    """`; did you mean '<prefix>x'?` with the closest known word x, or an empty string if none is close.
+
+    For a key's former name (`RENAMED`), that is its new name.
+    """
+    parent, dot, last = word.rpartition(".")
+    close = difflib.get_close_matches(f"{parent}{dot}{RENAMED.get(last, last)}", list(known), n=1, cutoff=0.6)
     return f"; did you mean '{prefix}{close[0]}'?" if close else ""
+
+
+def reason(error: Exception) -> str:
+    """Last line of the message of the error's cause, or of the error itself if it has none."""
+    cause = error.__cause__ or error
+    return (str(cause).strip() or repr(cause)).splitlines()[-1]
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import hydra
 from omegaconf import DictConfig
 
-from common.cli import job_errors, launch
+from common.cli import check_recipe, job_errors, launch
 from common.errors import UserError
 from common.files import CONFIGS, is_first_process, looks_local, resolve_path, write_text
 from common.results import result_of, started_from, write_result
@@ -114,6 +114,7 @@ class Job:
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     with job_errors(cfg.output_dir or cfg.models_dir):
+        check_recipe(cfg, "evaluation/main.py")
         evaluate(cfg)
 
 

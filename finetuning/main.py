@@ -18,7 +18,7 @@ import hydra
 from omegaconf import DictConfig
 from transformers import set_seed
 
-from common.cli import job_errors, launch
+from common.cli import check_recipe, job_errors, launch
 from common.config import RunConfig, read_config
 from common.data import load_split
 from common.files import CONFIGS
@@ -72,6 +72,7 @@ def tokenizer_texts(config: RunConfig) -> list[str]:
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="finetune")
 def main(cfg: DictConfig) -> None:
     with job_errors(cfg.output_dir or cfg.models_dir):
+        check_recipe(cfg, "finetuning/main.py")
         finetune(cfg)
 
 

@@ -116,6 +116,10 @@ def test_a_mistyped_override_is_explained_with_the_closest_key(exit_of):
     assert "did you mean 'method.lambda_unlearning'?" in message
 
 
+def test_a_renamed_override_is_explained_with_its_new_name(exit_of):
+    assert "did you mean 'benchmark.interleaved'?" in exit_of(could_not_override("benchmark.side_by_side"))
+
+
 @pytest.mark.parametrize(
     ("typed", "passed_on"),
     [

@@ -199,6 +199,12 @@ def test_a_killed_run_continues_to_the_same_end(models_dir, tmp_path_factory, nu
             ["-cn=PMC-unlearn-tiny", "method.num_sample=3"],
             ["method.num_sample", "did you mean 'method.num_samples'"],
         ),
+        ("finetuning", ["-cn=PMC-unlearn-tiny"], ["PMC-unlearn-tiny", "the key method", "use unlearning/main.py"]),
+        ("finetuning", ["-cn=evaluate"], ["recipe evaluate", "the key metrics", "use evaluation/main.py"]),
+        ("unlearning", ["-cn=tiny"], ["recipe tiny", "neither the key", "use finetuning/main.py"]),
+        ("unlearning", ["-cn=benchmark/tiny"], ["recipe benchmark/tiny", "use benchmarks/step.py"]),
+        ("evaluation", ["-cn=PMC-unlearn-tiny"], ["PMC-unlearn-tiny", "use unlearning/main.py"]),
+        ("evaluation", ["-cn=compare/tiny"], ["recipe compare/tiny", "use scripts/compare_methods.py"]),
         (
             "unlearning",
             ["-cn=PMC-unlearn-tny"],
@@ -220,7 +226,11 @@ def test_a_killed_run_continues_to_the_same_end(models_dir, tmp_path_factory, nu
             ["-cn=PMC-unlearn-tiny", "method._target_=unlearning.pmc.PCM"],
             ["unlearning.pmc.PCM", "no such class"],
         ),
-        ("unlearning", ["-cn=PMC-unlearn-tiny", "method.reward._target_=a.b"], ["method.reward", "a.b"]),
+        (
+            "unlearning",
+            ["-cn=PMC-unlearn-tiny", "method.reward._target_=a.b"],
+            ["method.reward._target_=a.b", "No module named"],
+        ),
         ("unlearning", ["-cn=PMC-unlearn-tiny", "data.splits.forget=forgot"], ["forgot", "did you mean 'forget'"]),
         ("unlearning", ["-cn=PMC-unlearn-tiny", "method.max_length=10"], ["method.max_length=10", "longest prompt"]),
         ("finetuning", ["-cn=tiny", "data.path=./nowhere"], ["data.path=./nowhere", "no such folder"]),
@@ -235,6 +245,7 @@ def test_wrong_input_is_named_without_a_traceback(models_dir, stage, overrides, 
     for text in expected:
         assert text in done.stderr
     assert "Traceback" not in done.stderr
+    assert "Error getting" not in done.stdout + done.stderr, "Hydra's own message"
 
 
 def test_no_token_is_written_or_printed(models_dir, tmp_path):

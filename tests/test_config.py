@@ -190,7 +190,7 @@ COMMENTED = [
 
 
 @pytest.mark.parametrize("file", [file for file in COMMENTED if file != "data/tofu-cpu.yaml"])
-def test_every_knob_is_commented(file):
+def test_every_key_is_commented(file):
     assert uncommented(CONFIGS / file) == []
 
 
@@ -384,7 +384,7 @@ def test_a_value_at_the_edge_is_accepted(override):
         ("undial", "method.beta=high", "method.beta=high: expected float"),
     ],
 )
-def test_a_wrong_knob_of_another_method_names_itself(method, override, message):
+def test_a_wrong_setting_of_another_method_is_named(method, override, message):
     assert message in error_of("unlearn-tiny", f"method={method}", *override.split())
 
 
@@ -438,6 +438,16 @@ def test_a_mistyped_key_is_refused_with_the_closest(wrong, right):
     message = error_of("unlearn", f"+{wrong}=1")
     assert message.startswith(f"{wrong}: no such ")
     assert f"did you mean '{right}'?" in message
+
+
+def test_a_renamed_key_is_refused_with_its_new_name():
+    message = error_of("unlearn", "+method.prune=false")
+    assert message.startswith("method.prune: no such key; did you mean 'method.early_stopping'?")
+
+
+def test_a_reward_that_cannot_be_imported_is_refused_with_the_reason():
+    message = error_of("unlearn", "method.reward._target_=nope.x")
+    assert "method.reward._target_=nope.x: no such function (No module named 'nope')" in message
 
 
 def test_a_mistyped_key_of_an_adapter_is_refused():

@@ -1,9 +1,8 @@
-"""CUDA graphs of the decode step draw what the step itself draws, and what else needs a GPU.
+"""CUDA graphs of the decode step draw what the step itself draws.
 
 Without one, a step that is recorded as a function stands for a graph: it reads and writes the same memory.
 """
 
-import copy
 import gc
 import weakref
 from functools import partial
@@ -12,26 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.config import ModelConfig
-from common.model import load_model
-from evaluation.metrics.quantization import load_with_bitsandbytes
 from generation import cuda_graphs, sampler
 from generation.cuda_graphs import GraphDecoder, decoder_of, use_cuda_graphs
 from generation.decoder import Decoder
-from generation.replica import Replica
-from generation.sampler import generate
-from generation.token_sampling import SamplingSettings
 from tests.helpers import random_model, random_prompts, sampled
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 PROMPTS, KEYS = random_prompts((3, 14, 7, 5, 11)), [(0, 1, i) for i in range(5)]
 draw = partial(sampled, prompts=PROMPTS, keys=KEYS, top_p=0.95, max_length=90)
-
-
-def needs_gpu(test):
-    for mark in gpu:
-        test = mark(test)
-    return test
 
 
 def stand_in(step):
@@ -40,7 +26,7 @@ def stand_in(step):
     return lambda: result.copy_(step()), result
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     """Graphs are switched on there; on a CPU with stand-ins, checked as often as on a GPU."""
     if request.param == "cpu":
@@ -170,7 +156,7 @@ def test_graphs_that_do_not_work_are_given_up(device, steps, monkeypatch, caplog
     assert [why in record.getMessage() for record in caplog.records if "graph" in record.getMessage()] == [True]
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_graphs_do_not_keep_a_model():
     use_cuda_graphs("auto")
     try:
@@ -182,58 +168,3 @@ def test_graphs_do_not_keep_a_model():
         assert gone() is None
     finally:
         use_cuda_graphs(False)
-
-
-# --- what else needs a GPU ----------------------------------------------------------------------------------------------
-
-
-@needs_gpu
-def test_a_bfloat16_replica_is_sampled_on_a_gpu():
-    source = random_model().cuda()
-    replica = Replica(source, torch.bfloat16)
-    before = draw(replica.refresh())
-    assert draw(Replica(copy.deepcopy(source), torch.bfloat16).model) == before
-    with torch.no_grad():
-        source.lm_head.weight.copy_(source.lm_head.weight.flip(0))
-    assert draw(replica.refresh()) != before
-
-
-@needs_gpu
-def test_greedy_answers_on_a_gpu_are_those_of_the_cpu():
-    model = random_model()
-    settings = SamplingSettings(60)
-    expected = generate(model, PROMPTS, settings, [7])
-    assert generate(model.cuda(), PROMPTS, settings, [7]) == expected
-
-
-@pytest.fixture
-def checkpoint(tmp_path, model, tokenizer):
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    return str(tmp_path)
-
-
-@needs_gpu
-@pytest.mark.parametrize(("bits", "kind"), [(8, "Linear8bitLt"), (4, "Linear4bit")])
-def test_bitsandbytes_loads_and_answers(checkpoint, bits, kind):
-    pytest.importorskip("bitsandbytes")
-    config = ModelConfig(path=checkpoint, dtype="bfloat16")
-    context = SimpleNamespace(model=SimpleNamespace(config=config), loader=SimpleNamespace(clear=lambda: None))
-    copy_ = load_with_bitsandbytes(context, bits)
-    assert type(copy_.model.layers[0].mlp.up_proj).__name__ == kind
-    assert generate(copy_, PROMPTS, SamplingSettings(30), [7])
-
-
-@needs_gpu
-def test_flash_attention_gives_the_logits_of_sdpa(checkpoint, tokenizer):
-    pytest.importorskip("flash_attn")
-    logits, settings = [], SamplingSettings(30)
-    for kernel in ("sdpa", "flash_attention_2"):
-        config = ModelConfig(path=checkpoint, dtype="bfloat16", attn_implementation=kernel)
-        model = load_model(config, tokenizer, trainable=False).cuda().eval()
-        answers = generate(model, PROMPTS, settings, [])
-        assert [len(prompt) + len(ids) for prompt, (ids,) in zip(PROMPTS, answers, strict=True)] == [30] * 5
-        decoder, tokens = Decoder(model), torch.arange(1, 6, device="cuda")
-        with torch.no_grad():
-            logits.append(torch.stack([decoder.start(PROMPTS, 1, 3), decoder.step(tokens), decoder.step(tokens)]))
-    assert cuda_graphs.alike(*logits)

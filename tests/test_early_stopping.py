@@ -90,11 +90,11 @@ def test_pruning_changes_neither_the_picks_nor_the_trained_weights(memorized, pr
     """With penalties, too, where the stored pick alone can be said to win."""
     monkeypatch.setattr(EarlyStopping, "every", 4)
     runs = three_epochs(memorized, prompts, tmp_path)
-    (memory, weights, history), (plain_memory, plain_weights, plain_history) = (
+    (best, weights, history), (plain_best, plain_weights, plain_history) = (
         runs(**options, early_stopping=early_stopping) for early_stopping in (True, False)
     )
     assert sum(record.get("stopped_early", 0) for record in history) > 0.2
-    assert memory == plain_memory
+    assert best == plain_best
     assert all(torch.equal(a, b) for a, b in zip(weights, plain_weights, strict=True))
     for record, plain in zip(history, plain_history, strict=True):
         assert record["selected_reward"] == plain["selected_reward"]
@@ -123,6 +123,6 @@ def test_the_text_of_a_beginning_is_the_beginning_of_the_text(prompts):
             assert whole.startswith(complete_words(prompts.text(answer[:end])))
 
 
-def test_the_watcher_sees_every_sample_of_a_window_split_into_chunks(runs):
+def test_the_stopping_criteria_get_every_sample_of_a_window_split_into_chunks(runs):
     assert runs(early_stopping=True)[0] == runs(early_stopping=True, sampling_batch_size=4)[0]
     assert pmc.EarlyStopping is EarlyStopping

@@ -55,13 +55,13 @@ def method_named(name: str):
     return found, found.Settings(**{key: value for key, value in node.items() if key != "_target_"})
 
 
-def make(name, learned, prompts, folder, rows=ROWS[:2], max_length=64, knobs=None, **training):
-    """A trainer of the method on a copy of the model, with those of the knobs that the method has."""
-    found, settings = method_named(name)
-    known = {key: value for key, value in (knobs or {}).items() if hasattr(settings, key)}
+def make(name, learned, prompts, folder, rows=ROWS[:2], max_length=64, settings=None, **training):
+    """A trainer of the method on a copy of the model, with those of the settings that the method has."""
+    found, defaults = method_named(name)
+    known = {key: value for key, value in (settings or {}).items() if hasattr(defaults, key)}
     data = UnlearningData(rows, ROWS[4:], prompts, max_length)
     trainer = found(
-        copy.deepcopy(learned), arguments(folder, len(rows), 1, **training), data, replace(settings, **known)
+        copy.deepcopy(learned), arguments(folder, len(rows), 1, **training), data, replace(defaults, **known)
     )
     trainer.before_training()
     return trainer
@@ -174,8 +174,8 @@ def by_hand(name, now, before, forget, retain, s):
 @pytest.mark.parametrize("name", [name for name in OTHERS if name != "rmu"])
 def test_the_loss_is_that_of_the_paper(name, learned, prompts, tmp_path):
     """On two rows of unlike length, in float64, a row at a time, by the formula written out."""
-    knobs = {"gamma": 0.7, "lambda_unlearning": 1.9, "delta": 0.3, "beta2": 1.5}
-    trainer = moved(make(name, learned, prompts, tmp_path, knobs=knobs))
+    settings = {"gamma": 0.7, "lambda_unlearning": 1.9, "delta": 0.3, "beta2": 1.5}
+    trainer = moved(make(name, learned, prompts, tmp_path, settings=settings))
     now, before = Plain(trainer.model), Plain(learned)
     loss, forget, retain = loss_of_step(trainer)
     assert len({len(ids) for ids, _ in [*forget, *retain]}) > 1
@@ -190,7 +190,9 @@ def test_the_loss_is_that_of_the_paper(name, learned, prompts, tmp_path):
 
 
 def test_rmu_is_that_of_the_paper(learned, prompts, tmp_path):
-    trainer = moved(make("rmu", learned, prompts, tmp_path, knobs={"gamma": 0.7, "lambda_unlearning": 1.9, "layer": 1}))
+    trainer = moved(
+        make("rmu", learned, prompts, tmp_path, settings={"gamma": 0.7, "lambda_unlearning": 1.9, "layer": 1})
+    )
     now, before = (copy.deepcopy(model).eval() for model in (trainer.model, learned))
     loss, forget, retain = loss_of_step(trainer)
 
@@ -256,7 +258,14 @@ def likelihood(model, prompts, rows):
 @pytest.mark.parametrize("name", [name for name in OTHERS if name != "retain_only"])
 def test_a_few_steps_make_the_forget_answers_less_likely(name, learned, prompts, tmp_path):
     trainer = make(
-        name, learned, prompts, tmp_path, rows=ROWS[:4], learning_rate=1e-3, max_steps=8, knobs={"steering_coeff": 50.0}
+        name,
+        learned,
+        prompts,
+        tmp_path,
+        rows=ROWS[:4],
+        learning_rate=1e-3,
+        max_steps=8,
+        settings={"steering_coeff": 50.0},
     )
     trainer.train()
     assert likelihood(trainer.model, prompts, ROWS[:4]) < likelihood(learned, prompts, ROWS[:4]) - 0.01
@@ -267,8 +276,8 @@ def test_the_retain_loss_makes_the_retain_answers_likelier(name, learned, prompt
     """Than the same steps without it, or, where it is all there is, than before."""
 
     def trained(weight):
-        knobs = {"lambda_unlearning": weight}
-        trainer = make(name, learned, prompts, tmp_path, ROWS[:4], knobs=knobs, learning_rate=1e-3, max_steps=8)
+        settings = {"lambda_unlearning": weight}
+        trainer = make(name, learned, prompts, tmp_path, ROWS[:4], settings=settings, learning_rate=1e-3, max_steps=8)
         trainer.train()
         return likelihood(trainer.model, prompts, ROWS[4:])
 
@@ -407,7 +416,7 @@ def test_the_list_of_refusals_has_no_line_twice():
 
 
 def test_alternatives_are_other_answers_and_survive_a_checkpoint(learned, prompts, tmp_path):
-    trainer = make("altpo", learned, prompts, tmp_path, rows=ROWS, knobs={"max_length": 48, "max_recall": 0.4})
+    trainer = make("altpo", learned, prompts, tmp_path, rows=ROWS, settings={"max_length": 48, "max_recall": 0.4})
     for row in ROWS:
         texts = [prompts.text(answer) for answer in trainer.alternatives[row.index]]
         assert len(texts) <= trainer.settings.num_alternatives
@@ -443,7 +452,7 @@ def test_a_question_with_too_few_alternatives_is_asked_again_hotter_and_then_lef
         return [[truths[row], *others.get(row, {}).get(attempt, [])] for _, attempt, row, _ in keys]
 
     monkeypatch.setattr(altpo, "generate", generate)
-    trainer = make("altpo", learned, prompts, tmp_path, knobs={"num_alternatives": 2})
+    trainer = make("altpo", learned, prompts, tmp_path, settings={"num_alternatives": 2})
     assert asked == [(2, 1.0), (2, 1.25), (2, 1.25**2), (1, 1.25**3), (1, 1.25**4)]
     assert trainer.alternatives == {0: [], 1: [[5, 2], [6, 2]]}
     assert "for 1 of 2 questions no sample differs enough from the forget answer" in caplog.text
@@ -575,7 +584,7 @@ def test_every_method_runs_end_to_end(models_dir):
         (["method=rmu", "method.layers=floors"], "method.layers=floors: it matches no module of this model"),
     ],
 )
-def test_a_wrong_knob_names_itself_on_the_command_line(overrides, message, models_dir):
+def test_a_wrong_setting_is_named_on_the_command_line(overrides, message, models_dir):
     done = run_stage("unlearning", "-cn=unlearn-tiny", f"models_dir={models_dir}", *overrides, check=False)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr

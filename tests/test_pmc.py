@@ -1,4 +1,4 @@
-"""PMC's own steps: scores, selection, the memory, the initial responses, and that the forget answers are never read."""
+"""PMC's own steps: scores, selection, the best so far, the initial responses, and that the forget answers are never read."""
 
 import logging
 import math
@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.errors import UserError
 from tests.helpers import ROWS, arguments, make_trainer
 from unlearning.pmc import PMC
 from unlearning.pmc_options import PMCSettings, StalledTemperature
-from unlearning.rewards import penalize_short, rouge_l
+from unlearning.rewards import Scorer, penalize_short, rouge_l
 from unlearning.selection import Candidate, select
 from unlearning.trainer import UnlearningData
 
@@ -172,13 +173,13 @@ def test_the_forget_answers_are_never_looked_at(model, prompts, tmp_path):
 
 def test_what_is_picked_does_not_depend_on_order_or_micro_batches(model, prompts, tmp_path):
     """The sampler's randomness is keyed by (seed, step, row index), so a whole window equals many small ones."""
-    memories = []
+    picked = []
     for rows, batch_size, accumulation in ((ROWS, 8, 1), (ROWS[::-1], 1, 8), (ROWS[3:] + ROWS[:3], 2, 4)):
         trainer = make_trainer(model, prompts, tmp_path, rows, batch_size, accumulation)
         trainer.train()
-        memories.append(trainer.best)
-    assert memories[0] == memories[1] == memories[2]
-    assert sorted(memories[0]) == [row.index for row in ROWS]
+        picked.append(trainer.best)
+    assert picked[0] == picked[1] == picked[2]
+    assert sorted(picked[0]) == [row.index for row in ROWS]
 
 
 def test_a_solved_question_is_not_sampled_again_but_still_trained_on(model, prompts, tmp_path, monkeypatch):
@@ -209,6 +210,46 @@ def test_a_reward_of_ones_own_is_named_by_its_dotted_path(model, prompts, tmp_pa
     trainer = make_trainer(model, prompts, tmp_path, settings=settings)
     trainer.forget_examples(ROWS[:2])
     assert {candidate.reward for candidate in trainer.best.values()} == {0.25}
+
+
+def scorer_that_returns(values):
+    def odd(reference, samples):
+        return values
+
+    return Scorer(odd, "".join, min_len=0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[2.0], [-0.1], [math.nan], [math.inf], [1 + 1e-6], ["1"], [None], [], [0.5, 0.5], 0.5, "1", None],
+    ids=str,
+)
+def test_a_reward_that_does_not_return_numbers_between_0_and_1_is_refused(values):
+    scorer = scorer_that_returns(values)
+    for compute in (lambda: scorer.rewards("a b", [["a"]]), lambda: scorer.upper_bound("a b", ["a"])):
+        with pytest.raises(UserError) as caught:
+            compute()
+        message = str(caught.value)
+        assert message.startswith(f"method.reward={scorer.name} returned {values!r}; expected")
+        assert "a list with one number in [0, 1] per sample (samples: 1)" in message
+
+
+@pytest.mark.parametrize("values", [(1.0000000000000002, -1e-17), [1, 0], torch.tensor([1.0, 0.0])], ids=str)
+def test_rounding_errors_of_a_reward_are_clipped(values):
+    rewards = scorer_that_returns(values).rewards("a b", [["a"], ["b"]])
+    assert rewards == [1.0, 0.0] and all(type(reward) is float for reward in rewards)
+
+
+def test_the_old_name_of_is_monotone_is_named_once(caplog):
+    def decreasing(reference, samples):
+        return [0.5 for _ in samples]
+
+    decreasing.never_rises = True
+    scorer = Scorer(decreasing, "".join, min_len=0)
+    scorer.rewards("a b", [["a"]])
+    assert not scorer.is_monotone
+    (record,) = caplog.records
+    assert "decreasing: the attribute never_rises has no effect; it is now called is_monotone" in record.getMessage()
 
 
 def test_an_over_memorized_model_is_called_so_after_two_epochs(model, prompts, tmp_path, caplog):

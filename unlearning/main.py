@@ -20,10 +20,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from transformers import set_seed
 
-from common.cli import job_errors, launch
+from common.cli import check_recipe, job_errors, launch
 from common.config import read_config
 from common.data import load_splits
-from common.errors import UserError
+from common.errors import UserError, reason
 from common.files import CONFIGS, is_first_process
 from common.model import load_model, load_tokenizer
 from common.prompts import PromptFormat, check_prompt_lengths
@@ -91,8 +91,7 @@ def method_class(cfg: DictConfig) -> type[UnlearningTrainer]:
     try:
         found = hydra.utils.get_class(target)
     except (HydraException, ValueError, ImportError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"method._target_={target}: no such class ({reason}); see configs/method/") from error
+        raise UserError(f"method._target_={target}: no such class ({reason(error)}); see configs/method/") from error
     if not (issubclass(found, UnlearningTrainer) and hasattr(found, "Settings")):
         raise UserError(f"method._target_={target}: not a subclass of UnlearningTrainer with a Settings dataclass")
     return found
@@ -109,6 +108,7 @@ def show_report(folder: Path) -> None:
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="unlearn")
 def main(cfg: DictConfig) -> None:
     with job_errors(cfg.output_dir or cfg.models_dir):
+        check_recipe(cfg, "unlearning/main.py")
         unlearn(cfg)
 
 

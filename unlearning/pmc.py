@@ -53,7 +53,7 @@ class PMC(UnlearningTrainer):
         super().__init__(model, args, data, settings)
         reward = instantiate(settings.reward, _partial_=True)
         self.scorer = Scorer(reward, data.prompts.text, settings.min_len)
-        self.stops_early = settings.early_stopping and getattr(reward.func, "is_monotone", False)
+        self.stops_early = settings.early_stopping and self.scorer.is_monotone
         self.fluency = FluencyPenalty(self, settings.fluency_weight) if self.needs_reference else None
         self.temperature = StalledTemperature(settings)
         self.eos_token_ids = eos_token_ids(model, data.prompts.eos_token_id)

@@ -14,6 +14,7 @@ from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, Posi
 from common.collate import collate
 from common.config import Fraction, section
 from common.data import Row
+from common.errors import reason
 from common.losses import answer_losses
 from common.prompts import Example
 from unlearning.selection import Candidate
@@ -76,7 +77,7 @@ class PMCSettings(MethodSettings):
         try:
             get_method(target)
         except (ValueError, ImportError, TypeError, AttributeError) as error:
-            raise ValueError(f"{target}: no such function ({str(error).splitlines()[0]})") from error
+            raise ValueError(f"method.reward._target_={target}: no such function ({reason(error)})") from error
         return reward
 
 

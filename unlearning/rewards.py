@@ -6,10 +6,18 @@ reference is left. To add one, write such a function and name it in configs/meth
 its attribute `is_monotone = True`: samples that can no longer be selected are then stopped while they are drawn.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
 
+from common.errors import UserError
 from common.rouge import rouge_l_recall
+
+log = logging.getLogger(__name__)
+
+ROUNDING = 1e-9  # rewards outside [0, 1] by at most this much are clipped
 
 
 def rouge_l(reference: str, samples: Sequence[str]) -> list[float]:
@@ -27,19 +35,45 @@ class Scorer:
         reward: a reward function.
         text: token ids of an answer -> its text.
         min_len: the reward of answers with fewer words is reduced (`penalize_short`).
+    Attributes:
+        name: dotted path of the reward function.
+        is_monotone: whether the reward never rises when words are added to a sample.
     """
 
     def __init__(self, reward: Callable[[str, list[str]], list[float]], text: Callable[[list[int]], str], min_len: int):
         self.reward, self.text, self.min_len = reward, text, min_len
+        function = getattr(reward, "func", reward)  # inside a functools.partial
+        self.name = f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+        self.is_monotone = getattr(function, "is_monotone", False)
+        if hasattr(function, "never_rises"):
+            log.warning(
+                "method.reward=%s: the attribute never_rises has no effect; it is now called is_monotone", self.name
+            )
 
     def rewards(self, reference: str, answers: Sequence[list[int]]) -> list[float]:
-        """The reward of each answer, in [0, 1]."""
+        """The reward of each answer, in [0, 1].
+
+        Raises:
+            UserError: when the reward function returns anything but one number in [0, 1] per answer.
+        """
         texts = [self.text(answer) for answer in answers]
-        return penalize_short(self.reward(reference, texts), texts, self.min_len)
+        return penalize_short(self._checked(reference, texts), texts, self.min_len)
 
     def upper_bound(self, reference: str, beginning: list[int]) -> float:
         """For a monotone reward: an upper bound of the reward of every answer that begins with these tokens."""
-        return self.reward(reference, [complete_words(self.text(beginning))])[0]
+        return self._checked(reference, [complete_words(self.text(beginning))])[0]
+
+    def _checked(self, reference: str, samples: list[str]) -> list[float]:
+        """What the reward function returns for the samples, as floats. Rounding errors are clipped to [0, 1]."""
+        returned = self.reward(reference, samples)
+        values: Any = returned.tolist() if hasattr(returned, "tolist") else returned  # of an array or a tensor
+        is_list = isinstance(values, Sequence) and len(values) == len(samples)
+        if not is_list or not all(isinstance(value, Real) and -ROUNDING <= value <= 1 + ROUNDING for value in values):
+            raise UserError(
+                f"method.reward={self.name} returned {returned!r}; expected a list with one number in [0, 1] "
+                f"per sample (samples: {len(samples)})"
+            )
+        return [min(max(float(value), 0.0), 1.0) for value in values]
 
 
 def penalize_short(rewards: Sequence[float], samples: Sequence[str], min_len: int) -> list[float]:
