@@ -603,7 +603,7 @@ def test_evaluation_of_a_checkpoint_without_result_needs_prompt_and_data():
         ("weight_decay=-1", "training.weight_decay=-1: expected float, at least 0"),
         ("max_grad_norm=nan", "training.max_grad_norm=nan: expected finite float"),
         ("save_steps=0", "training.save_steps=0: expected float, more than 0"),
-        ("save_total_limit=0", "training.save_total_limit=0: expected int, more than 0"),
+        ("save_total_limit=0", "training.save_total_limit=0: expected int or null, at least 1"),
     ],
 )
 def test_training_arguments_without_effect_or_out_of_range_are_refused(override, expected):
