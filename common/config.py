@@ -381,7 +381,8 @@ def _training_schema() -> type:
     kinds |= dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), PositiveInt)
     kinds |= dict.fromkeys(("warmup_epochs", "weight_decay", "max_grad_norm"), NonNegativeFloat)
     kinds |= dict.fromkeys(("adam_beta1", "adam_beta2"), Annotated[float, Field(ge=0, lt=1)])
-    kinds |= {"adam_epsilon": PositiveFloat, "save_steps": PositiveFloat, "save_total_limit": Annotated[int | None, Field(ge=1)]}
+    kinds |= {"adam_epsilon": PositiveFloat, "save_steps": PositiveFloat}
+    kinds["save_total_limit"] = Annotated[int | None, Field(ge=1)]
     kinds["bf16"] = Literal[False, True, "auto"]
     trackers = hints["report_to"]
     kinds["report_to"] = Annotated[trackers, AfterValidator(_installed)]
