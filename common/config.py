@@ -306,6 +306,8 @@ def _problem(schema: type, error: Any) -> tuple[str, str]:
         return key, f"{key}: no such key{did_you_mean(path[-1], fields, key.removesuffix(path[-1]))}{known}"
     if error["type"] == "value_error":
         return key, f"{key}={error['input']}: {error['ctx']['error']}"
+    if error["type"] == "too_short":
+        return key, f"{key}: is empty"
     finite = "finite " if error["type"] == "finite_number" else ""
     meaning = f" ({field.description.removesuffix('.')})" if field.description else ""
     return key, f"{key}={error['input']}: expected {finite}{type_name(hint, field.metadata)}{meaning}"

@@ -70,4 +70,4 @@ def test_a_method_that_fails_leaves_a_gap_and_an_error(tmp_path, models_dir):
 def test_a_wrong_recipe_is_refused_with_all_that_is_wrong(tmp_path):
     done = run(written(tmp_path, [], "{NPO: method=npo}"), f"models_dir={tmp_path}")
     assert "comparison.seeds: is empty" in done.stderr
-    assert "comparison.methods.NPO=method=npo: expected arguments of unlearning/main.py" in done.stderr
+    assert "comparison.methods={'NPO': 'method=npo'}: NPO: expected arguments of unlearning/main.py" in done.stderr

@@ -187,7 +187,7 @@ def test_without_a_retain_only_model_what_needs_it_is_null_and_the_base_model_is
         (["base_model.path=./nowhere"], "base_model: model.path=./nowhere: no such folder"),
         (["model.path=./nowhere"], "model.path=./nowhere: no such folder"),
         (["metrics=privacy", "++data.splits.holdout=holdoutt"], "no {data}/holdoutt.json; did you mean 'holdout'"),
-        (["models=[./a]"], "models names the models already"),
+        (["models=[./a]"], "models is set as well; give only one of the two"),
         (["model.path=???", "models=[]"], "models=[]: expected a list"),
         (["model.path=???", "models=./a"], "models=./a: expected a list"),
         (["metrics=lm_eval"], "lm_eval"),
