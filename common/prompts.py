@@ -60,12 +60,16 @@ class PromptFormat:
         return Example(prompt, self.answer(row.answer)[: max(0, max_length - len(prompt))])
 
     def text(self, answer_ids: Sequence[int]) -> str:
-        """The text of an answer, without special tokens and surrounding whitespace.
+        """The text of an answer, without special tokens, surrounding whitespace and what `model.prompt.answer` puts before it.
 
-        Without clean-up of spaces, the text of the first tokens of an answer is a prefix of the whole text.
+        Without clean-up of spaces, the text of the first tokens of an answer is a prefix of the whole text. So that this
+        holds for a tag ("Answer: {answer}") as well, the beginning of a tag counts as no text.
         """
-        decoded = self.tokenizer.decode(answer_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return decoded.strip()
+        decoded = self.tokenizer.decode(
+            answer_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        ).strip()
+        tag = self.config.answer.partition("{answer}")[0].strip() if self.config.style == "plain" else ""
+        return "" if tag.startswith(decoded) else decoded.removeprefix(tag).lstrip()
 
     def _messages(self, question: str) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.config.system}] if self.config.system else []

@@ -205,8 +205,8 @@ class EpochRecords(TrainerCallback):
         elapsed = time.perf_counter() - self.trainer.step_started
         self.trainer.seconds["training"] += elapsed
         self.trainer.add_to_epoch(steps=1, seconds_training=elapsed)
-        if state.epoch == int(state.epoch):
-            self.end_epoch(int(state.epoch))
+        if state.epoch == int(state.epoch) or state.global_step == state.max_steps:  # max_steps may end within an epoch
+            self.end_epoch(math.ceil(state.epoch))
 
     def end_epoch(self, epoch: int) -> None:
         trainer = self.trainer

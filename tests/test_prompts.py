@@ -179,6 +179,24 @@ def test_text_gives_the_answer_back(prompts, answer):
     assert prompts.text(prompts.answer(answer)) == answer
 
 
+@pytest.mark.parametrize(
+    ("generated", "text"),
+    [
+        ("Answer: Basil Khan", "Basil Khan"),
+        ("Basil Khan", "Basil Khan"),  # without the tag nothing is removed
+        ("Answer: Answer: twice", "Answer: twice"),
+        ("Answer:", ""),
+        ("Ans", ""),  # the beginning of a tag, so that the text never shrinks as an answer grows
+    ],
+)
+def test_the_tag_before_an_answer_is_no_part_of_its_text(tokenizer, generated, text):
+    prompts = PromptFormat(
+        tokenizer, PromptConfig(style="plain", question="Q: {question}\n", answer="Answer: {answer}")
+    )
+    assert prompts.text(tokenizer(generated, add_special_tokens=False)["input_ids"]) == text
+    assert prompts.text(prompts.answer("Basil Khan")) == "Basil Khan"
+
+
 def test_text_of_an_end_token_alone_is_empty(prompts):
     assert prompts.text([prompts.eos_token_id]) == ""
 

@@ -4,9 +4,14 @@ import math
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
+from common.config import RunConfig
 from common.errors import UserError
+from common.files import CONFIGS
 from common.trainer import ExampleTrainer
+from common.training_arguments import training_arguments
 from tests.helpers import ROWS, arguments
 from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer
 
@@ -125,9 +130,6 @@ def test_the_retain_pairing_depends_on_seed_step_and_row_alone(model, prompts, t
 
 
 def test_warmup_lasts_one_epoch(model, prompts, tmp_path):
-    from common.config import RunConfig
-    from common.training_arguments import training_arguments
-
     training = {
         "num_epochs": 3,
         "num_train_epochs": 3,
@@ -143,6 +145,36 @@ def test_warmup_lasts_one_epoch(model, prompts, tmp_path):
     args = training_arguments(config, tmp_path, num_rows=len(ROWS))
     assert args.warmup_steps == math.ceil(len(ROWS) / 4)
     assert args.num_train_epochs == 3
+
+
+def test_a_last_epoch_that_max_steps_ends_early_is_in_the_history(model, prompts, tmp_path):
+    trainer = unlearning_trainer(model, prompts, tmp_path, 4, 1, max_steps=3)  # two steps an epoch
+    trainer.train()
+    assert [record["epoch"] for record in trainer.history] == [1, 2]
+    assert all("retain_loss" in record for record in trainer.history)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rows", "steps", "warmup"),
+    [
+        ("phi", 4000, 625, 125),
+        ("llama3", 4000, 1250, 250),
+        ("PMC-unlearn-phi", 400, 250, 6),
+        ("PMC-unlearn-llama3", 400, 750, 25),
+    ],
+)
+def test_the_published_recipes_have_the_published_numbers_of_steps(recipe, rows, steps, warmup, tmp_path):
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        cfg = compose(recipe)
+    training = OmegaConf.to_container(cfg.training, resolve=True) | {"bf16": False}
+    training.pop("gradient_checkpointing", None)
+    unused = dict.fromkeys(("model", "data", "evaluation", "output_dir"))
+    flags = dict.fromkeys(("save_model", "overwrite", "keep_checkpoints"), False)
+    config = RunConfig(seed=0, training=training, models_dir=str(tmp_path), **unused, **flags)
+    args = training_arguments(config, tmp_path, rows)
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    by_epochs = math.ceil(rows / a_step) * args.num_train_epochs
+    assert (args.max_steps if args.max_steps > 0 else by_epochs, args.warmup_steps) == (steps, warmup)
 
 
 def test_a_complete_checkpoint_is_not_written_again(model, prompts, tmp_path):

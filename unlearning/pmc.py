@@ -83,7 +83,13 @@ class PMC(UnlearningTrainer):
         self.select(active, candidates)
         self.gather_selected(active)
         self.log_samples(rows, candidates, early_stopping, time.perf_counter() - started)
-        return [Example(self.prompt_ids[row.index], self.best[row.index].answer) for row in rows]
+        return [self.training_example(row) for row in rows]
+
+    def training_example(self, row: Row) -> Example:
+        """The selected sample. If it was cut at `max_length`, an EOS token replaces its last one, as in the authors' code."""
+        *beginning, last = self.best[row.index].answer
+        ending = last if last in self.eos_token_ids else self.data.prompts.eos_token_id
+        return Example(self.prompt_ids[row.index], [*beginning, ending])
 
     def is_solved(self, row: Row) -> bool:
         return row.index in self.best and self.best[row.index].reward == 1
