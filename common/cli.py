@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.errors import UserError, did_you_mean, full_disk_as_user_error
 from common.files import CONFIGS, ROOT
+from common.hardware import settle_processes
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +45,18 @@ def prepare_process() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def launch(main: Callable[[], None]) -> None:
-    """Run a stage's Hydra entry point. An error that the user can fix is printed without a traceback."""
+def launch(main: Callable[[], None], one_process: bool = False) -> None:
+    """Run a stage's Hydra entry point. An error that the user can fix is printed without a traceback.
+
+    Args:
+        one_process: whether the program is refused where a launcher started several processes.
+    """
     prepare_process()
     sys.argv[1:] = [allow_new_key(word) for word in sys.argv[1:]]
     # Makes Hydra raise its errors. By default it prints them and exits.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
+        settle_processes(one_process)
         main()
     except UserError as error:
         sys.exit(f"\nError: {error}")

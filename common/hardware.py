@@ -10,9 +10,39 @@ from functools import cache
 from timeit import timeit
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import str_to_bool
+
+from common.errors import UserError
 
 log = logging.getLogger(__name__)
 TINY = 2_000_000  # a model with fewer parameters runs on one CPU thread
+
+
+def settle_processes(one_only: bool = False) -> None:
+    """Settle the device and the number of processes, before a library does.
+
+    Without this, the processes of a launcher on a machine without an accelerator would be independent runs.
+
+    Args:
+        one_only: whether this program runs in one process only.
+    Raises:
+        UserError: if a launcher started several processes, and the program cannot use them.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and one_only:
+        raise UserError(
+            f"WORLD_SIZE={processes}: this program runs in one process; start it with python, without a launcher"
+        )
+    if not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # TrainingArguments reads it
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    cpu = bool(str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")))
+    if processes > 1 and (missing or PartialState(cpu=cpu).num_processes != processes):
+        raise UserError(
+            f"WORLD_SIZE={processes}: {processes} processes are announced, but they do not find each other (missing: "
+            f"{', '.join(missing) or 'none'}); start them with torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
 
 
 def device_name() -> str:

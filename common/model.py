@@ -5,6 +5,7 @@ Weights are read from safetensors or GGUF files only. Code from the hub runs onl
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from common.errors import UserError
 from common.files import looks_local, read_json, resolve_path
 from common.new_model import new_model, train_tokenizer
 
+log = logging.getLogger(__name__)
 ADAPTER = "adapter_config.json"
 READING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
 
@@ -58,6 +60,12 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainabl
     Raises:
         UserError: if the weights cannot be loaded or do not fit the tokenizer.
     """
+    if trainable and config.dtype != "float32" and not config.lora:
+        log.warning(
+            "model.dtype=%s: at small learning rates most updates of such weights round to nothing. Use model.dtype=float32 "
+            "with training.bf16=auto (it computes in bfloat16), or model.lora",
+            config.dtype,
+        )
     if config.new:
         return new_model(config.new, tokenizer, config.dtype)
     path = _checkpoint_path(config)
@@ -93,13 +101,33 @@ def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
             target_modules=lora.target_modules,
             task_type="CAUSAL_LM",
         )
-        return get_peft_model(model, settings)
+        adapted = get_peft_model(model, settings)
     except (ValueError, TypeError) as error:
         layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
         raise UserError(
             f"model.lora.target_modules={lora.target_modules}: {error}; linear layers here: {names}"
         ) from error
+    _refuse_tied_targets(adapted)
+    return adapted
+
+
+def _refuse_tied_targets(model: torch.nn.Module) -> None:
+    """Refuse an adapter on a weight that two layers share: merged into one of them, it would change the other one, too.
+
+    Raises:
+        UserError: names the layers.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if hasattr(module, "weight")]
+    users: dict[int, set[str]] = {id(module.weight): set() for _, module in layers}
+    for name, module in layers:
+        users[id(module.weight)].add(name.removesuffix(".base_layer").rpartition(".")[2])
+    for _, module in layers:
+        if hasattr(module, "base_layer") and len(tied := users[id(module.weight)]) > 1:
+            raise UserError(
+                f"model.lora.target_modules: {' and '.join(sorted(tied))} share one weight, and an adapter on one of them "
+                "cannot be merged without changing the other; use other layers, for instance all-linear"
+            )
 
 
 def eos_token_ids(model: PreTrainedModel, eos_token_id: int) -> list[int]:
@@ -165,6 +193,7 @@ def _load_adapter(
     model = load_model(base, tokenizer, trainable=False)
     with _errors_of_loading(config, "its adapter", *READING_ERRORS):
         model = PeftModel.from_pretrained(model, path, is_trainable=continue_adapter)
+    _refuse_tied_targets(model)
     if not continue_adapter:
         return model.merge_and_unload().requires_grad_(trainable)
     model.get_base_model().enable_input_require_grads()

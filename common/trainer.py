@@ -48,7 +48,16 @@ class ResumableTrainer(Trainer):
     evaluate_every: int = 1
 
     def __init__(self, model: Any, args: TrainingArguments, rows: list, tokenizer: Any):
+        check_even_split(len(rows), args.per_device_train_batch_size, args.world_size)
         super().__init__(model=model, args=args, train_dataset=rows, data_collator=list, processing_class=tokenizer)
+        # As accelerate says: training.fsdp and training.deepspeed are not the only ways to turn them on.
+        zero = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
+        if self.is_fsdp_enabled or zero == 3:
+            raise UserError(
+                f"{'FSDP' if self.is_fsdp_enabled else 'DeepSpeed ZeRO-3'}: answers are generated from whole weights, and here "
+                "each process has a part of them. Use plain processes (torchrun), DeepSpeed ZeRO-2 or model.lora, and leave "
+                "out training.fsdp, training.deepspeed and accelerate's settings for them"
+            )
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ProgressBar())
@@ -159,6 +168,23 @@ class ResumableTrainer(Trainer):
 
     def before_training(self) -> None:
         """Called once before the first step, but not when a run is resumed. Subclasses may override it."""
+
+
+def check_even_split(rows: int, batch_size: int, processes: int) -> None:
+    """Check that the processes get equal shares of the rows. Accelerate would repeat rows to fill the last batches.
+
+    Args:
+        batch_size: rows of a process in a forward pass.
+    Raises:
+        UserError: names the batch sizes that fit.
+    """
+    if processes > 1 and rows % (batch_size * processes):
+        share = rows // processes
+        fitting = [str(size) for size in range(1, share + 1) if share % size == 0 and rows % processes == 0]
+        raise UserError(
+            f"training.per_device_train_batch_size={batch_size}: {rows} rows cannot be split over {processes} processes in "
+            f"batches of this size, and some would be trained on twice; sizes that fit: {', '.join(fitting) or 'none'}"
+        )
 
 
 class ExampleTrainer(ResumableTrainer):

@@ -18,6 +18,7 @@ from evaluation.metrics.headline import load_questions, score_outputs
 from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Scores
 
+CHECKED_PROMPTS = 4  # prompts on which a saved model is compared with the trained one
 log = logging.getLogger(__name__)
 
 
@@ -37,8 +38,8 @@ class Evaluator:
         self.prompts = prompts
         self.identity = identity
         self.questions = load_questions(config.data, config.evaluation)
-        ids = [prompts.prompt(question.question) for question in self.questions]
-        check_prompt_lengths(ids, config.evaluation.max_length, "evaluation.max_length")
+        self.prompt_ids = [prompts.prompt(question.question) for question in self.questions]
+        check_prompt_lengths(self.prompt_ids, config.evaluation.max_length, "evaluation.max_length")
 
     def evaluate(self, model: PreTrainedModel) -> Scores:
         """The headline scores of the model's greedy answers."""
@@ -70,7 +71,7 @@ class Evaluator:
         """Evaluate the trained model; write weights, history and result to `folder`."""
         scores = self.evaluate(trainer.model)
         if self.config.save_model:
-            save_trained(trainer, folder, merge=bool(self.config.model.lora and self.config.model.lora.merge))
+            save_trained(trainer, folder, self.config.model, self.prompt_ids[:CHECKED_PROMPTS])
         write_json_lines(folder / HISTORY, trainer.history)
         spent = trainer.seconds
         stage_seconds = spent["training"] + spent.get("sampling", 0.0)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from common import hardware
-from common.hardware import suitable_threads
+from common.errors import UserError
+from common.hardware import settle_processes, suitable_threads
 
 
 @pytest.fixture
@@ -32,6 +33,14 @@ def test_the_users_number_of_threads_is_kept(three_threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     with suitable_threads(torch.nn.Linear(2, 2)):
         assert torch.get_num_threads() == 3
+
+
+def test_several_processes_that_do_not_find_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE=2: 2 processes are announced, but they do not find each other"):
+        settle_processes()
+    with pytest.raises(UserError, match="WORLD_SIZE=2: this program runs in one process"):
+        settle_processes(one_only=True)
 
 
 @pytest.mark.parametrize(

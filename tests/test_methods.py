@@ -1,16 +1,20 @@
 """The unlearning methods: each loss by its formula, the direction of a step, the model before unlearning, the command line."""
 
+import contextlib
 import copy
 import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
+from transformers import Trainer
 
 from common.collate import IGNORED
 from common.config import LoraSettings, NewModelConfig
@@ -377,12 +381,31 @@ def test_an_error_inside_leaves_the_present_weights_in_place(learned, prompts):
     torch.testing.assert_close(outputs(model, prompts), present, rtol=0, atol=0)
 
 
-def test_sharded_weights_are_refused_where_the_model_before_is_needed(learned, prompts, tmp_path):
-    found, settings = method_named("npo")
-    args = arguments(tmp_path, 2, 1)
-    args.deepspeed = "zero3.json"
-    with pytest.raises(UserError, match=r"training\.deepspeed.*NPO needs the model before unlearning"):
-        found(copy.deepcopy(learned), args, UnlearningData(ROWS, ROWS, prompts, 64), settings)
+@pytest.mark.parametrize(
+    ("fsdp", "zero_stage", "method", "message"),
+    [
+        (True, None, "grad_diff", "FSDP: answers are generated from whole weights"),
+        (False, 3, "grad_diff", "ZeRO-3: answers are generated from whole weights"),
+        (False, 2, "npo", "NPO needs the model before unlearning"),
+        (False, 2, "grad_diff", None),
+    ],
+)
+def test_sharded_weights_are_refused_however_they_were_turned_on(
+    fsdp, zero_stage, method, message, learned, prompts, tmp_path, monkeypatch
+):
+    """Accelerate's environment turns them on as well. Then the training arguments say nothing."""
+    original = Trainer.create_accelerator_and_postprocess
+
+    def create(trainer):
+        original(trainer)
+        trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = fsdp, zero_stage is not None
+        monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", SimpleNamespace(zero_stage=zero_stage))
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create)
+    found, settings = method_named(method)
+    data = UnlearningData(ROWS, ROWS, prompts, 64)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        found(copy.deepcopy(learned), arguments(tmp_path, 2, 1), data, settings)
 
 
 def test_a_method_that_did_not_ask_for_it_cannot_use_it(learned, prompts, tmp_path):

@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.collate import collate
@@ -28,9 +30,9 @@ def logits(model) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
-def error_of(call, *args) -> str:
+def error_of(call, *args, **options) -> str:
     with pytest.raises(UserError) as caught:
-        call(*args)
+        call(*args, **options)
     return str(caught.value)
 
 
@@ -178,6 +180,30 @@ def test_training_a_merged_adapter_trains_all_parameters(adapter, tokenizer):
     """Without model.lora a checkpoint that is an adapter is merged and then trained as any other model."""
     model = load_model(config(adapter[0]), tokenizer, trainable=True)
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == []
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ".*lm_head", ["q_proj", "lm_head"]])
+def test_an_adapter_on_a_tied_weight_is_refused(model, targets):
+    message = error_of(add_adapter, model, LoraSettings(target_modules=targets))
+    assert message.startswith("model.lora.target_modules: embed_tokens and lm_head share one weight")
+
+
+def test_a_saved_adapter_on_a_tied_weight_is_refused(model, checkpoint, tokenizer, tmp_path):
+    get_peft_model(model, PeftLoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    saved["base_model_name_or_path"] = str(checkpoint)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    message = error_of(load_model, config(tmp_path), tokenizer, trainable=False)
+    assert "embed_tokens and lm_head share one weight" in message
+
+
+def test_training_16_bit_weights_warns(checkpoint, tokenizer, caplog):
+    load_model(config(checkpoint, dtype="bfloat16"), tokenizer, trainable=True)
+    assert caplog.messages[0].startswith("model.dtype=bfloat16: at small learning rates most updates")
+    caplog.clear()
+    load_model(config(checkpoint, dtype="bfloat16"), tokenizer, trainable=False)
+    load_model(config(checkpoint, dtype="bfloat16", lora=LORA), tokenizer, trainable=True)
+    assert not caplog.messages
 
 
 def test_target_modules_that_are_not_there_name_the_candidates(model):

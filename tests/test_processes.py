@@ -15,7 +15,7 @@ def run(processes, folder, models_dir, *overrides):
         ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"] if processes > 1 else []
     )
     command = [sys.executable, *launcher, str(ROOT / "unlearning" / "main.py"), *overrides]
-    command += [f"models_dir={models_dir}", f"output_dir={folder}", "training.num_epochs=3", "training.use_cpu=true"]
+    command += [f"models_dir={models_dir}", f"output_dir={folder}", "training.num_epochs=3"]
     command += [f"training.per_device_train_batch_size={10 // processes}"]
     command += ["evaluation.every_epochs=0", "evaluation.start=false", "save_model=false"]
     done = subprocess.run(

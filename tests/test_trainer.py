@@ -1,16 +1,20 @@
 """The optimizer step: its loss and gradient are exact, whatever the micro-batches, and every parameter is trained."""
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from common.config import RunConfig
+from common.checkpoints import save_trained
+from common.config import LoraSettings, ModelConfig, RunConfig
 from common.errors import UserError
 from common.files import CONFIGS
-from common.trainer import ExampleTrainer
+from common.model import load_model
+from common.trainer import ExampleTrainer, check_even_split
 from common.training_arguments import training_arguments
 from tests.helpers import ROWS, arguments
 from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer
@@ -147,6 +151,15 @@ def test_warmup_lasts_one_epoch(model, prompts, tmp_path):
     assert args.num_train_epochs == 3
 
 
+@pytest.mark.parametrize(
+    ("rows", "size", "processes", "fitting"),
+    [(30, 5, 1, None), (30, 4, 1, None), (30, 5, 2, None), (30, 4, 2, "1, 3, 5, 15"), (31, 5, 2, "none")],
+)
+def test_rows_that_processes_cannot_share_evenly_are_refused(rows, size, processes, fitting):
+    with pytest.raises(UserError, match=f"sizes that fit: {fitting}$") if fitting else nullcontext():
+        check_even_split(rows, size, processes)
+
+
 def test_a_last_epoch_that_max_steps_ends_early_is_in_the_history(model, prompts, tmp_path):
     trainer = unlearning_trainer(model, prompts, tmp_path, 4, 1, max_steps=3)  # two steps an epoch
     trainer.train()
@@ -196,3 +209,21 @@ def test_training_that_diverges_stops_before_the_step_that_would_spoil_the_weigh
     ):
         trainer.train()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=4, alpha=8), LoraSettings(r=4, alpha=8, merge=True)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_model_answers_as_the_trained_one(model, tokenizer, prompts, tmp_path, lora, dtype, monkeypatch):
+    model.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    config = ModelConfig(path=str(tmp_path / "start"), prompt=prompts.config, dtype=dtype, lora=lora)
+    model = load_model(config, tokenizer, trainable=True)
+    args = arguments(tmp_path, 4, 1, learning_rate=0.1 if lora else 0.01, max_steps=8)
+    trainer = ExampleTrainer(model, args, [prompts.example(row, 64) for row in ROWS], tokenizer)
+    trainer.train()
+    ids = [prompts.prompt(row.question) for row in ROWS[:4]]
+    save_trained(trainer, tmp_path / "saved", config, ids)
+    loaded = load_model(replace(config, path=str(tmp_path / "start")), tokenizer, trainable=False)
+    monkeypatch.setattr("common.checkpoints.load_model", lambda *_, **__: loaded)  # as if the training had been lost
+    with pytest.raises(UserError, match="the saved model does not answer as the trained one does"):
+        save_trained(trainer, tmp_path / "lost", config, ids)

@@ -90,12 +90,12 @@ class UnlearningTrainer(ResumableTrainer):
     logged_terms: tuple[str, ...] = ()  # other quantities that the method passes to `add_to_epoch` in each step
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: Any):
-        if self.needs_reference and (args.deepspeed or args.fsdp):
-            raise UserError(
-                f"training.deepspeed, training.fsdp: {type(self).__name__} needs the model before unlearning, which is not "
-                "kept where weights are sharded over processes; leave them out, or use model.lora on each GPU"
-            )
         super().__init__(model, args, data.forget, data.prompts.tokenizer)
+        if self.needs_reference and self.is_deepspeed_enabled:
+            raise UserError(
+                f"DeepSpeed: {type(self).__name__} needs the model before unlearning, which is not kept where DeepSpeed holds "
+                "the weights; leave out training.deepspeed and accelerate's settings for it, or use model.lora"
+            )
         self.data = data
         self.settings = settings
         self.retain_examples = [self.example(row) for row in data.retain]
