@@ -1,5 +1,6 @@
 """What is checked of a loaded model: left-to-right prediction, positions of padded rows, and their number."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from common.config import NewModelConfig
 from common.errors import UserError
 from common.model import load_model
 from common.model_checks import check_causal, check_positions
+from evaluation.context import Loader
 from tests.helpers import ARCHITECTURES, SMALL, random_model
 from tests.test_model import config
 
@@ -96,3 +98,16 @@ def test_lengths_up_to_the_last_position_are_accepted(caplog):
 def test_lengths_beyond_the_trained_rotary_positions_are_warned_about(caplog):
     check_positions(random_model("llama"), run_with(evaluation=4000))
     assert "evaluation.max_length=4000: the model was made for at most 2048 tokens" in caplog.text
+
+
+@pytest.mark.parametrize("split", ["data", "evaluation"])
+def test_the_evaluation_checks_the_lengths_of_the_model_it_loads(context, tmp_path, split):
+    fresh("gpt2", {**ARCHITECTURES["gpt2"], "n_positions": 120}).save_pretrained(tmp_path / "model")
+    lengths = {"data": 100, "evaluation": 60, split: 130}
+    config = replace(
+        context.config,
+        data=replace(context.config.data, max_length=lengths["data"]),
+        evaluation=replace(context.config.evaluation, max_length=lengths["evaluation"]),
+    )
+    with pytest.raises(UserError, match=f"^{split}.max_length=130: the model has positions for 120 tokens only"):
+        Loader().open(config, config.model).outputs.load()
