@@ -49,6 +49,8 @@ class PromptConfig:
     """System message of a chat."""
     date_string: str | None = None
     """Date that a chat template prints; null: the template's default."""
+    template_options: dict[str, Any] = Field(default_factory=dict)
+    """Further variables of the chat template, for instance {enable_thinking: false}."""
     question: str = "Question: {question}\nAnswer:"
     """plain style: the prompt."""
     answer: str = " {answer}"

@@ -24,6 +24,7 @@ from transformers import (
 from common.config import LoraSettings, ModelConfig
 from common.errors import UserError
 from common.files import looks_local, read_json, resolve_path
+from common.model_checks import check_causal
 from common.new_model import new_model, train_tokenizer
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainabl
         trainable: with `config.lora`, add a LoRA adapter, or continue with the checkpoint's adapter. Otherwise an adapter
             in the checkpoint is merged into the weights, which makes generation faster.
     Raises:
-        UserError: if the weights cannot be loaded or do not fit the tokenizer.
+        UserError: if the weights cannot be loaded, do not fit the tokenizer, or are those of a bidirectional model.
     """
     if trainable and config.dtype != "float32" and not config.lora:
         log.warning(
@@ -67,7 +68,9 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainabl
             config.dtype,
         )
     if config.new:
-        return new_model(config.new, tokenizer, config.dtype)
+        model = new_model(config.new, tokenizer, config.dtype)
+        check_causal(model, f"model.new.architecture={config.new.architecture}")
+        return model
     path = _checkpoint_path(config)
     if _is_adapter(path):
         return _load_adapter(config, path, tokenizer, trainable)
@@ -80,6 +83,7 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainabl
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"model.path={config.path}: {len(missing)} weights are missing, {missing[0]} among them")
     _check_vocabulary(config, tokenizer, model.get_input_embeddings().num_embeddings)
+    check_causal(model, f"model.path={config.path}")
     return add_adapter(model, config.lora) if trainable and config.lora else model
 
 

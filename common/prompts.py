@@ -1,5 +1,7 @@
 """Turn questions and answers into token ids. Prompt and answer are tokenized separately, then concatenated."""
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from common.config import PromptConfig
 from common.data import Row
 from common.errors import UserError
+
+ANSWER = "ANSWER"  # an answer by which a chat template is examined
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class PromptFormat:
         tokenizer: the model's tokenizer.
         config: the `model.prompt` section.
     Raises:
-        UserError: for style "chat" if the tokenizer has no chat template, or if there is no EOS token.
+        UserError: for style "chat" if the tokenizer has no chat template or the template puts other text than whitespace
+            between prompt and answer, or if there is no EOS token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig):
@@ -38,12 +43,16 @@ class PromptFormat:
         self.config = config
         if config.style == "chat" and not tokenizer.chat_template:
             raise UserError("model.prompt.style=chat: the tokenizer has no chat template; use model.prompt.style=plain")
+        if config.style == "chat":
+            self._check_template()
         self.eos_token_id = self._find_eos_token()
+        self.special_before, self.special_after = special_tokens_around(tokenizer)
 
     def prompt(self, question: str) -> list[int]:
         """Token ids of the prompt for a question."""
         if self.config.style == "plain":
-            return self.tokenizer(self.config.question.replace("{question}", question))["input_ids"]
+            text = self.config.question.replace("{question}", question)
+            return [*self.special_before, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
         return self._chat(self._messages(question), add_generation_prompt=True, tokenize=True, return_dict=False)
 
     def answer(self, answer: str) -> list[int]:
@@ -76,6 +85,7 @@ class PromptFormat:
         return [*system, {"role": "user", "content": question}]
 
     def _chat(self, messages: list[dict[str, str]], **options: Any) -> Any:
+        options = {**self.config.template_options, **options}
         if self.config.date_string is not None:
             options["date_string"] = self.config.date_string
         try:
@@ -85,12 +95,39 @@ class PromptFormat:
                 f"model.prompt: the chat template rejects the prompt ({error}); is it because of model.prompt.system?"
             ) from error
 
+    def _check_template(self) -> None:
+        """Check that the template has the options that are set, and that a prompt with its answer begins the whole chat.
+
+        Raises:
+            UserError: with the text that would be missing between prompt and answer.
+        """
+        for name in self.config.template_options:
+            if name in ("messages", "add_generation_prompt"):
+                raise UserError(f"model.prompt.template_options.{name}: is set by the program; remove it")
+            if not re.search(rf"\b{re.escape(name)}\b", str(self.tokenizer.chat_template)):
+                raise UserError(
+                    f"model.prompt.template_options.{name}: the chat template has no such variable; remove it"
+                )
+        prompt = self._chat(self._messages("?"), add_generation_prompt=True, tokenize=False)
+        chat = self._chat_with_answer().rpartition(ANSWER)[0]
+        shared = len(os.path.commonprefix([prompt, chat]))
+        shown = max(0, shared - 20)
+        # Some templates put a space before the answer, which many tokenizers put before a text on their own.
+        if prompt[shared:].strip() or chat[shared:].strip():
+            raise UserError(
+                f"model.prompt: the chat template ends a prompt with {prompt[shown:]!r}, and writes "
+                f"{chat[shown:]!r} before an answer in a finished chat. The model would be trained and asked with "
+                "other text than the template's: set model.prompt.template_options to what makes both the same (Qwen3: "
+                "{enable_thinking: false}), or model.prompt.style=plain"
+            )
+
+    def _chat_with_answer(self) -> str:
+        return self._chat([*self._messages("?"), {"role": "assistant", "content": ANSWER}], tokenize=False)
+
     def _find_eos_token(self) -> int:
         """The token that ends an answer: the chat template's token after an answer, or else the tokenizer's EOS token."""
         if self.config.style == "chat":
-            marker = "ANSWER"
-            chat = [*self._messages("?"), {"role": "assistant", "content": marker}]
-            after = self._chat(chat, tokenize=False).rpartition(marker)[2]
+            after = self._chat_with_answer().rpartition(ANSWER)[2]
             ids = self.tokenizer(after.strip(), add_special_tokens=False)["input_ids"]
             if ids and ids[0] in (*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder):
                 return ids[0]
@@ -99,6 +136,23 @@ class PromptFormat:
                 "the tokenizer has no EOS token (eos_token), so answers would never end; add one to the tokenizer"
             )
         return self.tokenizer.eos_token_id
+
+
+def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids of the special tokens that the tokenizer adds before a text (BOS, [CLS], ...) and after it (EOS, [SEP], ...).
+
+    Raises:
+        UserError: if it tokenizes the text itself in another way when it adds them.
+    """
+    text = "Question: a"
+    ids, bare = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    for start in range(len(ids) - len(bare) + 1):
+        if ids[start : start + len(bare)] == bare:
+            return ids[:start], ids[start + len(bare) :]
+    raise UserError(
+        f"the tokenizer makes {ids} of the text '{text}', and {bare} without special tokens: it cannot be told which tokens "
+        "stand before a prompt; use another tokenizer, or model.prompt.style=chat"
+    )
 
 
 def check_prompt_lengths(prompts: Sequence[list[int]], max_length: int, key: str) -> None:

@@ -2,7 +2,6 @@
 
 import gc
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from accelerate import PartialState
@@ -12,6 +11,7 @@ from common.config import ModelConfig, RunConfig
 from common.data import Row, load_split
 from common.errors import UserError
 from common.model import load_model, load_tokenizer
+from common.model_checks import check_positions
 from common.prompts import PromptFormat
 from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Missing
@@ -48,7 +48,12 @@ class Loader:
         if key not in self._opened:
             tokenizer = load_tokenizer(model)
             prompts = PromptFormat(tokenizer, model.prompt)
-            load = partial(self.shared, model, tokenizer)
+
+            def load() -> PreTrainedModel:
+                loaded = self.shared(model, tokenizer)
+                check_positions(loaded, config)
+                return loaded
+
             outputs = ModelOutputs(load, prompts, config.evaluation, config.data.max_length)
             self._opened[key] = EvaluatedModel(model, tokenizer, outputs)
         return self._opened[key]

@@ -23,6 +23,7 @@ from common.config import RunConfig, read_config
 from common.data import load_split
 from common.files import CONFIGS
 from common.model import load_model, load_tokenizer
+from common.model_checks import check_positions
 from common.prompts import PromptFormat, check_prompt_lengths
 from common.runs import training_run
 from common.trainer import ExampleTrainer
@@ -51,6 +52,7 @@ def finetune(cfg: DictConfig) -> Path:
     args = training_arguments(config, run.work, len(examples))
     set_seed(config.seed)
     model = load_model(config.model, tokenizer, trainable=True)
+    check_positions(model, config)
     work = run.open(fresh=config.overwrite)
     trainer = ExampleTrainer(model, args, examples, tokenizer)
     if config.evaluation.start:

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from common.errors import UserError
-from evaluation.metrics.lm_eval_harness import Harness, check
+from common.prompts import PromptFormat
+from evaluation.metrics.lm_eval_harness import Harness, check, measure
+from evaluation.scores import Scores
 from tests.helpers import evaluate_here
 
 pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")
@@ -51,6 +54,19 @@ def test_a_local_task_through_the_stage(models_dir, task, tmp_path, monkeypatch)
     assert result["scores"]["lm_eval/capitals/acc"] == pytest.approx(2 / 3)
     assert result["higher_is_better"]["lm_eval/capitals/acc"] is True
     assert result["counts"]["lm_eval/capitals/acc"] == 3
+
+
+def test_a_tokenizer_that_appends_tokens_gives_no_score(context):
+    """The harness would take the EOS token for a part of the question."""
+    tokenizer = context.model.tokenizer
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    context.model.outputs.prompts = PromptFormat(tokenizer, context.model.config.prompt)
+    context.config.sections["lm_eval"] = Harness(tasks=["capitals"])
+    scores = Scores()
+    measure(context, scores)
+    assert scores.values == {"lm_eval/capitals": None}
+    assert "appends ['<|end|>'] to a text" in scores.by_name["lm_eval/capitals"].note
 
 
 @pytest.mark.slow

@@ -4,13 +4,16 @@ import doctest
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 
 from common.collate import collate
 from common.config import PromptConfig
 from common.data import Row
 from common.errors import UserError
 from common.prompts import Example, PromptFormat, check_prompt_lengths
+from tests.helpers import CHAT_TEMPLATE
 
 QUESTION, ANSWER = "Who is Bram Toll?", "A poet."
 CHAT = PromptConfig(style="chat", system="You are a helpful assistant.")
@@ -62,6 +65,48 @@ def test_a_plain_prompt_has_one_bos_and_an_answer_none(tokenizer_with_bos):
     assert bos not in form.answer(ANSWER)
 
 
+EOS, CLS, SEP = "</s>", "[CLS]", "[SEP]"
+
+
+def words(template: str, special: list[str]):
+    """A tokenizer of words whose post-processor is `template`."""
+    names = [*special, "<unk>", "Question", "Answer", ":", "Who", "is", "Bram", "Toll", "?", "A", "poet", "."]
+    tokenizer = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[(name, names.index(name)) for name in special]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[-1], unk_token="<unk>")
+
+
+def llama_tokenizer(**options):
+    vocabulary = ["<unk>", "<s>", EOS, "▁", *"Question:WhoisBramTollAnswerpoet.?\n"]
+    return LlamaTokenizerFast(vocab={name: i for i, name in enumerate(dict.fromkeys(vocabulary))}, merges=[], **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "before"),
+    [
+        (lambda: words(f"$A {EOS}", [EOS]), []),
+        (lambda: words(f"{CLS} $A {SEP}", [CLS, SEP]), [CLS]),
+        (lambda: llama_tokenizer(add_bos_token=True, add_eos_token=True), ["<s>"]),
+        (lambda: llama_tokenizer(add_bos_token=False, add_eos_token=True), []),
+        (lambda: llama_tokenizer(add_bos_token=True, add_eos_token=False), ["<s>"]),
+    ],
+)
+def test_no_special_token_stands_between_a_plain_prompt_and_its_answer(make, before):
+    """Whatever a tokenizer appends to a text; what it puts before the text stays."""
+    tokenizer = make()
+    example = PromptFormat(tokenizer, PromptConfig(style="plain")).example(Row(0, QUESTION, ANSWER), 200)
+    ids = example.prompt + example.answer
+    special = [name for name in tokenizer.convert_ids_to_tokens(ids) if name in ("<s>", EOS, CLS, SEP)]
+    assert special == [*before, tokenizer.eos_token]
+    assert ids[-1] == tokenizer.eos_token_id
+    assert len(example.prompt) - len(before) == len(
+        tokenizer(f"Question: {QUESTION}\nAnswer:", add_special_tokens=False)["input_ids"]
+    )
+
+
 # --- chat ---------------------------------------------------------------------------------------------------------------
 
 
@@ -91,7 +136,10 @@ def test_the_end_token_of_a_chat_is_the_templates(chat_tokenizer):
 
 
 def test_a_template_without_an_end_token_falls_back_to_the_tokenizers(chat_tokenizer):
-    chat_tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    chat_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"  # a space before the answer is no difference
+    )
     assert PromptFormat(chat_tokenizer, CHAT).eos_token_id == chat_tokenizer.eos_token_id
 
 
@@ -112,7 +160,7 @@ def test_a_chat_whose_template_writes_the_bos_has_one(tokenizer_with_bos):
     assert bos not in form.answer(ANSWER)
 
 
-DATED = "{{ date_string if date_string is defined else 'today' }}: {{ messages[-1]['content'] }}"
+DATED = "{{ date_string if date_string is defined else 'today' }}: {{ messages | map(attribute='content') | join }}"
 
 
 @pytest.mark.parametrize(("date", "printed"), [("10 Apr 2025", "10 Apr 2025: a?"), (None, "today: a?")])
@@ -120,6 +168,45 @@ def test_date_string_reaches_the_template(chat_tokenizer, date, printed):
     chat_tokenizer.chat_template = DATED
     form = PromptFormat(chat_tokenizer, PromptConfig(style="chat", date_string=date))
     assert chat_tokenizer.decode(form.prompt("a?")) == printed
+
+
+TURN = "{% if m['role'] == 'assistant' %}HEADER{% endif %}{{ m['content'] }}<|im_end|>\n"
+BEGIN = "<|im_start|>assistant\n"
+WITH_HEADER = CHAT_TEMPLATE.replace("{{ m['content'] }}<|im_end|>\n", TURN)
+THINKING = WITH_HEADER.replace("HEADER", "<think>\n\n</think>\n\n").replace(
+    BEGIN, BEGIN + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+)
+CHANNEL = WITH_HEADER.replace("HEADER", "<|channel|>final<|message|>")
+OPENED = CHAT_TEMPLATE.replace(BEGIN, f"{BEGIN}<think>\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "named"), [(THINKING, "</think>"), (CHANNEL, "<|channel|>final<|message|>"), (OPENED, "<think>")]
+)
+def test_a_template_with_text_between_prompt_and_answer_is_refused(chat_tokenizer, template, named):
+    chat_tokenizer.chat_template = template
+    with pytest.raises(UserError, match=r"set model\.prompt\.template_options") as caught:
+        PromptFormat(chat_tokenizer, CHAT)
+    assert named in str(caught.value)
+
+
+def test_template_options_reach_the_template(chat_tokenizer):
+    chat_tokenizer.chat_template = THINKING
+    form = PromptFormat(chat_tokenizer, PromptConfig(style="chat", template_options={"enable_thinking": False}))
+    example = form.example(Row(0, QUESTION, ANSWER), 200)
+    conversation = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    text = chat_tokenizer.apply_chat_template(conversation, tokenize=False)
+    assert chat_tokenizer.decode(example.prompt + example.answer) + "\n" == text
+    assert "<think>\n\n</think>\n\nA poet." in text
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("enable_thinkin", "has no such variable"), ("add_generation_prompt", "set by the program")]
+)
+def test_a_template_option_without_effect_is_refused(chat_tokenizer, name, reason):
+    chat_tokenizer.chat_template = THINKING
+    with pytest.raises(UserError, match=rf"model\.prompt\.template_options\.{name}: .*{reason}"):
+        PromptFormat(chat_tokenizer, PromptConfig(style="chat", template_options={name: False}))
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------------

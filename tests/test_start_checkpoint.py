@@ -90,6 +90,7 @@ def test_the_command_that_makes_a_path(path, command):
         ("model.path=some/other", "model.path=models/finetuned/pretrain-tiny/seed-0 there, some/other here"),
         ("model.prompt.style=chat", "model.prompt.style=plain there, chat here"),
         ("+model.prompt.system=S", "model.prompt.system=None there, S here"),
+        ("+model.prompt.template_options.x=1", "model.prompt.template_options={} there, {'x': 1} here"),
     ],
 )
 def test_a_checkpoint_of_other_data_model_or_prompt_is_refused(tmp_path, override, message):

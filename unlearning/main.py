@@ -26,6 +26,7 @@ from common.data import load_splits
 from common.errors import UserError, reason
 from common.files import CONFIGS, is_first_process
 from common.model import load_model, load_tokenizer
+from common.model_checks import check_positions
 from common.prompts import PromptFormat, check_prompt_lengths
 from common.results import copy_result, stored_result
 from common.runs import training_run
@@ -63,6 +64,7 @@ def unlearn(cfg: DictConfig) -> Path:
     args = training_arguments(config, run.work, len(data.forget))
     set_seed(config.seed)
     model = load_model(config.model, tokenizer, trainable=True)
+    check_positions(model, config)
     work = run.open(fresh=config.overwrite)
     trainer = method(model, args, data, config.settings)
     if config.evaluation.start:

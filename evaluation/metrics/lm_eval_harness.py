@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt
 from common.config import problem_list, section
 from common.errors import UserError, did_you_mean
 from evaluation.context import EvaluationContext
-from evaluation.scores import Scores
+from evaluation.scores import Missing, Scores
 
 
 @section
@@ -56,10 +56,18 @@ def task_manager(include_path: str | None) -> Any:
 
 def measure(context: EvaluationContext, scores: Scores) -> None:
     """Every numeric metric of every task, as lm_eval/<task>/<metric>."""
+    settings: Harness = context.config.sections["lm_eval"]
+    with scores.null_if_missing(dict.fromkeys(f"lm_eval/{task}" for task in settings.tasks)):
+        if appended := context.outputs.prompts.special_after:
+            names = context.model.tokenizer.convert_ids_to_tokens(appended)
+            raise Missing(f"the tokenizer appends {names} to a text, and the harness would put them before the answers")
+        _measure(context, settings, scores)
+
+
+def _measure(context: EvaluationContext, settings: Harness, scores: Scores) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    settings: Harness = context.config.sections["lm_eval"]
     model = context.outputs.load()
     output = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=context.model.tokenizer, batch_size=settings.batch_size),

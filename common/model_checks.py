@@ -1,0 +1,80 @@
+"""Checks of a loaded model: whether it predicts from left to right, and how many positions it has."""
+
+import logging
+
+import torch
+from transformers import PreTrainedModel
+
+from common.config import RunConfig
+from common.errors import UserError
+
+log = logging.getLogger(__name__)
+
+PADDING = 2  # tokens before a padded row
+TOLERANCE = {torch.float32: 1e-3}  # largest difference of equal logits, in standard deviations of the logits
+TOLERANCE_16_BIT = 0.25
+CPU_ATTENTION = ("eager", "sdpa")  # other implementations run on a GPU only, and a model is loaded on the CPU
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel, key: str) -> None:
+    """Check on a few tokens that logits depend on earlier tokens only, and neither on padding nor on explicit positions.
+
+    Losses come from rows padded on the right, without position ids; samples from rows padded on the left, with them.
+
+    Args:
+        key: the configuration key and value by which an error names the model.
+    Raises:
+        UserError: if the model is bidirectional, or takes another position than its token's for a padded row.
+    """
+    if model.config._attn_implementation not in CPU_ATTENTION:
+        return
+    middle = model.get_input_embeddings().num_embeddings // 2  # special tokens have the lowest or the highest ids
+    ids = torch.arange(middle, middle + 4, device=model.device)[None]
+    changed = torch.cat([ids[:, :-1], ids[:, -1:] + 1], 1)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (PADDING, 0))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = {"input_ids": torch.nn.functional.pad(ids, (PADDING, 0)), "attention_mask": mask}
+    training = model.training
+    model.eval()
+    try:
+        logits, of_changed = (model(input_ids=row, use_cache=False).logits.float() for row in (ids, changed))
+        of_padded = model(**padded, position_ids=positions, use_cache=False).logits.float()[:, PADDING:]
+    except Exception as error:  # an operation without a CPU kernel; an error of the model itself shows in training
+        log.warning("%s: not checked for left-to-right prediction (%s)", key, error)
+        return
+    finally:
+        model.train(training)
+    tolerance = TOLERANCE.get(model.dtype, TOLERANCE_16_BIT) * logits.std()
+    if (of_changed - logits)[:, :-1].abs().max() > tolerance:
+        raise UserError(
+            f"{key}: {type(model).__name__} is bidirectional, its prediction of a token depends on later tokens, so it cannot "
+            "generate text; name a causal language model"
+        )
+    if (of_padded - logits).abs().max() > tolerance:
+        raise UserError(
+            f"{key}: {type(model).__name__} numbers the positions of a padded row otherwise than those of a single row, so "
+            "its samples would be wrong; name a model whose forward pass follows position_ids, counted from 0"
+        )
+
+
+def check_positions(model: PreTrainedModel, config: RunConfig) -> None:
+    """Check that the model has a position for every token of the longest rows that the run may make.
+
+    Rotary embeddings go on past `max_position_embeddings`, where the model was not trained: a warning.
+
+    Raises:
+        UserError: names each length that is larger than the model's table of positions.
+    """
+    settings = model.config.get_text_config(decoder=True)
+    limit = getattr(settings, "max_position_embeddings", None)
+    lengths = {
+        "data.max_length": config.data.max_length,
+        "evaluation.max_length": config.evaluation.max_length,
+        "method.max_length": getattr(config.settings, "max_length", 0),
+    }
+    longer = ", ".join(f"{key}={length}" for key, length in lengths.items() if limit and length > limit)
+    if longer and getattr(settings, "rope_parameters", None):
+        log.warning("%s: the model was made for at most %d tokens (max_position_embeddings)", longer, limit)
+    elif longer:
+        raise UserError(f"{longer}: the model has positions for {limit} tokens only; set it to at most {limit}")
