@@ -9,6 +9,8 @@ from pathlib import Path
 # Parts of error messages from safetensors and torch.save, whose errors have no errno.
 SIGNS_OF_A_FULL_DISK = ("No space left", "inline_container", "PytorchStreamWriter", "file write failed")
 
+# What libraries raise for values that they cannot use.
+LIBRARY_ERRORS = (ValueError, TypeError, ImportError, RuntimeError, OverflowError)
 
 # Former names of keys.
 RENAMED = {"prune": "early_stopping", "side_by_side": "interleaved"}
@@ -16,6 +18,15 @@ RENAMED = {"prune": "early_stopping", "side_by_side": "interleaved"}
 
 class UserError(Exception):
     """A problem that the user can fix. The message names the key or file, the value, and what to do."""
+
+
+@contextlib.contextmanager
+def library_errors_as_user_error(key: str) -> Iterator[None]:
+    """Turn `LIBRARY_ERRORS` into a UserError that begins with the key."""
+    try:
+        yield
+    except LIBRARY_ERRORS as error:
+        raise UserError(f"{key}: {reason(error)}") from error
 
 
 class Interrupted(SystemExit):

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from common.checkpoints import SaveAndStop, StopSignals, last_complete_checkpoint
 from common.collate import PASS_OVERHEAD_TOKENS, bucket_by_length, collate, count_answer_tokens, sort_into_micro_batches
-from common.errors import Interrupted, UserError
+from common.errors import Interrupted, UserError, library_errors_as_user_error
 from common.files import read_json
 from common.hardware import suitable_threads
 from common.losses import answer_losses
@@ -48,7 +48,8 @@ class ResumableTrainer(Trainer):
     evaluate_every: int = 1
 
     def __init__(self, model: Any, args: TrainingArguments, rows: list, tokenizer: Any):
-        super().__init__(model=model, args=args, train_dataset=rows, data_collator=list, processing_class=tokenizer)
+        with library_errors_as_user_error("training"):
+            super().__init__(model=model, args=args, train_dataset=rows, data_collator=list, processing_class=tokenizer)
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ProgressBar())

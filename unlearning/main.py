@@ -22,7 +22,7 @@ from transformers import set_seed
 
 from common.cli import check_recipe, job_errors, launch
 from common.config import read_config
-from common.data import load_splits
+from common.data import check_forget_and_retain, load_splits
 from common.errors import UserError, reason
 from common.files import CONFIGS, is_first_process
 from common.model import load_model, load_tokenizer
@@ -53,6 +53,7 @@ def unlearn(cfg: DictConfig) -> Path:
         return run.folder
     tokenizer = load_tokenizer(config.model)
     rows = load_splits(config.data, ("forget", "retain"))
+    check_forget_and_retain(rows["forget"], rows["retain"])
     prompts = PromptFormat(tokenizer, config.model.prompt)
     data = UnlearningData(rows["forget"], rows["retain"], prompts, config.data.max_length)
     prompt_ids = {role: [prompts.prompt(row.question) for row in split] for role, split in rows.items()}
