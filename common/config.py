@@ -6,6 +6,7 @@ data or model is loaded.
 
 import dataclasses
 import json
+import re
 import types
 import typing
 from importlib.util import find_spec
@@ -70,10 +71,21 @@ class LoraSettings:
     """The adapter's output is multiplied by alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    target_modules: Any = "all-linear"
+    target_modules: str | list[str] = "all-linear"
     """Names of the layers that get an adapter, or all-linear."""
     merge: bool = False
     """Save the merged model instead of the adapter."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def compiles(cls, modules: str | list[str]) -> str | list[str]:
+        try:
+            re.compile(modules if isinstance(modules, str) else "")
+        except re.error as error:
+            raise ValueError(f"neither a list of names nor a regular expression ({error})") from error
+        if not modules:
+            raise ValueError("is empty; name the layers, or all-linear")
+        return modules
 
 
 @section

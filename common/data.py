@@ -13,7 +13,7 @@ import numpy as np
 
 from common.config import DataConfig, problem_list
 from common.errors import UserError, did_you_mean
-from common.files import ROOT, looks_local, resolve_path
+from common.files import ROOT, SURROGATE, looks_local, resolve_path
 
 log = logging.getLogger(__name__)
 
@@ -121,12 +121,14 @@ def _load_part(data: DataConfig, key: str, part: str) -> list[tuple[str, dict]]:
 
 
 def _read_json_lines(folder: Path, name: str, key: str) -> list[tuple[str, dict]]:
-    paths = sorted(folder.iterdir(), reverse=True)  # .json comes last, so it replaces .jsonl of the same name
-    files = {path.stem: path for path in paths if path.suffix in (".json", ".jsonl") and path.is_file()}
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jsonl") and path.is_file()]
+    files = {path.stem: path for path in paths}
     if name not in files:
         hint, found = did_you_mean(name, files), ", ".join(sorted(files)) or "none"
         raise UserError(f"{key}={name}: no {folder / name}.json{hint} (there: {found})")
     file = files[name]
+    if sum(path.stem == name for path in paths) > 1:
+        raise UserError(f"{key}={name}: {folder} has {name}.json and {name}.jsonl; remove one of them")
     try:
         lines = file.read_text(encoding="utf-8").split("\n")  # splitlines() would also split at other characters
     except UnicodeDecodeError as error:
@@ -140,6 +142,8 @@ def _parse(line: str, where: str) -> dict:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not a JSON object ({error.msg}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or very deep nesting
+        raise UserError(f"{where}: not readable as JSON ({error})") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a JSON object but {type(record).__name__}")
     return record
@@ -169,5 +173,7 @@ def _to_row(index: int, record: dict, where: str, columns: dict[str, str]) -> Ro
         texts = value if field == "perturbed_answer" else [value]
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError(f"{where}: {columns[field]} is empty or not text: {value!r}")
+        if any(SURROGATE.search(text) for text in texts):
+            raise UserError(f"{where}: {columns[field]} has half of a surrogate pair, which is not text: {value!r}")
     values["perturbed_answer"] = tuple(values.get("perturbed_answer", ()))
     return Row(index=index, **values)

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 # Parts of error messages from safetensors and torch.save, whose errors have no errno.
 SIGNS_OF_A_FULL_DISK = ("No space left", "inline_container", "PytorchStreamWriter", "file write failed")
 
@@ -59,7 +60,7 @@ def full_disk_as_user_error(folder: str | Path) -> Iterator[None]:
         yield
     except Exception as error:
         named = any(sign in str(error) for sign in SIGNS_OF_A_FULL_DISK)
-        if not named and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+        if not named and getattr(error, "errno", None) not in FULL_DISK:
             raise
         raise UserError(
             f"{folder}: no space left on the device. Nothing was replaced: an earlier result of this run is still complete. "

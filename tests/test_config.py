@@ -361,7 +361,7 @@ def test_a_value_at_the_edge_is_accepted(override):
         ("simnpo", "method.gamma=-1", "method.gamma=-1: expected float, at least 0"),
         ("satimp", "method.beta2=-1", "method.beta2=-1: expected float, at least 0"),
         ("idk", "method.refusals=none.txt", "method.refusals=none.txt: cannot be read"),
-        ("dpo", "method.refusals=/dev/null", "method.refusals=/dev/null: the file is empty"),
+        ("dpo", "method.refusals=/dev/null", "method.refusals=/dev/null: is a device"),
         ("rmu", "method.trained='('", "method.trained=(: not a regular expression"),
         ("rmu", "method.layer=-1", "method.layer=-1: expected int or null, at least 0"),
         ("rmu", "method.steering_coeff=0", "method.steering_coeff=0: expected float, more than 0"),

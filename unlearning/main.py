@@ -13,11 +13,13 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the repository's root, not in this folder
 
+    import common.interrupts  # noqa: F401
+
 from dataclasses import replace
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
 from common.cli import check_recipe, job_errors, launch
@@ -88,7 +90,8 @@ def method_class(cfg: DictConfig) -> type[UnlearningTrainer]:
     Raises:
         UserError: if there is no such class, or it is not an unlearning method.
     """
-    target = cfg.get("method", {}).get("_target_")
+    method = cfg.get("method")
+    target = method.get("_target_") if OmegaConf.is_dict(method) else None
     try:
         found = hydra.utils.get_class(target)
     except (HydraException, ValueError, ImportError, TypeError, AttributeError) as error:
