@@ -9,6 +9,7 @@ import json
 import re
 import types
 import typing
+from functools import cache
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -435,6 +436,7 @@ def _counts_steps(max_steps: int) -> int:
     return max_steps
 
 
+@cache
 def _training_schema() -> type:
     """The fields of TrainingArguments plus our own keys, with ranges that TrainingArguments checks late or not at all."""
     from transformers import TrainingArguments
