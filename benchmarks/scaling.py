@@ -14,6 +14,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the repository's root, not in this folder
 
+    import common.interrupts  # noqa: F401
+
 import logging
 import math
 import time

@@ -14,9 +14,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UserError, did_you_mean, full_disk_as_user_error
-from common.files import CONFIGS, ROOT
+from common.files import CONFIGS, ROOT, SURROGATE
 from common.hardware import settle_processes
 
 log = logging.getLogger(__name__)
@@ -52,14 +53,19 @@ def launch(main: Callable[[], None], one_process: bool = False) -> None:
         one_process: whether the program is refused where a launcher started several processes.
     """
     prepare_process()
-    sys.argv[1:] = [allow_new_key(word) for word in sys.argv[1:]]
     # Makes Hydra raise its errors. By default it prints them and exits.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         settle_processes(one_process)
+        check_words(sys.argv[1:])
+        sys.argv[1:] = [allow_new_key(word) for word in sys.argv[1:]]
         main()
     except UserError as error:
         sys.exit(f"\nError: {error}")
+    except OmegaConfBaseException as error:  # for instance of an interpolation
+        sys.exit(f"\nError: {error.full_key}: {str(error).splitlines()[0]}")
+    except PermissionError as error:
+        sys.exit(f"\nError: {error.filename}: {error.strerror}; change its permissions, or name another file or folder")
     except MissingConfigException as error:
         files = [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("benchmark/*.yaml"), *CONFIGS.glob("compare/*.yaml")]
         recipes = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in files)
@@ -68,6 +74,23 @@ def launch(main: Callable[[], None], one_process: bool = False) -> None:
         sys.exit(f"\nError: {_explain_override(str(error))}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def check_words(words: list[str]) -> None:
+    """Check what Hydra does not accept and has no message for.
+
+    Raises:
+        UserError: for a word that is not text, a recipe named by its file, and a group that is not one of its files.
+    """
+    for word in words:
+        if SURROGATE.search(word):
+            raise UserError(f"{word!r}: is not UTF-8 text")
+        key, _, value = word.lstrip("+").partition("=")
+        if key in ("-cn", "--config-name") and value.endswith(".yaml"):
+            raise UserError(f"{word}: name the recipe without its ending, {key}={value.removesuffix('.yaml')}")
+        if (CONFIGS / key).is_dir() and key and re.match(r"null$|[\[{]|$", value) and "=" in word:
+            choices = ", ".join(sorted(path.stem for path in (CONFIGS / key).glob("*.yaml")))
+            raise UserError(f"{word}: expected one of {choices}")
 
 
 def allow_new_key(override: str) -> str:

@@ -6,8 +6,10 @@ data or model is loaded.
 
 import dataclasses
 import json
+import re
 import types
 import typing
+from functools import cache
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -72,10 +74,21 @@ class LoraSettings:
     """The adapter's output is multiplied by alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    target_modules: Any = "all-linear"
+    target_modules: str | list[str] = "all-linear"
     """Names of the layers that get an adapter, or all-linear."""
     merge: bool = False
     """Save the merged model instead of the adapter."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def compiles(cls, modules: str | list[str]) -> str | list[str]:
+        try:
+            re.compile(modules if isinstance(modules, str) else "")
+        except re.error as error:
+            raise ValueError(f"neither a list of names nor a regular expression ({error})") from error
+        if not modules:
+            raise ValueError("is empty; name the layers, or all-linear")
+        return modules
 
 
 @section
@@ -132,11 +145,25 @@ class Columns(TypedDict):
     perturbed_answer: NotRequired[str]
 
 
+class Splits(TypedDict, total=False):
+    """The roles that splits can have; the stages and the metrics read no others."""
+
+    train: str | None
+    forget: str | None
+    forget_paraphrased: str | None
+    retain: str | None
+    retain_perturbed: str | None
+    real_authors: str | None
+    world_facts: str | None
+    holdout: str | None
+    unrelated: str | None
+
+
 @section
 class DataConfig:
     path: str
     """Hub id, or a local folder of <split>.json files in JSON lines."""
-    splits: dict[str, str | None]
+    splits: Splits
     """role: split, or null if the data set has none."""
     columns: Columns
     """field: column of the data files."""
@@ -356,6 +383,13 @@ REFUSED = {
     "remove_unused_columns": "the data never passes through columns here",
     "label_smoothing_factor": "no loss here reads it",
     "resume_from_checkpoint": "a run resumes by itself; overwrite=true starts it anew",
+    "ignore_data_skip": "a continued run would repeat rows",
+    "enable_jit_checkpoint": "a run writes a checkpoint on SIGTERM by itself",
+    "average_tokens_across_devices": "tokens are always counted over all devices",
+    "parallelism_config": "set training.fsdp, training.fsdp_config or training.deepspeed instead",
+    "restore_callback_states_from_checkpoint": "no callback here has a state",
+    "length_column_name": "the data never passes through columns here",
+    "local_rank": "torchrun sets it",
     "auto_find_batch_size": "another batch size would be another run; lower per_device_train_batch_size",
     "train_sampling_strategy": "rows are always shuffled, and sorted by length within an optimizer step",
 }
@@ -363,32 +397,76 @@ WITHOUT_EFFECT = (
     "do_train do_eval do_predict load_best_model_at_end metric_for_best_model greater_is_better eval_strategy"
 )
 WITHOUT_EFFECT += " eval_steps eval_delay eval_on_start per_device_eval_batch_size prediction_loss_only label_names"
+WITHOUT_EFFECT += " eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics"
+WITHOUT_EFFECT += " batch_eval_metrics bf16_full_eval fp16_full_eval"
 REFUSED |= dict.fromkeys(
     WITHOUT_EFFECT.split(), "it has no effect here; evaluation.every_epochs evaluates during training"
 )
+HUB = "push_to_hub hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
+REFUSED |= dict.fromkeys(HUB.split(), "upload the folder of the finished run instead: hf upload OWNER/NAME FOLDER")
 
 
-def _installed(trackers: Any) -> Any:
-    for tracker in [trackers] if isinstance(trackers, str) else trackers or []:
+def _installed(trackers: str | list[str]) -> str | list[str]:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as KNOWN
+
+    for tracker in [trackers] if isinstance(trackers, str) else trackers:
+        if tracker not in ("none", "all", *KNOWN):
+            raise ValueError(
+                f"no such tracker{did_you_mean(tracker, KNOWN)}; expected none, wandb, tensorboard or trackio"
+            )
         if tracker in ("wandb", "tensorboard", "trackio") and find_spec(tracker) is None:
             raise ValueError(f"{tracker} is not installed; pip install {tracker}")
     return trackers
 
 
+def _has_liger_kernel(wanted: bool) -> bool:
+    if wanted and find_spec("liger_kernel") is None:
+        raise ValueError("is not installed; pip install liger-kernel")
+    return wanted
+
+
+def _ends_before_training(warmup_epochs: float, info: ValidationInfo) -> float:
+    num_epochs = info.data.get("num_train_epochs")
+    if num_epochs and warmup_epochs > num_epochs:
+        raise ValueError(f"the learning rate would not reach its peak; expected at most num_epochs={num_epochs:g}")
+    return warmup_epochs
+
+
+def _counts_steps(max_steps: int) -> int:
+    if max_steps != -1 and max_steps < 1:
+        raise ValueError("expected the number of optimizer steps, or -1 for num_epochs epochs")
+    return max_steps
+
+
+@cache
 def _training_schema() -> type:
     """The fields of TrainingArguments plus our own keys, with ranges that TrainingArguments checks late or not at all."""
     from transformers import TrainingArguments
+    from transformers.training_args import trainer_log_levels
 
     hints = typing.get_type_hints(TrainingArguments)
     kinds = {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments) if field.init}
     kinds |= dict.fromkeys(("num_epochs", "num_train_epochs", "learning_rate"), PositiveFloat)
-    kinds |= dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), PositiveInt)
-    kinds |= dict.fromkeys(("warmup_epochs", "weight_decay", "max_grad_norm"), NonNegativeFloat)
+    kinds |= dict.fromkeys(("adam_epsilon", "save_steps", "logging_steps"), PositiveFloat)
+    kinds |= dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout"), PositiveInt)
+    kinds |= dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps"), NonNegativeFloat)
     kinds |= dict.fromkeys(("adam_beta1", "adam_beta2"), Annotated[float, Field(ge=0, lt=1)])
-    kinds |= {"adam_epsilon": PositiveFloat, "save_steps": PositiveFloat}
-    kinds["save_total_limit"] = Annotated[int | None, Field(ge=1)]
-    kinds["bf16"] = Literal[False, True, "auto"]
-    trackers = hints["report_to"]
-    kinds["report_to"] = Annotated[trackers, AfterValidator(_installed)]
-    config = STRICT | {"arbitrary_types_allowed": True, "validate_default": False}
-    return create_model("Training", __config__=config, **{name: (kind, None) for name, kind in kinds.items()})
+    optional_counts = ("save_total_limit", "torch_empty_cache_steps", "dataloader_prefetch_factor", "ddp_bucket_cap_mb")
+    kinds |= dict.fromkeys(optional_counts, Annotated[int | None, Field(ge=1)])
+    kinds |= dict.fromkeys(("log_level", "log_level_replica"), Literal[tuple(trainer_log_levels)])
+    kinds |= dict.fromkeys(("save_strategy", "logging_strategy"), Literal["no", "steps", "epoch"])
+    return create_model(
+        "Training",
+        __config__=STRICT | {"arbitrary_types_allowed": True, "validate_default": False},
+        **{name: (kind, None) for name, kind in kinds.items()}
+        | {
+            "max_steps": (Annotated[int, AfterValidator(_counts_steps)], None),
+            "warmup_epochs": (Annotated[NonNegativeFloat, AfterValidator(_ends_before_training)], None),
+            "dataloader_num_workers": (NonNegativeInt, None),
+            "data_seed": (Annotated[int | None, Field(ge=0, lt=2**32)], None),
+            "neftune_noise_alpha": (Annotated[float | None, Field(gt=0)], None),
+            "bf16": (Literal[False, True, "auto"], None),
+            "report_to": (Annotated[str | list[str], AfterValidator(_installed)], None),
+            "use_liger_kernel": (Annotated[bool, AfterValidator(_has_liger_kernel)], None),
+        },
+    )

@@ -4,6 +4,7 @@ Slices and sums of splits are written as in the `datasets` library: "forget01[:2
 """
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ import numpy as np
 
 from common.config import DataConfig, problem_list
 from common.errors import UserError, did_you_mean
-from common.files import ROOT, looks_local, resolve_path
+from common.files import ROOT, SURROGATE, looks_local, resolve_path
+
+log = logging.getLogger(__name__)
 
 SCORED_RETAIN_ROWS = 400
 _PART = re.compile(r"^(?P<name>[\w.\-]+)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$")
@@ -43,9 +46,20 @@ def load_split(data: DataConfig, role: str) -> list[Row]:
     if data.splits.get(role) is None:
         known = ", ".join(data.splits)
         raise UserError(f"data.splits.{role}: missing{did_you_mean(role, data.splits)} (given: {known})")
-    rows = [row for part in data.splits[role].split("+") for row in _load_part(data, role, part.strip())]
+    return load_rows(data, data.splits[role], f"data.splits.{role}")
+
+
+def load_rows(data: DataConfig, splits: str, key: str) -> list[Row]:
+    """Load a split, a slice of one, or a sum of them.
+
+    Args:
+        key: the configuration key that names the splits, for error messages.
+    Raises:
+        UserError: as `load_split`.
+    """
+    rows = [row for part in splits.split("+") for row in _load_part(data, key, part.strip())]
     if not rows:
-        raise UserError(f"data.splits.{role}={data.splits[role]}: has no row")
+        raise UserError(f"{key}={splits}: has no row")
     return [_to_row(index, record, where, data.columns) for index, (where, record) in enumerate(rows)]
 
 
@@ -64,6 +78,22 @@ def load_splits(data: DataConfig, roles: tuple[str, ...]) -> dict[str, list[Row]
     return splits
 
 
+def check_forget_and_retain(forget: list[Row], retain: list[Row]) -> None:
+    """Warn of rows that are to be both forgotten and retained.
+
+    Raises:
+        UserError: if all retain rows are also forget rows.
+    """
+    to_forget = {(row.question, row.answer) for row in forget}
+    shared = sum((row.question, row.answer) in to_forget for row in retain)
+    if shared == len(retain):
+        raise UserError(
+            f"data.splits.retain: all {shared} rows are also in data.splits.forget; name a split of rows to keep"
+        )
+    if shared:
+        log.warning("data.splits.retain: %d of %d rows are also in data.splits.forget", shared, len(retain))
+
+
 def scored_retain_rows(rows: list[Row], full_eval: bool) -> list[Row]:
     """The retain rows for measuring utility: all, or 400 drawn with replacement exactly as in the PMC authors' code."""
     if full_eval or len(rows) <= SCORED_RETAIN_ROWS:
@@ -72,31 +102,33 @@ def scored_retain_rows(rows: list[Row], full_eval: bool) -> list[Row]:
     return [rows[i] for i in drawn]
 
 
-def _load_part(data: DataConfig, role: str, part: str) -> list[tuple[str, dict]]:
+def _load_part(data: DataConfig, key: str, part: str) -> list[tuple[str, dict]]:
     """The records of one "name" or "name[start:stop]", each with its location for error messages."""
     match = _PART.match(part)
     if not match:
-        raise UserError(f"data.splits.{role}={part!r}: expected a split's name, a slice name[:20], or a sum of them")
+        raise UserError(f"{key}={part!r}: expected a split's name, a slice name[:20], or a sum of them")
     start, stop = (int(bound) if bound else None for bound in (match["start"], match["stop"]))
     path = resolve_path(data.path)
     if Path(path).is_dir():
-        records = _read_json_lines(Path(path), match["name"], role)
+        records = _read_json_lines(Path(path), match["name"], key)
     elif looks_local(data.path):
         raise UserError(f"data.path={data.path}: no such folder (looked in the working folder and in {ROOT})")
     else:
         records = _read_from_hub(data, match["name"])
     if max(start or 0, stop or 0) > len(records) or not records[start:stop]:
-        raise UserError(f"data.splits.{role}={part}: {match['name']} has {len(records)} rows")
+        raise UserError(f"{key}={part}: {match['name']} has {len(records)} rows")
     return records[start:stop]
 
 
-def _read_json_lines(folder: Path, name: str, role: str) -> list[tuple[str, dict]]:
-    paths = sorted(folder.iterdir(), reverse=True)  # .json comes last, so it replaces .jsonl of the same name
-    files = {path.stem: path for path in paths if path.suffix in (".json", ".jsonl") and path.is_file()}
+def _read_json_lines(folder: Path, name: str, key: str) -> list[tuple[str, dict]]:
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jsonl") and path.is_file()]
+    files = {path.stem: path for path in paths}
     if name not in files:
         hint, found = did_you_mean(name, files), ", ".join(sorted(files)) or "none"
-        raise UserError(f"data.splits.{role}={name}: no {folder / name}.json{hint} (there: {found})")
+        raise UserError(f"{key}={name}: no {folder / name}.json{hint} (there: {found})")
     file = files[name]
+    if sum(path.stem == name for path in paths) > 1:
+        raise UserError(f"{key}={name}: {folder} has {name}.json and {name}.jsonl; remove one of them")
     try:
         lines = file.read_text(encoding="utf-8").split("\n")  # splitlines() would also split at other characters
     except UnicodeDecodeError as error:
@@ -110,6 +142,8 @@ def _parse(line: str, where: str) -> dict:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not a JSON object ({error.msg}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or very deep nesting
+        raise UserError(f"{where}: not readable as JSON ({error})") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: not a JSON object but {type(record).__name__}")
     return record
@@ -139,5 +173,7 @@ def _to_row(index: int, record: dict, where: str, columns: dict[str, str]) -> Ro
         texts = value if field == "perturbed_answer" else [value]
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError(f"{where}: {columns[field]} is empty or not text: {value!r}")
+        if any(SURROGATE.search(text) for text in texts):
+            raise UserError(f"{where}: {columns[field]} has half of a surrogate pair, which is not text: {value!r}")
     values["perturbed_answer"] = tuple(values.get("perturbed_answer", ()))
     return Row(index=index, **values)

@@ -6,9 +6,12 @@ import errno
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 # Parts of error messages from safetensors and torch.save, whose errors have no errno.
 SIGNS_OF_A_FULL_DISK = ("No space left", "inline_container", "PytorchStreamWriter", "file write failed")
 
+# What libraries raise for values that they cannot use.
+LIBRARY_ERRORS = (ValueError, TypeError, ImportError, RuntimeError, OverflowError)
 
 # Former names of keys.
 RENAMED = {"prune": "early_stopping", "side_by_side": "interleaved"}
@@ -16,6 +19,15 @@ RENAMED = {"prune": "early_stopping", "side_by_side": "interleaved"}
 
 class UserError(Exception):
     """A problem that the user can fix. The message names the key or file, the value, and what to do."""
+
+
+@contextlib.contextmanager
+def library_errors_as_user_error(key: str) -> Iterator[None]:
+    """Turn `LIBRARY_ERRORS` into a UserError that begins with the key."""
+    try:
+        yield
+    except LIBRARY_ERRORS as error:
+        raise UserError(f"{key}: {reason(error)}") from error
 
 
 class Interrupted(SystemExit):
@@ -48,7 +60,7 @@ def full_disk_as_user_error(folder: str | Path) -> Iterator[None]:
         yield
     except Exception as error:
         named = any(sign in str(error) for sign in SIGNS_OF_A_FULL_DISK)
-        if not named and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+        if not named and getattr(error, "errno", None) not in FULL_DISK:
             raise
         raise UserError(
             f"{folder}: no space left on the device. Nothing was replaced: an earlier result of this run is still complete. "

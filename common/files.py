@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
+SURROGATE = re.compile(r"[\ud800-\udfff]")  # half of a pair; alone it is not text and cannot be written
 
 
 def resolve_path(path: str) -> str:
@@ -54,7 +56,15 @@ def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value in a JSON file.
+
+    Raises:
+        OSError, ValueError: if it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
 
 
 def read_json_lines(path: Path) -> list[dict]:

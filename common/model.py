@@ -29,7 +29,8 @@ from common.new_model import new_model, train_tokenizer
 
 log = logging.getLogger(__name__)
 ADAPTER = "adapter_config.json"
-READING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
+# What transformers and peft raise for broken files; for a JSON file with a list, errors such as AttributeError.
+READING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, TypeError, AttributeError, LookupError)
 
 
 def load_tokenizer(config: ModelConfig, texts: Iterable[str] = ()) -> PreTrainedTokenizerBase:
@@ -44,7 +45,7 @@ def load_tokenizer(config: ModelConfig, texts: Iterable[str] = ()) -> PreTrained
     with _errors_of_loading(config, "its tokenizer", Exception):  # broken tokenizer files raise errors of any type
         tokenizer = AutoTokenizer.from_pretrained(path, **_source(config))
     if not config.gguf_file and not _is_adapter(path):
-        with _errors_of_loading(config, "its config.json", OSError, ValueError):
+        with _errors_of_loading(config, "its config.json", *READING_ERRORS):
             model_config = AutoConfig.from_pretrained(path, **_source(config))
         _check_vocabulary(config, tokenizer, model_config.get_text_config().vocab_size)
     return tokenizer
@@ -183,7 +184,11 @@ def _load_adapter(
     """Load the base model of a LoRA checkpoint with its adapter, either to train the adapter or merged into the weights."""
     from peft import PeftModel
 
-    saved = read_json(Path(path) / ADAPTER)
+    with _errors_of_loading(config, f"its {ADAPTER}", *READING_ERRORS):
+        saved = dict(read_json(Path(path) / ADAPTER))
+        base = dataclasses.replace(
+            config, path=saved["base_model_name_or_path"], revision=saved.get("revision"), lora=None
+        )
     continue_adapter = trainable and config.lora is not None
     if continue_adapter:
         values = {"r": (config.lora.r, saved.get("r")), "alpha": (config.lora.alpha, saved.get("lora_alpha"))}
@@ -193,7 +198,6 @@ def _load_adapter(
                 f"model.lora.{', '.join(differing)}: {path} is an adapter that training continues with; use the same "
                 "values, or finetune with model.lora.merge=true to start a new adapter"
             )
-    base = dataclasses.replace(config, path=saved["base_model_name_or_path"], revision=saved.get("revision"), lora=None)
     model = load_model(base, tokenizer, trainable=False)
     with _errors_of_loading(config, "its adapter", *READING_ERRORS):
         model = PeftModel.from_pretrained(model, path, is_trainable=continue_adapter)

@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from common.config import RunConfig
-from common.errors import UserError
+from common.errors import FULL_DISK, UserError
 from common.files import ROOT, is_first_process, read_json, resolve_path, write_json
 from common.results import RESULT, result_of
 
@@ -161,7 +161,9 @@ class RunFolder:
         try:
             if is_first_process():
                 self._prepare(fresh)
-        except (NotADirectoryError, FileExistsError, PermissionError) as error:
+        except OSError as error:
+            if error.errno in FULL_DISK:
+                raise
             raise UserError(
                 f"output_dir={self.folder}: cannot be written to ({error.strerror}); name another folder"
             ) from error

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from common.checkpoints import SaveAndStop, StopSignals, last_complete_checkpoint
 from common.collate import PASS_OVERHEAD_TOKENS, bucket_by_length, collate, count_answer_tokens, sort_into_micro_batches
-from common.errors import Interrupted, UserError
+from common.errors import Interrupted, UserError, library_errors_as_user_error
 from common.files import read_json
 from common.hardware import suitable_threads
 from common.losses import answer_losses
@@ -49,7 +49,8 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, model: Any, args: TrainingArguments, rows: list, tokenizer: Any):
         check_even_split(len(rows), args.per_device_train_batch_size, args.world_size)
-        super().__init__(model=model, args=args, train_dataset=rows, data_collator=list, processing_class=tokenizer)
+        with library_errors_as_user_error("training"):
+            super().__init__(model=model, args=args, train_dataset=rows, data_collator=list, processing_class=tokenizer)
         # As accelerate says: training.fsdp and training.deepspeed are not the only ways to turn them on.
         zero = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
         if self.is_fsdp_enabled or zero == 3:

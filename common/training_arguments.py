@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from common.config import RunConfig
-from common.errors import UserError
+from common.errors import UserError, library_errors_as_user_error
 from common.hardware import has_fast_bf16
 
 log = logging.getLogger(__name__)
@@ -38,17 +39,50 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
         values["bf16"] = has_fast_bf16() and not values.get("fp16", False)
     if values.get("bf16") and not torch.cuda.is_available():
         values.setdefault("use_cpu", True)  # TrainingArguments requires it for bfloat16 on a CPU
-    values["data_seed"] = values.get("data_seed") or config.seed
+    if values.get("data_seed") is None:
+        values["data_seed"] = config.seed
     values["disable_tqdm"] = values.get("disable_tqdm") or not sys.stderr.isatty()
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
-    try:
+    with library_errors_as_user_error("training"):
         args = TrainingArguments(output_dir=str(output_dir), seed=config.seed, remove_unused_columns=False, **values)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise UserError(f"training: {str(error).strip().splitlines()[0]}") from error
+        _check_parts(args, num_rows)
     if args.n_gpu > 1:
         log.info("using one of %d GPUs; torchrun --nproc-per-node N uses more", args.n_gpu)
         args._n_gpu = 1  # prevents DataParallel, which splits every tensor along its first dimension
     return args
+
+
+def _check_parts(args: TrainingArguments, num_rows: int) -> None:
+    """Make the optimizer, the schedule and the loader of the training rows, which reject values only when they are made.
+
+    Raises:
+        UserError: if no batch would be complete.
+        ValueError, TypeError, ImportError, ...: of the libraries.
+    """
+    if args.fsdp and args.world_size == 1:
+        raise UserError("training.fsdp: needs several processes; start the stage with torchrun --nproc-per-node N")
+    rows = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and num_rows < rows:
+        raise UserError(f"training.dataloader_drop_last=true: all {num_rows} rows would be dropped; a batch has {rows}")
+    DataLoader(
+        range(num_rows),
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+    )
+    if args.deepspeed or args.optim_target_modules:  # their optimizers need the model
+        return
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    optimizer = optimizer_class(weights, **options)
+    get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=1,
+        num_training_steps=2,
+        scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+    )
 
 
 def _steps_per_epoch(values: dict[str, Any], num_rows: int) -> int:

@@ -29,8 +29,10 @@ def named_models(cfg: DictConfig) -> dict[str, str]:
     """Name -> path of the models to evaluate, from `models` (a list or a dictionary) or from `model.path`.
 
     Raises:
-        UserError: when neither key is set, or both are.
+        UserError: when neither key is set, or both are, or a section is missing.
     """
+    if wrong := [name for name in ("model", "data", "evaluation") if not OmegaConf.is_dict(cfg.get(name))]:
+        raise UserError(f"{wrong[0]}={cfg.get(wrong[0])}: expected a section")
     one = None if OmegaConf.is_missing(cfg.model, "path") else cfg.model.path
     if cfg.models is None:
         if one is None:

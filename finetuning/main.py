@@ -12,7 +12,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the repository's root, not in this folder
 
-from dataclasses import replace
+    import common.interrupts  # noqa: F401
 
 import hydra
 from omegaconf import DictConfig
@@ -20,7 +20,7 @@ from transformers import set_seed
 
 from common.cli import check_recipe, job_errors, launch
 from common.config import RunConfig, read_config
-from common.data import load_split
+from common.data import load_rows, load_split
 from common.files import CONFIGS
 from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
@@ -66,8 +66,7 @@ def tokenizer_texts(config: RunConfig) -> list[str]:
     """The texts for training a new model's tokenizer; empty for a model that is loaded."""
     if not config.model.new:
         return []
-    data = replace(config.data, splits={"tokenizer": " + ".join(config.model.new.tokenizer_splits)})
-    rows = load_split(data, "tokenizer")
+    rows = load_rows(config.data, " + ".join(config.model.new.tokenizer_splits), "model.new.tokenizer_splits")
     return [f"{row.question} {row.answer}" for row in rows]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.config import DataConfig
-from common.data import HubError, Row, load_split, load_splits, scored_retain_rows
+from common.data import HubError, Row, check_forget_and_retain, load_split, load_splits, scored_retain_rows
 from common.errors import UserError
 from common.files import ROOT
 
@@ -296,3 +296,31 @@ def test_tofu_perturbed_rows_have_paraphrases_and_five_wrong_answers(tofu):
         assert len(row.perturbed_answer) == 5
         assert row.paraphrased_question
         assert row.paraphrased_answer
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"question": "q?", "answer": "\\ud800"}', "half of a surrogate pair"),
+        ('{"question": "q?", "answer": ' + "9" * 5000 + "}", "not readable as JSON"),
+        ("[" * 100_000, "not readable as JSON"),
+    ],
+)
+def test_a_line_that_is_no_text_is_named(folder, line, reason):
+    write_split(folder, "bad", line)
+    message = error_of(config(folder, train="bad"), "train")
+    assert message.startswith(f"{folder}/bad.json, line 1: ")
+    assert reason in message
+
+
+def test_two_files_of_one_split_are_refused(folder):
+    write_split(folder, "full", *qa("f", 6), end=".jsonl")
+    assert "has full.json and full.jsonl" in error_of(config(folder, train="full"), "train")
+
+
+def test_retain_rows_that_are_forget_rows(folder, caplog):
+    rows = load_split(config(folder, train="full"), "train")
+    with pytest.raises(UserError, match="data.splits.retain: all 2 rows are also in data.splits.forget"):
+        check_forget_and_retain(rows, rows[:2])
+    check_forget_and_retain(rows[:2], rows[1:])
+    assert "1 of 5 rows are also in data.splits.forget" in caplog.text

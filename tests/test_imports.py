@@ -147,6 +147,7 @@ def test_a_script_sets_the_path_before_it_imports_ours(path):
     first = next((i for i, node in enumerate(body) if sets_the_path(node)), len(body))
     assert first < len(body)
     assert imported(ast.unparse(ast.Module(body[:first], []))) == {"sys", "pathlib"}
+    assert "import common.interrupts" in ast.unparse(body[first]), "Ctrl-C during the other imports"
 
 
 @pytest.mark.slow

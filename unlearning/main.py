@@ -13,16 +13,18 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the repository's root, not in this folder
 
+    import common.interrupts  # noqa: F401
+
 from dataclasses import replace
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
 from common.cli import check_recipe, job_errors, launch
 from common.config import read_config
-from common.data import load_splits
+from common.data import check_forget_and_retain, load_splits
 from common.errors import UserError, reason
 from common.files import CONFIGS, is_first_process
 from common.model import load_model, load_tokenizer
@@ -54,6 +56,7 @@ def unlearn(cfg: DictConfig) -> Path:
         return run.folder
     tokenizer = load_tokenizer(config.model)
     rows = load_splits(config.data, ("forget", "retain"))
+    check_forget_and_retain(rows["forget"], rows["retain"])
     prompts = PromptFormat(tokenizer, config.model.prompt)
     data = UnlearningData(rows["forget"], rows["retain"], prompts, config.data.max_length)
     prompt_ids = {role: [prompts.prompt(row.question) for row in split] for role, split in rows.items()}
@@ -89,7 +92,8 @@ def method_class(cfg: DictConfig) -> type[UnlearningTrainer]:
     Raises:
         UserError: if there is no such class, or it is not an unlearning method.
     """
-    target = cfg.get("method", {}).get("_target_")
+    method = cfg.get("method")
+    target = method.get("_target_") if OmegaConf.is_dict(method) else None
     try:
         found = hydra.utils.get_class(target)
     except (HydraException, ValueError, ImportError, TypeError, AttributeError) as error:

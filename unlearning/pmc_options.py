@@ -1,5 +1,6 @@
 """PMC's settings, and its two options that are off by default: the fluency penalty and the rising temperature."""
 
+import inspect
 import logging
 import math
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from unlearning.selection import Candidate
 from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 MAX_TEMPERATURE_MULTIPLIER = 10.0  # draws from the top_k tokens are then nearly uniform
+HYDRA_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +75,18 @@ class PMCSettings(MethodSettings):
     @field_validator("reward")
     @classmethod
     def exists(cls, reward: Any) -> Any:
-        target = reward.get("_target_") if isinstance(reward, dict) else reward
+        if not isinstance(reward, dict):
+            raise ValueError("expected the keys _target_, a function, and its further arguments")
+        target = reward.get("_target_")
         try:
-            get_method(target)
+            function = get_method(target)
         except (ValueError, ImportError, TypeError, AttributeError) as error:
             raise ValueError(f"method.reward._target_={target}: no such function ({reason(error)})") from error
+        arguments = {key: value for key, value in reward.items() if key not in HYDRA_KEYS}
+        try:
+            inspect.signature(function).bind("reference", ["sample"], **arguments)
+        except TypeError as error:
+            raise ValueError(f"method.reward._target_={target}(reference, samples, **{arguments}): {error}") from error
         return reward
 
 

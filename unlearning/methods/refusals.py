@@ -23,6 +23,8 @@ class RefusalSettings(MethodSettings):
     @field_validator("refusals")
     @classmethod
     def has_refusals(cls, path: str) -> str:
+        if Path(resolve_path(path)).is_char_device():  # would never end
+            raise ValueError("is a device; expected a text file with one refusal per line")
         try:
             refusals = read_refusals(path)
         except (OSError, UnicodeDecodeError) as error:
