@@ -14,6 +14,7 @@ from common.files import ROOT, is_first_process, read_json, write_json, write_js
 from common.hardware import device_name, peak_memory_bytes
 
 RESULT = "result.json"
+PUBLISHING = "publishing"  # the folder inside a run's folder whose files are being moved up
 GENERATIONS = "generations.jsonl"  # one row per greedy answer
 SAMPLES = "samples.jsonl"  # one row per question with its sampled answers
 ROWS = "rows.jsonl"  # one row per score, with the values that the score is the mean of
@@ -22,9 +23,15 @@ RECORDED_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", 
 
 
 def result_of(folder: Path | str) -> dict | None:
-    """The result in a folder, or None if there is none from this program."""
+    """The result in a folder, or None if there is none from this program.
+
+    Raises:
+        UserError: if it is not JSON, or if the files of a finished run are not all moved up.
+    """
     path = Path(folder) / RESULT
     if not path.is_file():
+        if (path.parent / PUBLISHING / RESULT).is_file():
+            raise UserError(f"{folder}: the run stopped while its files were moved; the run's command completes it")
         return None
     try:
         result = read_json(path)
