@@ -1,14 +1,15 @@
 """A run's folder: its name, the check for an up-to-date result, and the replacement of an old result.
 
     models/<stage>/<recipe>/seed-0+method.num_samples-2/
-        .lock            only while a command works in the folder, see common/lock.py
-        in_progress/     configuration, checkpoints and files of an unfinished run
-        publishing/      files of a finished run while they are moved up
-        previous/        results that a newer run replaced (also the old weights, if the newer run saved none)
+        .lock                      only while a command works in the folder, see common/lock.py
+        in_progress/               configuration, checkpoints and files of an unfinished run
+        in_progress.publishing/    files of a finished run while they are moved up
+        in_progress.discarded/     files of an interrupted run while they are deleted
+        previous/                  results that a newer run replaced (also the old weights, if the newer run saved none)
         result.json, generations.jsonl, history.jsonl, report.md, model.safetensors, tokenizer.json, ...
 
-All files are first written to in_progress/. At the end it is renamed publishing/: from then on the run is finished, and the
-next command completes what a killed one did not move. The old result.json is put aside first and the new one moved up last.
+All files are first written to in_progress/. At the end it is renamed in_progress.publishing/: from then on the run is
+finished, and the next command completes what a killed one did not move. The old result.json is put aside first and the new one moved up last.
 So a folder with a result.json is complete, and a run that is killed or fills the disk does not change the old result.
 """
 
@@ -121,6 +122,10 @@ def training_run(stage: str, cfg: DictConfig, config: RunConfig) -> "RunFolder":
     return RunFolder(run_folder(stage, config), comparable_config(cfg, start_id), start, **flags)
 
 
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
 class RunFolder:
     """One run's folder on disk.
 
@@ -150,6 +155,7 @@ class RunFolder:
         self.keep_checkpoints = keep_checkpoints
         self.work = folder / "in_progress"
         self.publishing = folder / PUBLISHING
+        self.discarded = folder / "in_progress.discarded"
         self.recorded = self.work / "run.json"
         self.configuration = configuration
 
@@ -225,15 +231,19 @@ class RunFolder:
     def _prepare(self) -> None:
         if self.publishing.is_dir():
             self._finish_publishing()
+        if self.discarded.is_dir():
+            shutil.rmtree(self.discarded)
+        if self.work.is_dir() and _names(self.work) <= {self.recorded.name + ".partial"}:  # killed while it began
+            shutil.rmtree(self.work)
         begun = self._begun()
-        there = {path.name for path in self.folder.iterdir()} - {LOCK} if self.folder.is_dir() else set()
-        if there and begun is None and result_of(self.folder) is None:
+        if begun is None and result_of(self.folder) is None and _names(self.folder) - {LOCK}:
             raise UserError(f"output_dir={self.folder}: holds files that no run wrote; name another folder")
-        if begun is not None and not self._can_continue():
-            changes = differing_keys(begun.get("config"), self.configuration)
+        if self.work.is_dir() and not self._can_continue():
+            changes = differing_keys((begun or {}).get("config"), self.configuration)
             why = "; ".join(changes[:8]) or "overwrite=true"
             log.info("%s: deleting the files of an interrupted run (%s)", self.folder, why)
-            shutil.rmtree(self.work)
+            self.work.replace(self.discarded)  # at once: half of these files must not be taken for this run's
+            shutil.rmtree(self.discarded)
         self.work.mkdir(parents=True, exist_ok=True)
         if not self.recorded.exists():
             write_json(self.recorded, {"overwrite": self.overwrite, "config": self.configuration})
@@ -247,7 +257,7 @@ class RunFolder:
         return self.folder
 
     def _finish_publishing(self) -> None:
-        """Publish what is in publishing/. Each step can be repeated after a kill, and is skipped if it was complete."""
+        """Publish what is in in_progress.publishing/. Each step can be repeated after a kill, and is skipped if it was complete."""
         replaced = self.publishing / "replaced"
         if (self.publishing / RESULT).is_file():
             if not replaced.is_dir():

@@ -315,7 +315,7 @@ def test_a_kill_at_any_file_operation_neither_mixes_two_results_nor_loses_one(tm
         finish(RunFolder(folder, CONFIG), "old", SHARDS)
         with killed_at(number) as operations, contextlib.suppress(Killed):
             command(folder, OTHER, "new", weights, overwrite)
-        is_published = (folder / "publishing").is_dir()
+        is_published = (folder / "in_progress.publishing").is_dir()
         if (folder / "result.json").exists():
             assert marks(folder, *TEXTS) <= {result_of(folder)["mark"]}
         else:
@@ -335,10 +335,34 @@ def test_a_kill_at_any_file_operation_neither_mixes_two_results_nor_loses_one(tm
     assert number > 15
 
 
+@pytest.mark.parametrize("configuration", [None, CONFIG])
+@pytest.mark.parametrize("with_result", [False, True])
+def test_a_kill_at_any_file_operation_neither_blocks_the_folder_nor_mixes_two_runs(
+    tmp_path, configuration, with_result
+):
+    """From a new folder, and from one with the checkpoint of an interrupted run of another configuration."""
+    for number in itertools.count():
+        folder = tmp_path / str(number)
+        if with_result:
+            finish(RunFolder(folder, CONFIG), "old")
+        if configuration:
+            checkpoint = RunFolder(folder, configuration).open() / "checkpoint-9"
+            checkpoint.mkdir()
+            (checkpoint / "weights").write_text("old")
+        with killed_at(number) as operations, contextlib.suppress(Killed):
+            work = RunFolder(folder, OTHER).open()
+        work = RunFolder(folder, OTHER).open()
+        assert names(work) == {"run.json"}
+        assert not (folder / "in_progress.discarded").exists()
+        if len(operations) <= number:
+            break
+    assert number >= 2
+
+
 def test_what_a_killed_run_did_not_publish_is_published_before_another_configuration(folder):
     work = RunFolder(folder, CONFIG).open()
     (work / "result.json").write_text(json.dumps({"config": CONFIG, "mark": "old"}))
-    work.rename(folder / "publishing")
+    work.rename(folder / "in_progress.publishing")
     assert command(folder, OTHER, "new", ("model.safetensors",), overwrite=False)
     (aside,) = (folder / "previous").iterdir()
     assert (result_of(aside)["mark"], result_of(folder)["mark"]) == ("old", "new")
@@ -415,6 +439,17 @@ def test_a_folder_of_somebody_else_is_refused(folder):
     with pytest.raises(UserError, match="holds files that no run wrote"):
         RunFolder(folder, CONFIG, overwrite=True).open()
     assert (folder / "model.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["publishing", "discarded", "in_progress"])
+def test_folders_of_somebody_else_are_not_touched_whatever_their_names(folder, name):
+    (folder / name).mkdir(parents=True)
+    (folder / name / "notes.txt").write_text("mine")
+    run = RunFolder(folder, CONFIG)
+    assert not run.is_done()
+    with pytest.raises(UserError, match="holds files that no run wrote"):
+        run.open()
+    assert (folder / name / "notes.txt").read_text() == "mine"
 
 
 def test_a_run_without_weights_puts_the_old_ones_aside(folder):
