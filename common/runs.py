@@ -9,8 +9,9 @@
         result.json, generations.jsonl, history.jsonl, report.md, model.safetensors, tokenizer.json, ...
 
 All files are first written to in_progress/. At the end it is renamed in_progress.publishing/: from then on the run is
-finished, and the next command completes what a killed one did not move. The old result.json is put aside first and the new one moved up last.
-So a folder with a result.json is complete, and a run that is killed or fills the disk does not change the old result.
+finished, and the next command completes what a killed one did not move. The old result.json is put aside first, and the
+new one is moved up last. So a folder with a result.json is complete, and a run that is killed or fills the disk does not
+change the old result.
 """
 
 import contextlib
@@ -257,7 +258,7 @@ class RunFolder:
         return self.folder
 
     def _finish_publishing(self) -> None:
-        """Publish what is in in_progress.publishing/. Each step can be repeated after a kill, and is skipped if it was complete."""
+        """Move the files in in_progress.publishing/ up. After a kill it can be called again: complete steps are skipped."""
         replaced = self.publishing / "replaced"
         if (self.publishing / RESULT).is_file():
             if not replaced.is_dir():
