@@ -196,6 +196,7 @@ def test_a_second_command_in_the_same_folder_is_refused(models_dir, tmp_path):
     process = start(tmp_path / "run", models_dir)
     try:
         wait_for(process, "epoch 1 ")
+        process.send_signal(signal.SIGSTOP)  # it must not end while the second one starts
         second = start(tmp_path / "run", models_dir)
         output, _ = second.communicate(timeout=120)
         assert second.returncode == 1 and "Traceback" not in output
