@@ -201,7 +201,7 @@ def test_a_second_command_in_the_same_folder_is_refused(models_dir, tmp_path):
         output, _ = second.communicate(timeout=120)
         assert second.returncode == 1 and "Traceback" not in output
         assert f"another command works in this folder (host {socket.gethostname()}, pid {process.pid}, since" in output
-        assert "epoch" not in output
+        assert "epoch 1 " not in output
     finally:
         process.kill()
         process.communicate()
