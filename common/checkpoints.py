@@ -1,6 +1,6 @@
 """Checkpoints: find the one to resume from, write one on SIGTERM or Ctrl-C, and save the trained model."""
 
-import contextlib
+import hashlib
 import logging
 import signal
 from collections.abc import Sequence
@@ -13,21 +13,63 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from common.config import ModelConfig
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, write_json
 from common.model import load_model
 
 log = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the size in bytes and the SHA-256 of each file of a checkpoint. The manifest marks it as complete."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    write_json(folder / MANIFEST, {path.relative_to(folder).as_posix(): _size_and_hash(path) for path in paths})
+
+
+def _size_and_hash(path: Path) -> list:
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None if all files are as they were written."""
+    try:
+        manifest = read_json(checkpoint / MANIFEST)
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}: writing it broke off, or an older version wrote it"
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} is not readable ({error})"
+    if not isinstance(manifest, dict) or "run_state.json" not in manifest:
+        return f"{MANIFEST} does not list its files"
+    for name, written in manifest.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if [path.stat().st_size] != written[:1] or _size_and_hash(path) != written:
+            return f"{name} was changed or cut off"
+    return None
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in the folder, or None."""
-    found = folder.glob("checkpoint-*")
-    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        with contextlib.suppress(OSError, ValueError):
-            read_json(path / "trainer_state.json")
-            read_json(path / "run_state.json")
-            return path
-    return None
+    """The newest checkpoint in the folder whose files are as they were written, or None. Damaged ones are logged."""
+    steps = {
+        int(path.name.removeprefix("checkpoint-")): path for path in folder.glob("checkpoint-*") if _has_step(path)
+    }
+    damaged = []
+    for _, path in sorted(steps.items(), reverse=True):
+        wrong = damage(path)
+        if wrong is None:
+            break
+        damaged.append(f"{path.name} ({wrong})")
+    else:
+        path = None
+    if damaged:
+        log.warning("%s: not usable: %s; using %s", folder, ", ".join(damaged), path.name if path else "none")
+    return path
+
+
+def _has_step(path: Path) -> bool:
+    return path.is_dir() and path.name.removeprefix("checkpoint-").isdecimal()
 
 
 class StopSignals:

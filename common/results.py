@@ -2,7 +2,6 @@
 
 import contextlib
 import platform
-import shutil
 import subprocess
 import uuid
 from importlib.metadata import PackageNotFoundError, version
@@ -10,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import ROOT, is_first_process, read_json, write_json, write_json_lines
+from common.files import ROOT, is_first_process, read_json, write_json, write_json_lines, write_text
 from common.hardware import device_name, peak_memory_bytes
 
 RESULT = "result.json"
+PUBLISHING = "in_progress.publishing"  # inside a run's folder: the finished files that are being moved up
 GENERATIONS = "generations.jsonl"  # one row per greedy answer
 SAMPLES = "samples.jsonl"  # one row per question with its sampled answers
 ROWS = "rows.jsonl"  # one row per score, with the values that the score is the mean of
@@ -22,9 +22,15 @@ RECORDED_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", 
 
 
 def result_of(folder: Path | str) -> dict | None:
-    """The result in a folder, or None if there is none from this program."""
+    """The result in a folder, or None if there is none from this program.
+
+    Raises:
+        UserError: if it is not JSON, or if the files of a finished run are not all moved up.
+    """
     path = Path(folder) / RESULT
     if not path.is_file():
+        if (path.parent / PUBLISHING / RESULT).is_file():
+            raise UserError(f"{folder}: the run stopped while its files were moved; the run's command completes it")
         return None
     try:
         result = read_json(path)
@@ -104,9 +110,8 @@ def _evaluation_inputs(identity: dict[str, Any]) -> tuple:
 
 
 def copy_result(source: str | Path, target: Path) -> None:
-    """Copy a run's result.json and generations.jsonl, the result last."""
-    if not is_first_process():
-        return
-    target.mkdir(parents=True, exist_ok=True)
+    """Copy a run's result.json and generations.jsonl, each complete or not at all, the result last."""
+    if is_first_process():
+        target.mkdir(parents=True, exist_ok=True)
     for name in (GENERATIONS, RESULT):
-        shutil.copyfile(Path(source) / name, target / name)
+        write_text(target / name, (Path(source) / name).read_text(encoding="utf-8"))

@@ -1,14 +1,20 @@
 """A run's folder: its name, the check for an up-to-date result, and the replacement of an old result.
 
     models/<stage>/<recipe>/seed-0+method.num_samples-2/
-        in_progress/     configuration, checkpoints and files of an unfinished run; removed at its end
-        previous/        results that a newer run replaced (also the old weights, if the newer run saved none)
+        .lock                      only while a command works in the folder, see common/lock.py
+        in_progress/               configuration, checkpoints and files of an unfinished run
+        in_progress.publishing/    files of a finished run while they are moved up
+        in_progress.discarded/     files of an interrupted run while they are deleted
+        previous/                  results that a newer run replaced (also the old weights, if the newer run saved none)
         result.json, generations.jsonl, history.jsonl, report.md, model.safetensors, tokenizer.json, ...
 
-All files are first written to in_progress/ and moved up at the end, result.json last. So a folder with a result.json is
-complete, and a run that is killed or fills the disk does not change the old result.
+All files are first written to in_progress/. At the end it is renamed in_progress.publishing/: from then on the run is
+finished, and the next command completes what a killed one did not move. The old result.json is put aside first, and the
+new one is moved up last. So a folder with a result.json is complete, and a run that is killed or fills the disk does not
+change the old result.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -27,7 +33,8 @@ from omegaconf import DictConfig, OmegaConf
 from common.config import RunConfig
 from common.errors import FULL_DISK, UserError
 from common.files import ROOT, is_first_process, read_json, resolve_path, write_json
-from common.results import RESULT, result_of
+from common.lock import LOCK, locked
+from common.results import PUBLISHING, RESULT, result_of
 
 log = logging.getLogger(__name__)
 FIGURES = (RESULT, "generations.jsonl", "rows.jsonl", "samples.jsonl", "history.jsonl", "report.md", "report.png")
@@ -112,7 +119,12 @@ def training_run(stage: str, cfg: DictConfig, config: RunConfig) -> "RunFolder":
     """The folder of a run that trains the checkpoint at `config.model.path` or a new model."""
     start = resolve_path(config.model.path) if config.model.path else ""
     start_id = (result_of(start) or {}).get("id") if start else None
-    return RunFolder(run_folder(stage, config), comparable_config(cfg, start_id), start)
+    flags = {"overwrite": config.overwrite, "keep_checkpoints": config.keep_checkpoints}
+    return RunFolder(run_folder(stage, config), comparable_config(cfg, start_id), start, **flags)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 class RunFolder:
@@ -122,22 +134,44 @@ class RunFolder:
         folder: of the finished run's files.
         configuration: `comparable_config(...)` of the run.
         start: hub id or folder of the checkpoint that the run starts from; empty for a new model.
+        overwrite: repeat a finished run, and do not continue one that was begun without this flag.
+        keep_checkpoints: also publish the checkpoints.
     Raises:
         UserError: if the run would overwrite that checkpoint.
     """
 
-    def __init__(self, folder: Path, configuration: dict[str, Any], start: str = ""):
+    def __init__(
+        self,
+        folder: Path,
+        configuration: dict[str, Any],
+        start: str = "",
+        overwrite: bool = False,
+        keep_checkpoints: bool = False,
+    ):
         if start and Path(start).resolve() == folder.resolve():
             raise UserError(f"output_dir={folder}: is the model that the run reads; name another folder")
         self.folder = folder
         self.start = start
+        self.overwrite = overwrite
+        self.keep_checkpoints = keep_checkpoints
         self.work = folder / "in_progress"
+        self.publishing = folder / PUBLISHING
+        self.discarded = folder / "in_progress.discarded"
         self.recorded = self.work / "run.json"
         self.configuration = configuration
 
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which no other command works in the folder, see `common.lock.locked`."""
+        return locked(self.folder)
+
     def is_done(self) -> bool:
-        """Whether the folder has a result of exactly this configuration. The reason is logged."""
-        result = result_of(self.folder)
+        """Whether the folder has a result of exactly this configuration. The reason is logged.
+
+        With `overwrite`, only a run whose publishing broke off is done: it is completed, not repeated.
+        """
+        if self.publishing.is_dir():
+            return self._is_published()
+        result = None if self.overwrite else result_of(self.folder)
         if result is None:
             return False
         if self._can_continue():
@@ -150,17 +184,26 @@ class RunFolder:
             log.info("%s: the result already exists; overwrite=true repeats the run", self.folder)
         return not changes
 
-    def open(self, fresh: bool) -> Path:
+    def _is_published(self) -> bool:
+        """Whether the run that broke off while publishing had this configuration; if so, complete it."""
+        result = result_of(self.publishing) or result_of(self.folder)
+        if result is None or result["config"] != self.configuration:
+            return False
+        PartialState().wait_for_everyone()  # all processes have read the same state
+        if is_first_process():
+            self._finish_publishing()
+        log.info("%s: the run was finished, but stopped while its files were moved; completed", self.folder)
+        return True
+
+    def open(self) -> Path:
         """Prepare in_progress/ and return it. Files of an interrupted run of the same configuration are kept.
 
-        Args:
-            fresh: delete these files instead.
         Raises:
             UserError: if the folder cannot be created or holds files that no run wrote.
         """
         try:
             if is_first_process():
-                self._prepare(fresh)
+                self._prepare()
         except OSError as error:
             if error.errno in FULL_DISK:
                 raise
@@ -170,51 +213,90 @@ class RunFolder:
         PartialState().wait_for_everyone()
         return self.work
 
-    def _can_continue(self) -> bool:
-        """Whether in_progress/ has an interrupted run of this configuration."""
-        return self.recorded.is_file() and read_json(self.recorded) == self.configuration
+    def _begun(self) -> dict[str, Any] | None:
+        """What the interrupted run in in_progress/ recorded at its start, empty if unreadable; None if there is none."""
+        if not self.recorded.is_file():
+            return None
+        with contextlib.suppress(ValueError):
+            begun = read_json(self.recorded)
+            return begun if isinstance(begun, dict) else {}
+        return {}
 
-    def _prepare(self, fresh: bool) -> None:
-        has_result = result_of(self.folder) is not None
-        if not (has_result or self.recorded.is_file()) and self.folder.is_dir() and any(self.folder.iterdir()):
+    def _can_continue(self) -> bool:
+        """Whether in_progress/ has an interrupted run of this configuration.
+
+        A command with `overwrite` continues only a run that was begun with it, as when it is itself started again.
+        """
+        begun = self._begun() or {}
+        same = begun.get("config") == self.configuration
+        return same and (begun["overwrite"] or not self.overwrite)
+
+    def _prepare(self) -> None:
+        if self.publishing.is_dir():
+            self._finish_publishing()
+        if self.discarded.is_dir():
+            shutil.rmtree(self.discarded)
+        if self.work.is_dir() and _names(self.work) <= {self.recorded.name + ".partial"}:  # killed while it began
+            shutil.rmtree(self.work)
+        begun = self._begun()
+        if begun is None and result_of(self.folder) is None and _names(self.folder) - {LOCK}:
             raise UserError(f"output_dir={self.folder}: holds files that no run wrote; name another folder")
-        # If there is a result, the interrupted run was itself started with overwrite=true and must be continued.
-        if self.recorded.is_file() and ((fresh and not has_result) or not self._can_continue()):
-            changes = differing_keys(read_json(self.recorded), self.configuration)
+        if self.work.is_dir() and not self._can_continue():
+            changes = differing_keys((begun or {}).get("config"), self.configuration)
             why = "; ".join(changes[:8]) or "overwrite=true"
             log.info("%s: deleting the files of an interrupted run (%s)", self.folder, why)
-            shutil.rmtree(self.work)
+            self.work.replace(self.discarded)  # at once: half of these files must not be taken for this run's
+            shutil.rmtree(self.discarded)
         self.work.mkdir(parents=True, exist_ok=True)
         if not self.recorded.exists():
-            write_json(self.recorded, self.configuration)
+            write_json(self.recorded, {"overwrite": self.overwrite, "config": self.configuration})
 
-    def publish(self, keep_checkpoints: bool = False) -> Path:
+    def publish(self) -> Path:
         """Move the finished files up, result.json last, and the old result to previous/. Returns the folder."""
         PartialState().wait_for_everyone()
-        if not is_first_process():
-            return self.folder
-        if (self.folder / RESULT).exists():
-            self._archive_old_figures()
-        for path in sorted(self.work.iterdir()):
-            if path.name in (RESULT, "run.json") or (path.name.startswith("checkpoint-") and not keep_checkpoints):
+        if is_first_process():
+            self.work.replace(self.publishing)
+            self._finish_publishing()
+        return self.folder
+
+    def _finish_publishing(self) -> None:
+        """Move the files in in_progress.publishing/ up. After a kill it can be called again: complete steps are skipped."""
+        replaced = self.publishing / "replaced"
+        if (self.publishing / RESULT).is_file():
+            if not replaced.is_dir():
+                self._put_old_aside(replaced)
+            self._move_up(kept_back=(RESULT, "run.json", replaced.name))
+        if replaced.is_dir():
+            self._archive(replaced)
+        shutil.rmtree(self.publishing)
+
+    def _put_old_aside(self, replaced: Path) -> None:
+        partial = replaced.with_name("replacing")
+        partial.mkdir(exist_ok=True)
+        for pattern in (*FIGURES, *WEIGHTS):  # result.json first: without it the folder is not complete
+            for path in list(self.folder.glob(pattern)):
+                path.replace(partial / path.name)
+        partial.replace(replaced)
+
+    def _move_up(self, kept_back: tuple[str, ...]) -> None:
+        for path in sorted(self.publishing.iterdir()):
+            if path.name in kept_back or (path.name.startswith("checkpoint-") and not self.keep_checkpoints):
                 continue
             if path.is_dir():  # file by file: other files in the folder stay
                 shutil.copytree(path, self.folder / path.name, copy_function=os.replace, dirs_exist_ok=True)
             else:
                 path.replace(self.folder / path.name)
-        (self.work / RESULT).replace(self.folder / RESULT)
-        shutil.rmtree(self.work)
-        return self.folder
+        (self.publishing / RESULT).replace(self.folder / RESULT)
 
-    def _archive_old_figures(self) -> None:
+    def _archive(self, replaced: Path) -> None:
+        """Move the old result to previous/. Its weights are deleted if there are new ones."""
+        if any(any(self.folder.glob(pattern)) for pattern in WEIGHTS):
+            for path in [path for pattern in WEIGHTS for path in replaced.glob(pattern)]:
+                path.unlink()
+        if not any(replaced.iterdir()):
+            return
         archive = self.folder / "previous" / time.strftime("%Y%m%d-%H%M%S")
         while archive.exists():
             archive = archive.with_name(archive.name + "+")
-        archive.mkdir(parents=True)
-        for name in FIGURES:  # result.json first: without it the folder is not complete
-            if (self.folder / name).exists():
-                (self.folder / name).replace(archive / name)
-        # Old weights must not stay with the new result: delete them if there are new ones, or else archive them.
-        replaced = any(self.work.glob("*.safetensors"))
-        for path in (path for pattern in WEIGHTS for path in self.folder.glob(pattern)):
-            path.unlink() if replaced else path.replace(archive / path.name)
+        archive.parent.mkdir(exist_ok=True)
+        replaced.replace(archive)

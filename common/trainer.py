@@ -4,9 +4,9 @@ An `Example` (a prompt with its answer) is padded to the longest of its batch. T
 of the whole optimizer step, so splitting a step into micro-batches does not change the gradient.
 """
 
-import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import rotate_checkpoints
 
-from common.checkpoints import SaveAndStop, StopSignals, last_complete_checkpoint
+from common.checkpoints import SaveAndStop, StopSignals, damage, last_complete_checkpoint, write_manifest
 from common.collate import PASS_OVERHEAD_TOKENS, bucket_by_length, collate, count_answer_tokens, sort_into_micro_batches
 from common.errors import Interrupted, UserError, library_errors_as_user_error
-from common.files import read_json
+from common.files import read_json, write_json
 from common.hardware import suitable_threads
 from common.losses import answer_losses
 
@@ -138,14 +139,24 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if last_complete_checkpoint(folder.parent) == folder:
+        if folder.is_dir() and damage(folder) is None:
             return  # already saved at the end of the epoch; a kill while rewriting it would break it
-        # Written before the Trainer's files, whose last one, trainer_state.json, marks the checkpoint as complete.
         state = self.state_to_save()
+        self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "run_state.json").write_text(json.dumps(state), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)  # what is there is damaged
+            folder.mkdir(parents=True)
+            write_json(folder / "run_state.json", state)
+        self.accelerator.wait_for_everyone()
+        # Older checkpoints stay until this one is complete: the Trainer would delete them before the manifest is written.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            write_manifest(folder)
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
 
     def train_or_resume(self) -> None:
         """Train from the last complete checkpoint in the output folder, or from the beginning.

@@ -105,12 +105,13 @@ class Job:
 
     def run(self) -> Path:
         """Measure the model, unless its folder has an up-to-date result; returns the folder."""
-        run = RunFolder(self.folder, self.identity, self.path)
-        if not self.config.overwrite and run.is_done():
-            return run.folder
-        scores = measure_groups(self.context, self.groups)
-        write_result(run.open(fresh=True), scores.as_result(), scores.row_files(), self.identity)
-        return run.publish()
+        run = RunFolder(self.folder, self.identity, self.path, overwrite=self.config.overwrite)
+        with run.locked():
+            if not run.is_done():
+                scores = measure_groups(self.context, self.groups)
+                write_result(run.open(), scores.as_result(), scores.row_files(), self.identity)
+                run.publish()
+        return run.folder
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="evaluate")

@@ -25,7 +25,7 @@ from common.files import CONFIGS
 from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
 from common.prompts import PromptFormat, check_prompt_lengths
-from common.runs import training_run
+from common.runs import RunFolder, training_run
 from common.trainer import ExampleTrainer
 from common.training_arguments import training_arguments
 from evaluation.during_training import Evaluator
@@ -41,8 +41,14 @@ def finetune(cfg: DictConfig) -> Path:
     config = read_config(cfg)
     use_cuda_graphs(config.generation.cuda_graphs)
     run = training_run("finetuned", cfg, config)
-    if not config.overwrite and run.is_done():
-        return run.folder
+    with run.locked():
+        if not run.is_done():
+            train(run, config)
+    return run.folder
+
+
+def train(run: RunFolder, config: RunConfig) -> None:
+    """Train, evaluate and publish the model."""
     rows = load_split(config.data, "train")
     tokenizer = load_tokenizer(config.model, tokenizer_texts(config))
     prompts = PromptFormat(tokenizer, config.model.prompt)
@@ -53,13 +59,13 @@ def finetune(cfg: DictConfig) -> Path:
     set_seed(config.seed)
     model = load_model(config.model, tokenizer, trainable=True)
     check_positions(model, config)
-    work = run.open(fresh=config.overwrite)
+    work = run.open()
     trainer = ExampleTrainer(model, args, examples, tokenizer)
     if config.evaluation.start:
         evaluator.start(work / "vanilla", run.start, trainer.model)
     trainer.train_or_resume()
     evaluator.finish(trainer, work, stage="finetuning")
-    return run.publish(config.keep_checkpoints)
+    run.publish()
 
 
 def tokenizer_texts(config: RunConfig) -> list[str]:

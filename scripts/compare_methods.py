@@ -40,6 +40,7 @@ from common.cli import job_errors, launch
 from common.config import read_section, section
 from common.errors import UserError
 from common.files import CONFIGS, ROOT, write_text
+from common.lock import locked
 from common.results import result_of
 from evaluation.plots import RED, new_figure
 
@@ -175,6 +176,19 @@ def compare(cfg: DictConfig) -> Path:
     shaping = reshaping + [word for word in shared if word.startswith("models_dir=")]
     runs = Runs(shared)
     folder = Path(cfg.models_dir) / "comparisons" / Path(hydra_config.job.config_name).name
+    with locked(folder):
+        return report(run_all(settings, runs, reshaping, shaping, folder), settings, runs.failed, folder)
+
+
+def run_all(
+    settings: ComparisonSettings, runs: Runs, reshaping: list[str], shaping: list[str], folder: Path
+) -> dict[str, list[dict[str, float]]]:
+    """Run the stages before unlearning and every method, for each seed; returns the scores of each method's runs.
+
+    Args:
+        reshaping: overrides of model and data, with which the comparison's folder gets its own finetuned model.
+        shaping: overrides for the stages before unlearning.
+    """
     results: dict[str, list[dict[str, float]]] = {name: [] for name in settings.methods}
     for seed in settings.seeds:
         before, start = [shlex.split(words) for words in settings.before], []
@@ -188,7 +202,7 @@ def compare(cfg: DictConfig) -> Path:
             scores = runs.method([*shlex.split(words), *start], seed, folder / name / f"seed-{seed}", settings.metrics)
             if scores:
                 results[name].append(scores)
-    return report(results, settings, runs.failed, folder)
+    return results
 
 
 def report(

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -189,6 +190,21 @@ def test_a_killed_run_continues_to_the_same_end(models_dir, tmp_path_factory, nu
     assert history(folder) == history(whole)
     scores = [read(run / "result.json")["scores"] for run in (folder, whole)]
     assert scores[0] == scores[1]
+
+
+def test_a_second_command_in_the_same_folder_is_refused(models_dir, tmp_path):
+    process = start(tmp_path / "run", models_dir)
+    try:
+        wait_for(process, "epoch 1 ")
+        process.send_signal(signal.SIGSTOP)  # it must not end while the second one starts
+        second = start(tmp_path / "run", models_dir)
+        output, _ = second.communicate(timeout=120)
+        assert second.returncode == 1 and "Traceback" not in output
+        assert f"another command works in this folder (host {socket.gethostname()}, pid {process.pid}, since" in output
+        assert "epoch 1 " not in output
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,17 @@ def test_versions_are_recorded():
     assert set(found) <= {"python", *results.RECORDED_PACKAGES}
 
 
+def test_a_copy_that_is_killed_leaves_no_result(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    write_result(tmp_path / "run", {}, {results.GENERATIONS: []}, {"seed": 0})
+    monkeypatch.setattr("os.fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        results.copy_result(tmp_path / "run", tmp_path / "copy")
+    assert not list((tmp_path / "copy").iterdir())
+
+
 def test_a_package_that_is_not_installed_is_left_out(monkeypatch):
     monkeypatch.setattr(results, "RECORDED_PACKAGES", ("torch", "no-such-package"))
     assert set(package_versions()) == {"python", "torch"}

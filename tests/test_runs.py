@@ -1,8 +1,10 @@
 """A run's folder: its name, what it depends on, and that results appear whole or not at all."""
 
+import contextlib
 import doctest
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,16 +195,16 @@ CONFIG = {"seed": 0, "method": {"top_p": 0.9}}
 OTHER = {"seed": 0, "method": {"top_p": 0.5}}
 
 
-def finish(run: RunFolder, mark: str, weights=("model.safetensors",), **options) -> None:
+def finish(run: RunFolder, mark: str, weights=("model.safetensors",)) -> None:
     """Write what a run writes, and publish it."""
-    work = run.open(fresh=False)
+    work = run.open()
     (work / "result.json").write_text(json.dumps({"config": run.configuration, "mark": mark}))
     for name in ("generations.jsonl", "history.jsonl", *weights):
         (work / name).write_text(mark)
     for name in ("vanilla", "checkpoint-3"):
-        (work / name).mkdir()
+        (work / name).mkdir(exist_ok=True)
         (work / name / "file").write_text(mark)
-    run.publish(**options)
+    run.publish()
 
 
 def names(folder: Path) -> set[str]:
@@ -222,13 +224,13 @@ def test_publishing_moves_everything_up_but_checkpoints(folder):
 
 
 def test_checkpoints_stay_where_asked_for(folder):
-    finish(RunFolder(folder, CONFIG), "new", keep_checkpoints=True)
+    finish(RunFolder(folder, CONFIG, keep_checkpoints=True), "new")
     assert (folder / "checkpoint-3" / "file").read_text() == "new"
 
 
 def test_the_old_result_stays_until_publishing(folder):
     finish(RunFolder(folder, CONFIG), "old")
-    work = RunFolder(folder, OTHER).open(fresh=True)
+    work = RunFolder(folder, OTHER, overwrite=True).open()
     (work / "model.safetensors").write_text("new")
     assert result_of(folder)["mark"] == "old"
     assert (folder / "model.safetensors").read_text() == "old"
@@ -263,34 +265,120 @@ def test_the_result_comes_last(folder, monkeypatch):
     assert moved.count("result.json") == 1
 
 
-def test_a_folder_whose_publishing_broke_off_has_no_result(folder, monkeypatch):
-    finish(RunFolder(folder, CONFIG), "old")
-    replace = Path.replace
+class Killed(BaseException):
+    """Ends a command as a kill does: nothing handles it."""
 
-    def breaking(self, target):
-        if Path(target) == folder / "model.safetensors":
-            raise OSError("killed")
-        return replace(self, target)
 
-    monkeypatch.setattr(Path, "replace", breaking)
-    with pytest.raises(OSError, match="killed"):
-        finish(RunFolder(folder, OTHER), "new")
-    assert result_of(folder) is None
-    assert result_of(folder / "in_progress")["mark"] == "new"
-    assert not RunFolder(folder, CONFIG).is_done()
+@contextlib.contextmanager
+def killed_at(number: int):
+    """Every file operation from the one with this number on raises Killed; yields a list of the operations."""
+    operations = []
+
+    def counting(operation):
+        def call(*args, **kwargs):
+            operations.append(args)
+            if len(operations) > number:
+                raise Killed
+            return operation(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("replace", "unlink", "rmdir", "mkdir"):
+            patch.setattr(os, name, counting(getattr(os, name)))
+        yield operations
+
+
+def command(folder, configuration, mark, weights, overwrite) -> bool:
+    """What a stage's command does; returns whether it trained."""
+    run = RunFolder(folder, configuration, overwrite=overwrite)
+    with run.locked():
+        if run.is_done():
+            return False
+        finish(run, mark, weights)
+        return True
+
+
+def marks(folder: Path, *patterns: str) -> set[str]:
+    return {path.read_text() for pattern in patterns for path in folder.glob(pattern)}
+
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
+TEXTS = ("generations.jsonl", "history.jsonl", "model*")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("weights", [("model.safetensors",), ()])
+def test_a_kill_at_any_file_operation_neither_mixes_two_results_nor_loses_one(tmp_path, weights, overwrite):
+    for number in itertools.count():
+        folder = tmp_path / str(number)
+        finish(RunFolder(folder, CONFIG), "old", SHARDS)
+        with killed_at(number) as operations, contextlib.suppress(Killed):
+            command(folder, OTHER, "new", weights, overwrite)
+        is_published = (folder / "in_progress.publishing").is_dir()
+        if (folder / "result.json").exists():
+            assert marks(folder, *TEXTS) <= {result_of(folder)["mark"]}
+        else:
+            with pytest.raises(UserError, match="the run's command completes it"):
+                result_of(folder)
+        is_new = is_published or (not overwrite and result_of(folder)["mark"] == "new")
+        assert command(folder, OTHER, "again", weights, overwrite) != is_new
+        mark = "new" if is_new else "again"
+        assert result_of(folder)["mark"] == mark
+        assert marks(folder, *TEXTS, "vanilla/file") == {mark}
+        assert names(folder) == {"result.json", "generations.jsonl", "history.jsonl", "vanilla", "previous", *weights}
+        archives = {result_of(aside)["mark"]: aside for aside in (folder / "previous").iterdir()}
+        assert marks(archives["old"], *TEXTS) == {"old"}
+        assert names(archives["old"]) >= (set() if weights else set(SHARDS))
+        if len(operations) <= number:
+            break
+    assert number > 15
+
+
+@pytest.mark.parametrize("configuration", [None, CONFIG])
+@pytest.mark.parametrize("with_result", [False, True])
+def test_a_kill_at_any_file_operation_neither_blocks_the_folder_nor_mixes_two_runs(
+    tmp_path, configuration, with_result
+):
+    """From a new folder, and from one with the checkpoint of an interrupted run of another configuration."""
+    for number in itertools.count():
+        folder = tmp_path / str(number)
+        if with_result:
+            finish(RunFolder(folder, CONFIG), "old")
+        if configuration:
+            checkpoint = RunFolder(folder, configuration).open() / "checkpoint-9"
+            checkpoint.mkdir()
+            (checkpoint / "weights").write_text("old")
+        with killed_at(number) as operations, contextlib.suppress(Killed):
+            work = RunFolder(folder, OTHER).open()
+        work = RunFolder(folder, OTHER).open()
+        assert names(work) == {"run.json"}
+        assert not (folder / "in_progress.discarded").exists()
+        if len(operations) <= number:
+            break
+    assert number >= 2
+
+
+def test_what_a_killed_run_did_not_publish_is_published_before_another_configuration(folder):
+    work = RunFolder(folder, CONFIG).open()
+    (work / "result.json").write_text(json.dumps({"config": CONFIG, "mark": "old"}))
+    work.rename(folder / "in_progress.publishing")
+    assert command(folder, OTHER, "new", ("model.safetensors",), overwrite=False)
+    (aside,) = (folder / "previous").iterdir()
+    assert (result_of(aside)["mark"], result_of(folder)["mark"]) == ("old", "new")
 
 
 def test_what_an_interrupted_run_of_the_same_configuration_left_is_kept(folder):
-    (RunFolder(folder, CONFIG).open(fresh=False) / "checkpoint-1").mkdir()
-    assert "checkpoint-1" in names(RunFolder(folder, CONFIG).open(fresh=False))
+    (RunFolder(folder, CONFIG).open() / "checkpoint-1").mkdir()
+    assert "checkpoint-1" in names(RunFolder(folder, CONFIG).open())
 
 
-@pytest.mark.parametrize(("configuration", "fresh"), [(OTHER, False), (CONFIG, True)])
-def test_what_another_configuration_left_is_thrown_away(folder, configuration, fresh):
-    (RunFolder(folder, CONFIG).open(fresh=False) / "checkpoint-1").mkdir()
-    work = RunFolder(folder, configuration).open(fresh=fresh)
+@pytest.mark.parametrize(("configuration", "overwrite"), [(OTHER, False), (CONFIG, True)])
+def test_what_another_configuration_left_is_thrown_away(folder, configuration, overwrite):
+    (RunFolder(folder, CONFIG).open() / "checkpoint-1").mkdir()
+    work = RunFolder(folder, configuration, overwrite=overwrite).open()
     assert names(work) == {"run.json"}
-    assert json.loads((work / "run.json").read_text()) == configuration
+    assert json.loads((work / "run.json").read_text()) == {"config": configuration, "overwrite": overwrite}
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "steering.safetensors", "data/rows.json", "checkpoint-9/weights"])
@@ -334,7 +422,7 @@ def test_no_folder_is_not_done(folder):
 def test_a_file_in_the_place_of_the_folder_is_refused(folder):
     folder.write_text("a file")
     with pytest.raises(UserError, match=re.escape(f"output_dir={folder}: cannot be written to")):
-        RunFolder(folder, CONFIG).open(fresh=False)
+        RunFolder(folder, CONFIG).open()
 
 
 # --- what a run must not write over -------------------------------------------------------------------------------------
@@ -349,13 +437,24 @@ def test_a_folder_of_somebody_else_is_refused(folder):
     folder.mkdir()
     (folder / "model.safetensors").write_text("mine")
     with pytest.raises(UserError, match="holds files that no run wrote"):
-        RunFolder(folder, CONFIG).open(fresh=True)
+        RunFolder(folder, CONFIG, overwrite=True).open()
     assert (folder / "model.safetensors").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["publishing", "discarded", "in_progress"])
+def test_folders_of_somebody_else_are_not_touched_whatever_their_names(folder, name):
+    (folder / name).mkdir(parents=True)
+    (folder / name / "notes.txt").write_text("mine")
+    run = RunFolder(folder, CONFIG)
+    assert not run.is_done()
+    with pytest.raises(UserError, match="holds files that no run wrote"):
+        run.open()
+    assert (folder / name / "notes.txt").read_text() == "mine"
 
 
 def test_a_run_without_weights_puts_the_old_ones_aside(folder):
     finish(RunFolder(folder, CONFIG), "old")
-    work = RunFolder(folder, OTHER).open(fresh=False)
+    work = RunFolder(folder, OTHER).open()
     (work / "result.json").write_text(json.dumps({"config": OTHER}))
     RunFolder(folder, OTHER).publish()
     assert not (folder / "model.safetensors").exists()
@@ -366,10 +465,18 @@ def test_a_run_without_weights_puts_the_old_ones_aside(folder):
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_an_interrupted_redo_of_a_finished_run_goes_on(folder, overwrite):
     finish(RunFolder(folder, CONFIG), "old")
-    (RunFolder(folder, CONFIG).open(fresh=True) / "checkpoint-3").mkdir()
-    again = RunFolder(folder, CONFIG)
+    (RunFolder(folder, CONFIG, overwrite=True).open() / "checkpoint-3").mkdir()
+    again = RunFolder(folder, CONFIG, overwrite=overwrite)
     assert not again.is_done()
-    assert "checkpoint-3" in names(again.open(fresh=overwrite))
+    assert "checkpoint-3" in names(again.open())
+
+
+def test_a_first_run_with_overwrite_continues_when_the_same_command_is_started_again(folder):
+    for _ in range(2):
+        run = RunFolder(folder, CONFIG, overwrite=True)
+        assert not run.is_done()
+        (run.open() / "checkpoint-3").mkdir(exist_ok=True)
+        assert "checkpoint-3" in names(RunFolder(folder, CONFIG, overwrite=True).open())
 
 
 def test_a_broken_result_is_named(folder):

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
 from common.cli import check_recipe, job_errors, launch
-from common.config import read_config
+from common.config import RunConfig, read_config
 from common.data import check_forget_and_retain, load_splits
 from common.errors import UserError, reason
 from common.files import CONFIGS, is_first_process
@@ -31,7 +31,7 @@ from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
 from common.prompts import PromptFormat, check_prompt_lengths
 from common.results import copy_result, stored_result
-from common.runs import training_run
+from common.runs import RunFolder, training_run
 from common.training_arguments import training_arguments
 from evaluation.during_training import Evaluator
 from evaluation.report import write_report
@@ -51,9 +51,15 @@ def unlearn(cfg: DictConfig) -> Path:
     use_cuda_graphs(config.generation.cuda_graphs)
     config = replace(config, model=start_checkpoint(config, str(cfg.finetuned)))
     run = training_run("unlearned", cfg, config)
-    if not config.overwrite and run.is_done():
+    with run.locked():
+        if not run.is_done():
+            train(run, method, config)
         show_report(run.folder)
-        return run.folder
+    return run.folder
+
+
+def train(run: RunFolder, method: type[UnlearningTrainer], config: RunConfig) -> None:
+    """Unlearn, evaluate and publish the model."""
     tokenizer = load_tokenizer(config.model)
     rows = load_splits(config.data, ("forget", "retain"))
     check_forget_and_retain(rows["forget"], rows["retain"])
@@ -68,7 +74,7 @@ def unlearn(cfg: DictConfig) -> Path:
     set_seed(config.seed)
     model = load_model(config.model, tokenizer, trainable=True)
     check_positions(model, config)
-    work = run.open(fresh=config.overwrite)
+    work = run.open()
     trainer = method(model, args, data, config.settings)
     if config.evaluation.start:
         vanilla = Path(run.start) / "vanilla"
@@ -81,9 +87,7 @@ def unlearn(cfg: DictConfig) -> Path:
     evaluator.finish(trainer, work, stage="unlearning")
     if is_first_process():
         write_report(work, method.__name__)
-    run.publish(config.keep_checkpoints)
-    show_report(run.folder)
-    return run.folder
+    run.publish()
 
 
 def method_class(cfg: DictConfig) -> type[UnlearningTrainer]:
