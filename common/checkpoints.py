@@ -120,7 +120,8 @@ def save_trained(trainer: Trainer, folder: Path, config: ModelConfig, prompts: S
         trainer.model.merge_and_unload().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
     if trainer.is_world_process_zero():
-        loaded = replace(config, path=str(folder), new=None, revision=None, gguf_file=None)
+        # On the CPU, where other implementations of attention cannot run.
+        loaded = replace(config, path=str(folder), new=None, revision=None, gguf_file=None, attn_implementation="eager")
         saved = next_token_probabilities(load_model(loaded, trainer.processing_class, trainable=False), prompts)
         # Total variation distances, the largest of all positions. Merging an adapter rounds in 16 bits.
         distance = max(float((a - b).abs().sum(-1).max()) / 2 for a, b in zip(trained, saved, strict=True))
@@ -134,10 +135,14 @@ def save_trained(trainer: Trainer, folder: Path, config: ModelConfig, prompts: S
 
 @torch.no_grad()
 def next_token_probabilities(model: PreTrainedModel, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
-    """The probabilities of every next token of each prompt, each of shape (tokens, vocabulary), on the CPU."""
+    """The probabilities of every next token of each prompt, each of shape (tokens, vocabulary), on the CPU.
+
+    In the precision of the weights: accelerate's forward pass computes in that of training.
+    """
     was_training = model.training
     model.eval()
+    forward = model.__dict__.get("_original_forward", model)
     inputs = [torch.tensor([ids], device=model.device) for ids in prompts]
-    found = [model(input_ids=ids, use_cache=False).logits[0].float().softmax(-1).cpu() for ids in inputs]
+    found = [forward(input_ids=ids, use_cache=False).logits[0].float().softmax(-1).cpu() for ids in inputs]
     model.train(was_training)
     return found

@@ -11,7 +11,6 @@ from timeit import timeit
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import str_to_bool
 
 from common.errors import UserError
 
@@ -34,11 +33,8 @@ def settle_processes(one_only: bool = False) -> None:
         raise UserError(
             f"WORLD_SIZE={processes}: this program runs in one process; start it with python, without a launcher"
         )
-    if not torch.accelerator.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # TrainingArguments reads it
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    cpu = bool(str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")))
-    if processes > 1 and (missing or PartialState(cpu=cpu).num_processes != processes):
+    if processes > 1 and (missing or PartialState(cpu=not torch.accelerator.is_available()).num_processes != processes):
         raise UserError(
             f"WORLD_SIZE={processes}: {processes} processes are announced, but they do not find each other (missing: "
             f"{', '.join(missing) or 'none'}); start them with torchrun or accelerate launch, or unset WORLD_SIZE"

@@ -37,8 +37,8 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
         raise UserError("training.fp16=true: needs an NVIDIA GPU; use training.bf16=auto")
     if values.get("bf16") == "auto":
         values["bf16"] = has_fast_bf16() and not values.get("fp16", False)
-    if values.get("bf16") and not torch.cuda.is_available():
-        values.setdefault("use_cpu", True)  # TrainingArguments requires it for bfloat16 on a CPU
+    # Otherwise the processes of a launcher would be independent runs, and bfloat16 would be refused.
+    values.setdefault("use_cpu", not torch.accelerator.is_available())
     if values.get("data_seed") is None:
         values["data_seed"] = config.seed
     values["disable_tqdm"] = values.get("disable_tqdm") or not sys.stderr.isatty()

@@ -289,7 +289,7 @@ def test_published_finetuning_hyperparameters(recipe):
 def test_published_prompts(stage):
     phi, llama = read(f"{stage}phi").model, read(f"{stage}llama3").model
     assert (phi.path, llama.path) == ("microsoft/phi-1_5", "meta-llama/Llama-3.2-3B-Instruct")
-    assert phi.prompt == PromptConfig(style="plain", question="Question: {question}\nAnswer:", answer=" {answer}")
+    assert phi.prompt == PromptConfig(style="plain", question="Question: {question}\n", answer="Answer: {answer}")
     assert llama.prompt == PromptConfig("chat", "You are a helpful assistant.", "10 Apr 2025")
 
 

@@ -280,18 +280,18 @@ def test_tofu_full_has_two_rows_with_one_question(tofu):
 
 
 def test_tofu_forget_and_retain_are_slices_of_full(tofu):
-    data = config(tofu, full="full", forget10="forget10", retain90="retain90", forget05="forget05", retain95="retain95")
-    splits = load_splits(data, tuple(data.splits))
-    texts = {role: [(row.question, row.answer) for row in rows] for role, rows in splits.items()}
+    names = ("full", "forget10", "retain90", "forget05", "retain95")
+    splits = {name: load_split(config(tofu, train=name), "train") for name in names}
+    texts = {name: [(row.question, row.answer) for row in rows] for name, rows in splits.items()}
     assert (texts["retain90"], texts["forget10"]) == (texts["full"][:3600], texts["full"][3600:])
     assert (texts["retain95"], texts["forget05"]) == (texts["full"][:3800], texts["full"][3800:])
 
 
 def test_tofu_perturbed_rows_have_paraphrases_and_five_wrong_answers(tofu):
     names = ("question", "answer", "paraphrased_question", "paraphrased_answer", "perturbed_answer")
-    data = config(tofu, {name: name for name in names}, forget="forget10", paraphrased="forget10_perturbed")
-    splits = load_splits(data, ("forget", "paraphrased"))
-    for plain, row in zip(splits["forget"], splits["paraphrased"], strict=True):
+    data = config(tofu, {name: name for name in names}, forget="forget10", forget_paraphrased="forget10_perturbed")
+    splits = load_splits(data, ("forget", "forget_paraphrased"))
+    for plain, row in zip(splits["forget"], splits["forget_paraphrased"], strict=True):
         assert (plain.index, plain.question, plain.answer) == (row.index, row.question, row.answer)
         assert len(row.perturbed_answer) == 5
         assert row.paraphrased_question

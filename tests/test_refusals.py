@@ -137,7 +137,7 @@ def test_a_value_that_a_comparison_cannot_use_is_named(words):
 @pytest.mark.parametrize("folder", ["/proc/x", "/dev/null/x", "/tmp/" + "x" * 300])
 def test_a_folder_that_cannot_be_made_is_named(folder):
     with pytest.raises(UserError, match=rf"^output_dir={folder}: cannot be written to"):
-        RunFolder(Path(folder), {}).open(fresh=False)
+        RunFolder(Path(folder), {}).open()
 
 
 # --- every key of every recipe ------------------------------------------------------------------------------------------
