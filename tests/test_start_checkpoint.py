@@ -175,3 +175,12 @@ def test_an_adapter_or_another_length_is_warned_about_with_the_folders_beside(tm
 
 def test_a_recipe_s_name_is_answered_with_the_folder_that_it_writes(tmp_path):
     assert "such as finetuned=models/finetuned/tiny/seed-0" in error_of(tmp_path, "finetuned=tiny")
+
+
+def test_a_model_path_beside_a_checkpoint_without_a_record_is_refused(tmp_path, monkeypatch):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    assert start(tmp_path, f"finetuned={foreign}").path == str(foreign)
+    words = on_the_command_line(monkeypatch, "model.path=some/other", f"finetuned={foreign}")
+    message = error_of(tmp_path, *words)
+    assert message.startswith(f"model.path: unlearning starts from finetuned={foreign}, which has no record")

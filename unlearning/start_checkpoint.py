@@ -35,6 +35,11 @@ def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
         )
     if looks_local(finetuned) and not path.exists():
         raise UserError(f"finetuned={finetuned}: no such folder; {remedy(config, finetuned, overrides)}{existing}")
+    if any(override.startswith("model.path=") for override in overrides) and result_of(path) is None:
+        raise UserError(
+            f"model.path: unlearning starts from finetuned={finetuned}, which has no record of the model it was finetuned "
+            "from; leave model.path out"
+        )
     refused, warned = differences_from_finetuning(config, str(path))
     if refused:
         raise UserError(
