@@ -65,6 +65,19 @@ def write_rows(folder: Path, split: str, rows: list[Row]) -> str:
 # --- trainers ---------------------------------------------------------------------------------------------------------
 
 
+def gradients_of_one_step(trainer):
+    """The gradient at the optimizer step, by parameter name."""
+    found = {}
+
+    def keep(*_, **__):
+        found.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.train()
+    return found
+
+
 def arguments(folder, batch_size, accumulation, **more):
     values = {"learning_rate": 0.0, "max_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
     return TrainingArguments(

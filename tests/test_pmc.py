@@ -1,5 +1,6 @@
 """PMC's own steps: scores, selection, the best so far, the initial responses, and that the forget answers are never read."""
 
+import copy
 import logging
 import math
 import random
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from tests.helpers import ROWS, arguments, make_trainer
+from tests.helpers import ROWS, arguments, gradients_of_one_step, make_trainer
 from unlearning.pmc import PMC
 from unlearning.pmc_options import PMCSettings, StalledTemperature
 from unlearning.rewards import Scorer, penalize_short, rouge_l
@@ -61,7 +62,7 @@ def test_a_penalty_decides_between_rewards_that_are_close():
 def test_a_sample_that_was_cut_is_trained_with_an_end_token(model, prompts, tmp_path):
     trainer = make_trainer(model, prompts, tmp_path)
     trainer.best = {0: Candidate(1.0, [7, 8, 9]), 1: Candidate(1.0, [7, 8, prompts.eos_token_id])}
-    examples = [trainer.training_example(row) for row in ROWS[:2]]
+    examples = [trainer.own_example(row, trainer.best[row.index].answer) for row in ROWS[:2]]
     assert [example.answer for example in examples] == [[7, 8, prompts.eos_token_id]] * 2
     assert examples[0].prompt == prompts.prompt(ROWS[0].question)
 
@@ -335,3 +336,51 @@ def test_state_survives_a_checkpoint(model, prompts, tmp_path):
     for name in ("best", "initial_responses", "history"):
         assert getattr(other, name) == getattr(trainer, name)
     assert other.temperature.multipliers == {3: 1.5}
+
+
+def test_the_contrast_loss_has_the_gradient_of_its_formula(model, prompts, tmp_path):
+    """In float64 by hand, over two micro-batches that are split by length."""
+    weight, beta, answers = 2.0, 0.7, [[7, 8, 9, 10, 11, 12, 13, 14, 15, 2], [5, 2], [9, 4, 2], [3] * 30 + [2]]
+    settings = PMCSettings(
+        num_samples=2, max_length=60, lambda_unlearning=0.0, contrast_weight=weight, contrast_beta=beta
+    )
+    trainer = make_trainer(model, prompts, tmp_path, ROWS[:4], 2, 2, settings=settings)
+    end = prompts.eos_token_id
+    initial = {row.index: ids[:-1] + [end] for row, ids in zip(ROWS[:4], answers, strict=True)}
+    selected = {index: [20 + index, 21, end] for index in initial}
+    trainer.initial_tokens = initial
+    trainer.best = {index: Candidate(1.0, ids) for index, ids in selected.items()}  # all are solved
+    found = gradients_of_one_step(trainer)
+
+    reference = copy.deepcopy(model).double()
+    nll = {
+        index: -token_log_probs(reference, prompts.prompt(ROWS[index].question), ids) for index, ids in selected.items()
+    }
+    old = [-token_log_probs(reference, prompts.prompt(ROWS[index].question), ids) for index, ids in initial.items()]
+    collapse = torch.cat(list(nll.values())).mean()
+    contrast = torch.stack([-2 / beta * torch.nn.functional.logsigmoid(beta * ids.mean()) for ids in old]).mean()
+    (collapse + weight * contrast).backward()
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(found[name].double(), parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    (record,) = trainer.history
+    expected = {"collapse_loss": collapse, "contrast_loss": contrast, "initial_nll": sum(ids.mean() for ids in old) / 4}
+    assert {name: record[name] for name in expected} == {
+        name: pytest.approx(value.item(), rel=1e-5) for name, value in expected.items()
+    }
+
+
+def token_log_probs(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+def test_contrast_makes_the_initial_responses_unlikely_where_pmc_alone_leaves_them_likely(memorized, prompts, tmp_path):
+    start, likely = {name: value.clone() for name, value in memorized.state_dict().items()}, {}
+    for weight in (0.0, 8.0):
+        memorized.load_state_dict(start)
+        settings = PMCSettings(num_samples=4, max_length=60, temperature=2.0, contrast_weight=weight)
+        trainer = make_trainer(memorized, prompts, tmp_path, settings=settings, learning_rate=1e-3, max_steps=12)
+        trainer.train()
+        ids = [(prompts.prompt(row.question), trainer.initial_tokens[row.index]) for row in ROWS]
+        likely[weight] = sum(token_log_probs(trainer.model, *pair).mean().exp().item() for pair in ids) / len(ROWS)
+    assert likely[8.0] < likely[0.0] / 3

@@ -16,21 +16,8 @@ from common.files import CONFIGS
 from common.model import load_model
 from common.trainer import ExampleTrainer, check_even_split
 from common.training_arguments import training_arguments
-from tests.helpers import ROWS, arguments
+from tests.helpers import ROWS, arguments, gradients_of_one_step
 from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer
-
-
-def gradients_of_one_step(trainer):
-    """The gradient at the optimizer step, by parameter name."""
-    found = {}
-
-    def keep(*_, **__):
-        found.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
-
-    trainer.create_optimizer()
-    trainer.optimizer.register_step_pre_hook(keep)
-    trainer.train()
-    return found
 
 
 class NotesThreads(UnlearningTrainer):

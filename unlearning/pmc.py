@@ -30,9 +30,10 @@ from generation.replica import Replica
 from generation.sampler import generate
 from generation.token_sampling import SamplingSettings
 from unlearning.early_stopping import EarlyStopping
-from unlearning.pmc_options import FluencyPenalty, PMCSettings, StalledTemperature
+from unlearning.pmc_options import Contrast, FluencyPenalty, PMCSettings, StalledTemperature
 from unlearning.rewards import Scorer
 from unlearning.selection import Candidate, select
+from unlearning.token_losses import TokenLosses
 from unlearning.trainer import UnlearningData, UnlearningTrainer
 
 
@@ -40,7 +41,8 @@ class PMC(UnlearningTrainer):
     """Trains on the model's own answers, selected to be least like the initial responses.
 
     Attributes:
-        initial_responses: text of the finetuned model's greedy answer, by row index.
+        initial_tokens: token ids of the finetuned model's greedy answer, by row index.
+        initial_responses: their texts.
         best: the best sample so far, by row index.
     """
 
@@ -56,8 +58,11 @@ class PMC(UnlearningTrainer):
         self.stops_early = settings.early_stopping and self.scorer.is_monotone
         self.fluency = FluencyPenalty(self, settings.fluency_weight) if self.needs_reference else None
         self.temperature = StalledTemperature(settings)
+        self.contrast = Contrast(self, settings) if settings.contrast_weight else None
+        self.logged_terms = ("collapse_loss", "contrast_loss", "initial_nll") if self.contrast else ()
         self.eos_token_ids = eos_token_ids(model, data.prompts.eos_token_id)
         self.prompt_ids = {row.index: data.prompts.prompt(row.question) for row in data.forget}
+        self.initial_tokens: dict[int, list[int]] = {}
         self.initial_responses: dict[int, str] = {}
         self.best: dict[int, Candidate] = {}
         self.seconds["sampling"] = 0.0
@@ -70,6 +75,7 @@ class PMC(UnlearningTrainer):
         prompts = [self.prompt_ids[row.index] for row in rows]
         answers = generate(self.sampled_model(), prompts, greedy, self.eos_token_ids, description="initial responses")
         for row, answer in zip(rows, answers, strict=True):
+            self.initial_tokens[row.index] = answer[0]
             self.initial_responses[row.index] = self.data.prompts.text(answer[0])
         self.seconds["sampling"] += time.perf_counter() - started
 
@@ -83,13 +89,22 @@ class PMC(UnlearningTrainer):
         self.select(active, candidates)
         self.gather_selected(active)
         self.log_samples(rows, candidates, early_stopping, time.perf_counter() - started)
-        return [self.training_example(row) for row in rows]
+        return [self.own_example(row, self.best[row.index].answer) for row in rows]
 
-    def training_example(self, row: Row) -> Example:
-        """The selected sample. If it was cut at `max_length`, an EOS token replaces its last one, as in the authors' code."""
-        *beginning, last = self.best[row.index].answer
+    def own_example(self, row: Row, answer: list[int]) -> Example:
+        """A question with the model's own answer. If that was cut at `max_length`, an EOS token replaces its last token."""
+        *beginning, last = answer
         ending = last if last in self.eos_token_ids else self.data.prompts.eos_token_id
         return Example(self.prompt_ids[row.index], [*beginning, ending])
+
+    def forget_groups(self, rows: list[Row]) -> list[tuple[Example, ...]]:
+        if not self.contrast:
+            return super().forget_groups(rows)
+        initial = [self.own_example(row, self.initial_tokens[row.index]) for row in rows]
+        return self.contrast.groups(self.forget_examples(rows), initial)
+
+    def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
+        return self.contrast.loss(forget) if self.contrast else forget.cross_entropy
 
     def is_solved(self, row: Row) -> bool:
         return row.index in self.best and self.best[row.index].reward == 1
@@ -171,7 +186,10 @@ class PMC(UnlearningTrainer):
 
     def epoch_record(self, steps: int) -> dict[str, float]:
         losses = super().epoch_record(steps)
-        record = {"collapse_loss": losses.pop("forget_loss"), **losses}
+        record = {
+            "collapse_loss": losses.pop("forget_loss"),
+            **losses,
+        }  # with contrast, `losses` has the collapse loss alone
         record |= self.epoch_means("questions", ["selected_reward", "solved", "selected_penalty"])
         penalty = record.pop("selected_penalty")
         if self.fluency:
@@ -187,13 +205,14 @@ class PMC(UnlearningTrainer):
 
     def state_to_save(self) -> dict[str, Any]:
         return super().state_to_save() | {
-            "initial_responses": list(self.initial_responses.items()),
+            "initial_tokens": list(self.initial_tokens.items()),
             "best": [[index, asdict(candidate)] for index, candidate in self.best.items()],
             "temperature": self.temperature.state_to_save(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
-        self.initial_responses = dict(state["initial_responses"])
+        self.initial_tokens = dict(state["initial_tokens"])
+        self.initial_responses = {index: self.data.prompts.text(ids) for index, ids in self.initial_tokens.items()}
         self.best = {index: Candidate(**candidate) for index, candidate in state["best"]}
         self.temperature.load_state(state["temperature"])

@@ -1,4 +1,4 @@
-"""PMC's settings, and its two options that are off by default: the fluency penalty and the rising temperature."""
+"""PMC's settings, and its options that are off by default: fluency penalty, rising temperature, contrast."""
 
 import inspect
 import logging
@@ -11,6 +11,7 @@ import torch
 from hydra.utils import get_method
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch.nn.functional import logsigmoid
 
 from common.collate import collate
 from common.config import Fraction, section
@@ -19,6 +20,7 @@ from common.errors import reason
 from common.losses import answer_losses
 from common.prompts import Example
 from unlearning.selection import Candidate
+from unlearning.token_losses import TokenLosses
 from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 MAX_TEMPERATURE_MULTIPLIER = 10.0  # draws from the top_k tokens are then nearly uniform
@@ -50,6 +52,10 @@ class PMCSettings(MethodSettings):
     """Minimum number of words; exp(-words) is subtracted from the reward of shorter samples; 0: off."""
     fluency_weight: NonNegativeFloat = 0.0
     """Weight of a sample's mean NLL per token under the model before unlearning, subtracted from its reward; 0: off."""
+    contrast_weight: NonNegativeFloat = 0.0
+    """Weight of a loss that makes the initial responses unlikely; 0: off."""
+    contrast_beta: PositiveFloat = 1.0
+    """The larger, the earlier the contrast loss ends: its gradient fades where the mean NLL per token exceeds 1 / beta."""
     early_stopping: bool = True
     """Stop samples that can no longer be selected; only for rewards that never rise as a sample grows."""
     sampling_batch_size: int | None = Field(None, gt=0)
@@ -143,6 +149,40 @@ class FluencyPenalty:
                 sums = losses.new_zeros(len(indices)).index_add(0, rows, losses)
                 means[indices] = (sums / torch.bincount(rows, minlength=len(indices))).cpu()
         return means.tolist()
+
+
+class Contrast:
+    """Makes the initial responses unlikely, so that the answers are removed and not only replaced.
+
+    The loss of SimNPO (arXiv 2410.07163), with the model's own greedy answers from before training in place of the data
+    set's: -(2/beta) log sigmoid(beta * NLL/length), the mean over questions. The forget answers are not read.
+
+    Args:
+        trainer: the trainer that the loss is logged with.
+        settings: PMC's settings, with a `contrast_weight` above 0.
+    """
+
+    def __init__(self, trainer: UnlearningTrainer, settings: PMCSettings):
+        self.trainer, self.weight, self.beta = trainer, settings.contrast_weight, settings.contrast_beta
+        self.selected_tokens = 0.0
+
+    def groups(self, selected: list[Example], initial: list[Example]) -> list[tuple[Example, ...]]:
+        """For each forget row of the optimizer step: the selected sample, and the initial response."""
+        self.selected_tokens = self.trainer.total(sum(len(example.answer) for example in selected))
+        return list(zip(selected, initial, strict=True))
+
+    def loss(self, forget: TokenLosses) -> torch.Tensor:
+        """Cross-entropy of the selected samples (the mean over their tokens) + weight * contrast loss."""
+        is_initial = forget.position == 1
+        collapse = forget.losses[~is_initial[forget.rows]].sum() / self.selected_tokens
+        mean_nll = (forget.nll / forget.lengths)[is_initial]
+        contrast = forget.mean_over_rows(-2 / self.beta * logsigmoid(self.beta * mean_nll))
+        self.trainer.add_to_epoch(
+            collapse_loss=collapse.detach(),
+            contrast_loss=contrast.detach(),
+            initial_nll=forget.mean_over_rows(mean_nll.detach()),
+        )
+        return collapse + self.weight * contrast
 
 
 class StalledTemperature:

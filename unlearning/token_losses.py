@@ -45,6 +45,7 @@ class TokenLosses(MicroBatchPart):
         rows: index of the example that each token belongs to, 0 to `size` - 1, shape (tokens,).
         size: number of examples.
         targets: the answer tokens, shape (tokens,).
+        position: position of each example in its row's tuple of `forget_groups`, shape (size,); 0 for retain examples.
         compute_logits: returns `logits`.
     """
 
@@ -52,6 +53,7 @@ class TokenLosses(MicroBatchPart):
     rows: torch.Tensor
     size: int
     targets: torch.Tensor
+    position: torch.Tensor
     compute_logits: Callable[[], torch.Tensor]
 
     @property

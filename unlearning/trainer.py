@@ -172,6 +172,7 @@ class UnlearningTrainer(ResumableTrainer):
                 index_in_part[rows[own]],
                 int(examples.sum()),
                 targets[own],
+                batch["position"][examples],
                 partial(logits.__getitem__, own),
             )
         return by_part
@@ -213,8 +214,8 @@ def collate_pairs(
 ) -> list[dict[str, torch.Tensor]]:
     """Micro-batches with the given numbers of forget rows and as many retain rows; rows of similar length go together.
 
-    The examples of the forget rows come first (the first ones of all rows, then the second ones, ...); `is_forget`, shape
-    (examples,), marks them.
+    The examples of the forget rows come first (the first ones of all rows, then the second ones, ...). `is_forget`, shape
+    (examples,), marks them; `position`, of the same shape, is 0 for the first ones and for retain examples, then 1, ...
     """
     micro_batches = []
     by_length = [sort_into_micro_batches(groups, sizes, longest) for groups in (forget, retain)]
@@ -222,7 +223,9 @@ def collate_pairs(
         forget_examples = list(chain.from_iterable(zip(*forget_groups, strict=True)))
         retain_examples = list(chain.from_iterable(retain_groups))
         is_forget = torch.tensor([True] * len(forget_examples) + [False] * len(retain_examples))
-        micro_batches.append({**collate(forget_examples + retain_examples), "is_forget": is_forget})
+        position = (is_forget.cumsum(0) - 1) // max(1, len(forget_groups)) * is_forget
+        batch = collate(forget_examples + retain_examples)
+        micro_batches.append({**batch, "is_forget": is_forget, "position": position})
     return micro_batches
 
 
