@@ -167,6 +167,9 @@ class DataConfig:
     """role: split, or null if the data set has none."""
     columns: Columns
     """field: column of the data files."""
+    words: Literal["latin", "unicode"] = "latin"
+    """What ROUGE compares: latin: words of a-z and 0-9, as in the rouge_score package; unicode: words of any script,
+    single characters for scripts without spaces."""
     max_length: int = Field(256, ge=2)
     """Maximum tokens of a training example; longer answers are truncated."""
     hub_configurations: bool = True

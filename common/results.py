@@ -106,7 +106,7 @@ def _evaluation_inputs(identity: dict[str, Any]) -> tuple:
     data, evaluation = identity["data"], identity["evaluation"]
     splits = {role: split for role, split in data["splits"].items() if role != "train"}
     settings = [evaluation.get(key) for key in ("max_length", "full_eval", "bf16")]
-    return data["path"], splits, settings, identity["model"]["prompt"]
+    return data["path"], splits, data.get("words", "latin"), settings, identity["model"]["prompt"]
 
 
 def copy_result(source: str | Path, target: Path) -> None:

@@ -1,28 +1,61 @@
 """ROUGE-L recall with stemming, identical to the `rouge_score` package bit for bit, but many times faster.
 
-The longest common subsequence is computed in compiled code (rapidfuzz), and stems are cached.
+That package's words consist of a-z and 0-9, so text in other scripts has none. `data.words=unicode` compares words of any
+script. The longest common subsequence is computed in compiled code (rapidfuzz), and stems are cached.
 """
 
+import contextlib
 import re
+import unicodedata
+from collections.abc import Iterator
 from functools import lru_cache
 
+import regex
 from nltk.stem.porter import PorterStemmer
 from rapidfuzz.distance import LCSseq
 
-_NOT_A_WORD = re.compile(r"[^a-z0-9]+")
+_NOT_A_LATIN_WORD = re.compile(r"[^a-z0-9]+")
+# Scripts that are written without spaces: each character is a word. Marks and joiners belong to the character before.
+_ALONE = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+_UNICODE_WORD = regex.compile(
+    rf"(?:{_ALONE}|(?:(?!{_ALONE})[\p{{L}}\p{{N}}][\p{{M}}\u200c\u200d]*)+)[\p{{M}}\u200c\u200d]*"
+)
 _STEMMER = PorterStemmer()
+_kind = "latin"
+
+
+@contextlib.contextmanager
+def use_words(kind: str) -> Iterator[None]:
+    """A context in which texts are split into words of this kind, a value of `data.words`."""
+    global _kind
+    before, _kind = _kind, kind
+    try:
+        yield
+    finally:
+        _kind = before
+
+
+def words(text: str) -> list[str]:
+    """The words that are counted: separated by whitespace, or with `data.words=unicode` those that ROUGE compares."""
+    return text.split() if _kind == "latin" else list(rouge_tokens(text))
 
 
 @lru_cache(maxsize=1 << 18)
 def _stem(word: str) -> str:
     # rouge_score does not stem words of up to three letters.
-    return _STEMMER.stem(word) if len(word) > 3 else word
+    return _STEMMER.stem(word) if len(word) > 3 and word.isascii() else word
+
+
+def rouge_tokens(text: str) -> tuple[str, ...]:
+    """The lower-case words that ROUGE compares, those of a-z and 0-9 stemmed."""
+    return _tokens(text, _kind)
 
 
 @lru_cache(maxsize=1 << 14)
-def rouge_tokens(text: str) -> tuple[str, ...]:
-    """The lower-case, stemmed words that ROUGE compares; characters other than a-z and 0-9 separate words."""
-    return tuple(_stem(word) for word in _NOT_A_WORD.split(text.lower()) if word)
+def _tokens(text: str, kind: str) -> tuple[str, ...]:
+    if kind == "latin":  # characters other than a-z and 0-9 separate words
+        return tuple(_stem(word) for word in _NOT_A_LATIN_WORD.split(text.lower()) if word)
+    return tuple(_stem(word) for word in _UNICODE_WORD.findall(unicodedata.normalize("NFKC", text).lower()))
 
 
 def rouge_l_recall(reference: str, answer: str) -> float:

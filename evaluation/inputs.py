@@ -68,6 +68,9 @@ def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
     if made_by and cfg.data.path is None:
         for key in ("splits", "columns"):
             cfg.data[key] = {**made_by["data"][key], **(cfg.data[key] or {})}
+    if cfg.data.get("words") is None:
+        with open_dict(cfg):
+            cfg.data.words = made_by["data"].get("words", "latin") if made_by else "latin"
     if cfg.evaluation.bf16 is None:
         cfg.evaluation.bf16 = made_by["evaluation"].get("bf16", "auto") if made_by else "auto"
     for name, keys in needed.items():

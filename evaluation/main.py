@@ -26,6 +26,7 @@ from common.cli import check_recipe, job_errors, launch
 from common.errors import UserError
 from common.files import CONFIGS, is_first_process, looks_local, resolve_path, write_text
 from common.results import result_of, started_from, write_result
+from common.rouge import use_words
 from common.runs import RunFolder, comparable_config, run_folder, with_portable_paths
 from evaluation.context import EvaluationContext, Loader
 from evaluation.inputs import fill_from_run, named_models, overrides_for, read_evaluation
@@ -106,7 +107,7 @@ class Job:
     def run(self) -> Path:
         """Measure the model, unless its folder has an up-to-date result; returns the folder."""
         run = RunFolder(self.folder, self.identity, self.path, overwrite=self.config.overwrite)
-        with run.locked():
+        with run.locked(), use_words(self.config.data.words):
             if not run.is_done():
                 scores = measure_groups(self.context, self.groups)
                 write_result(run.open(), scores.as_result(), scores.row_files(), self.identity)

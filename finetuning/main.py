@@ -25,6 +25,7 @@ from common.files import CONFIGS
 from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
 from common.prompts import PromptFormat, check_prompt_lengths
+from common.rouge import use_words
 from common.runs import RunFolder, training_run
 from common.trainer import ExampleTrainer
 from common.training_arguments import training_arguments
@@ -41,7 +42,7 @@ def finetune(cfg: DictConfig) -> Path:
     config = read_config(cfg)
     use_cuda_graphs(config.generation.cuda_graphs)
     run = training_run("finetuned", cfg, config)
-    with run.locked():
+    with run.locked(), use_words(config.data.words):
         if not run.is_done():
             train(run, config)
     return run.folder

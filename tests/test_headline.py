@@ -1,11 +1,16 @@
 """The headline scores against hand-computed values, with all splits and without the optional ones."""
 
+from dataclasses import replace
+
 import pytest
 
 from common.config import DataConfig, EvaluationConfig
+from common.data import Row
 from common.errors import UserError
 from common.files import write_json_lines
+from common.rouge import use_words
 from evaluation.metrics.headline import Question, load_questions, score_answers
+from tests.helpers import ROWS, write_rows
 
 
 def question(split, reference, index=0):
@@ -65,3 +70,27 @@ def test_forget_and_retain_are_needed(tmp_path):
     data = DataConfig(str(tmp_path), {"forget": "gone"}, {"question": "q", "answer": "a"})
     with pytest.raises(UserError, match="data.splits.retain: missing"):
         load_questions(data, EvaluationConfig())
+
+
+def test_a_reference_without_words_is_refused(tmp_path):
+    write_rows(tmp_path, "rows", [*ROWS[:2], Row(2, "Где родилась Ада?", "В Риге.")])
+    data = DataConfig(
+        path=str(tmp_path),
+        splits={"forget": "rows", "retain": "rows"},
+        columns={"question": "question", "answer": "answer"},
+    )
+    with pytest.raises(
+        UserError, match=r"^data\.splits\.forget: 1 answers .*row 2: 'В Риге\.'; set data\.words=unicode$"
+    ):
+        load_questions(data, EvaluationConfig())
+    assert len(load_questions(replace(data, words="unicode"), EvaluationConfig())) == 6
+
+
+def test_scores_of_answers_in_another_script_are_not_zero(tmp_path):
+    questions = [Question("forget", 0, "?", "Ада родилась в Риге."), Question("retain", 0, "?", "她住在里加")]
+    answers = ["Ада родилась в Москве.", "她住在里加"]
+    with use_words("unicode"):
+        scores = score_answers(questions, answers)
+    assert scores.values["unlearn_quality"] == pytest.approx(25)
+    assert scores.values["utility"] == 100
+    assert scores.values["forget_answer_words"] == 4

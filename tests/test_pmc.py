@@ -263,6 +263,7 @@ def test_the_old_name_of_is_monotone_is_named_once(caplog):
 
 def test_an_over_memorized_model_is_called_so_after_two_epochs(model, prompts, tmp_path, caplog):
     trainer = make_trainer(model, prompts, tmp_path)
+    caplog.clear()
     with caplog.at_level(logging.WARNING, logger="unlearning.pmc_options"):
         trainer.temperature.warn_when_stalled(0.9)
         assert not caplog.records

@@ -7,7 +7,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
 from common.files import ROOT
-from common.rouge import rouge_l_recall, rouge_tokens
+from common.rouge import rouge_l_recall, rouge_tokens, use_words
 
 SCORER = RougeScorer(["rougeL"], use_stemmer=True)
 
@@ -110,3 +110,35 @@ def test_tokens_are_stemmed_words_of_letters_and_digits():
     assert rouge_tokens("The author's 2nd stories, re-written in 1987!") == (
         *("the", "author", "s", "2nd", "stori", "re", "written", "in", "1987"),
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected_words"),
+    [
+        ("Пушкин родился в Москве.", ["пушкин", "родился", "в", "москве"]),
+        ("她出生于北京 in 1987年", ["她", "出", "生", "于", "北", "京", "in", "1987", "年"]),
+        ("ひらがなカナ", list("ひらがなカナ")),
+        ("กรุงเทพ", ["ก", "รุ", "ง", "เ", "ท", "พ"]),  # marks belong to the character before
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("وُلِدَ في القاهرة", ["وُلِدَ", "في", "القاهرة"]),
+        ("می\u200cروم", ["می\u200cروم"]),  # a joiner inside a word
+        ("Zoë's café, ﬁn", ["zoë", "s", "café", "fin"]),  # a ligature is two letters
+        ("writing stories", ["write", "stori"]),
+        ("e\u0301t\u00e9", ["\u00e9t\u00e9"]),  # composed
+        ("?! …", []),
+    ],
+)
+def test_unicode_words(text, expected_words):
+    with use_words("unicode"):
+        assert list(rouge_tokens(text)) == expected_words
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "recall"),
+    [("Она живёт в Риге", "Она жила в Риге", 0.75), ("她住在里加", "他住在罗马", 0.4), ("one two", "two", 0.5)],
+)
+def test_recall_of_unicode_words(reference, answer, recall):
+    with use_words("unicode"):
+        assert rouge_l_recall(reference, answer) == recall
+        assert rouge_l_recall(reference, reference) == 1.0
+    assert rouge_tokens(reference) == rouge_tokens(reference.encode("ascii", "ignore").decode()), "latin words again"

@@ -31,6 +31,7 @@ from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
 from common.prompts import PromptFormat, check_prompt_lengths
 from common.results import copy_result, stored_result
+from common.rouge import use_words
 from common.runs import RunFolder, training_run
 from common.training_arguments import training_arguments
 from evaluation.during_training import Evaluator
@@ -51,7 +52,7 @@ def unlearn(cfg: DictConfig) -> Path:
     use_cuda_graphs(config.generation.cuda_graphs)
     config = replace(config, model=start_checkpoint(config, str(cfg.finetuned)))
     run = training_run("unlearned", cfg, config)
-    with run.locked():
+    with run.locked(), use_words(config.data.words):
         if not run.is_done():
             train(run, method, config)
         show_report(run.folder)

@@ -29,6 +29,7 @@ from common.prompts import Example
 from generation.replica import Replica
 from generation.sampler import generate
 from generation.token_sampling import SamplingSettings
+from unlearning import pmc_log
 from unlearning.early_stopping import EarlyStopping
 from unlearning.pmc_options import Contrast, FluencyPenalty, PMCSettings, StalledTemperature
 from unlearning.rewards import Scorer
@@ -77,6 +78,7 @@ class PMC(UnlearningTrainer):
         for row, answer in zip(rows, answers, strict=True):
             self.initial_tokens[row.index] = answer[0]
             self.initial_responses[row.index] = self.data.prompts.text(answer[0])
+        self.scorer.warn_of_references_without_words(list(self.initial_responses.values()))
         self.seconds["sampling"] += time.perf_counter() - started
 
     def forget_examples(self, rows: list[Row]) -> list[Example]:
@@ -166,42 +168,15 @@ class PMC(UnlearningTrainer):
     def log_samples(
         self, rows: list[Row], candidates: list[list[Candidate]], early_stopping: EarlyStopping | None, seconds: float
     ) -> None:
-        """Add this optimizer step's samples and selections to the epoch's sums, which `epoch_record` divides by counts."""
-        selected = [self.best[row.index] for row in rows]
-        samples = [candidate for of_question in candidates for candidate in of_question]
+        """Add this optimizer step's samples and selections to the epoch's sums."""
         self.seconds["sampling"] += seconds
-        self.add_to_epoch(
-            questions=len(rows),
-            selected_reward=sum(candidate.reward for candidate in selected),
-            selected_penalty=sum(candidate.penalty for candidate in selected),
-            solved=sum(candidate.reward == 1 for candidate in selected),
-            sampled_questions=len(candidates),
-            stalled=sum(all(candidate.reward == 0 for candidate in of_question) for of_question in candidates),
-            samples=len(samples),
-            sample_reward=sum(candidate.reward for candidate in samples),
-            sample_tokens=sum(len(candidate.answer) for candidate in samples),
-            stopped_early=len(early_stopping.stopped) if early_stopping else 0,
-            seconds_sampling=seconds,
-        )
+        stopped = len(early_stopping.stopped) if early_stopping else 0
+        selected = [self.best[row.index] for row in rows]
+        self.add_to_epoch(**pmc_log.sample_sums(selected, candidates, stopped), seconds_sampling=seconds)
 
     def epoch_record(self, steps: int) -> dict[str, float]:
-        losses = super().epoch_record(steps)
-        record = {
-            "collapse_loss": losses.pop("forget_loss"),
-            **losses,
-        }  # with contrast, `losses` has the collapse loss alone
-        record |= self.epoch_means("questions", ["selected_reward", "solved", "selected_penalty"])
-        penalty = record.pop("selected_penalty")
-        if self.fluency:
-            record["selected_nll"] = penalty / self.settings.fluency_weight
-        record |= self.epoch_means("samples", ["sample_reward", "sample_tokens", "stopped_early"])
-        if not self.stops_early:
-            record.pop("stopped_early", None)
-        elif "sample_reward" in record:  # a stopped sample counts with its upper bound
-            record["sample_reward_upper_bound"] = record.pop("sample_reward")
-        record["seconds_sampling"] = self.epoch_sum("seconds_sampling") / self.args.world_size
         self.temperature.warn_when_stalled(self.epoch_means("sampled_questions", ["stalled"]).get("stalled", 0.0))
-        return record
+        return pmc_log.epoch_record(self, super().epoch_record(steps))
 
     def state_to_save(self) -> dict[str, Any]:
         return super().state_to_save() | {

@@ -13,7 +13,7 @@ from numbers import Real
 from typing import Any
 
 from common.errors import UserError
-from common.rouge import rouge_l_recall
+from common.rouge import rouge_l_recall, rouge_tokens, words
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,11 @@ class Scorer:
                 "method.reward=%s: the attribute never_rises has no effect; it is now called is_monotone", self.name
             )
 
+    def warn_of_references_without_words(self, references: Sequence[str]) -> None:
+        """Warn of initial responses without words: with ROUGE-L, any sample has the reward 1, and the question is solved."""
+        if without := sum(not rouge_tokens(reference) for reference in references):
+            log.warning("%d of %d initial responses have no words; any sample solves them", without, len(references))
+
     def rewards(self, reference: str, answers: Sequence[list[int]]) -> list[float]:
         """The reward of each answer, in [0, 1].
 
@@ -82,10 +87,10 @@ def penalize_short(rewards: Sequence[float], samples: Sequence[str], min_len: in
     >>> penalize_short([1.0, 1.0], ["a b", "a b c"], min_len=3)
     [0.8646647167633873, 1.0]
     """
-    lengths = [len(sample.split()) for sample in samples]
+    lengths = [len(words(sample)) for sample in samples]
     return [
-        max(0.0, reward - math.exp(-words)) if words < min_len else reward
-        for reward, words in zip(rewards, lengths, strict=True)
+        max(0.0, reward - math.exp(-length)) if length < min_len else reward
+        for reward, length in zip(rewards, lengths, strict=True)
     ]
 
 

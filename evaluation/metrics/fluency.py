@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 
+from common.rouge import words
 from evaluation.context import EvaluationContext
 from evaluation.scores import Missing, Scores
 
@@ -33,8 +34,8 @@ def distinct_2(answer: str) -> float | None:
 
     1: no pair occurs twice; near 0: the same pairs are repeated throughout.
     """
-    words = answer.lower().split()
-    pairs = list(zip(words, words[1:], strict=False))
+    of_answer = words(answer.lower())
+    pairs = list(zip(of_answer, of_answer[1:], strict=False))
     return len(set(pairs)) / len(pairs) if pairs else None
 
 

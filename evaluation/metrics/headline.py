@@ -28,7 +28,7 @@ from statistics import fmean
 from common.config import DataConfig, EvaluationConfig
 from common.data import load_splits, scored_retain_rows
 from common.errors import UserError
-from common.rouge import rouge_l_recall
+from common.rouge import rouge_l_recall, rouge_tokens, use_words, words
 from evaluation.context import EvaluationContext
 from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Scores
@@ -68,7 +68,25 @@ def load_questions(data: DataConfig, evaluation: EvaluationConfig) -> list[Quest
                 "columns that data.columns.paraphrased_question and .paraphrased_answer name"
             )
         questions.append(Question(split, row.index, question, reference))
+    with use_words(data.words):
+        check_words(questions, data.words)
     return questions
+
+
+def check_words(questions: Sequence[Question], kind: str) -> None:
+    """Check that every reference has words to compare: without any, each answer would score 0.
+
+    Raises:
+        UserError: names the first row.
+    """
+    without = [question for question in questions if not rouge_tokens(question.reference)]
+    if without:
+        first = without[0]
+        remedy = "set data.words=unicode" if kind == "latin" else "leave such rows out"
+        raise UserError(
+            f"data.splits.{first.split}, row {first.index}: the answer {first.reference[:60]!r} has no word that ROUGE can "
+            f"compare with data.words={kind} (such answers in all splits: {len(without)}); {remedy}"
+        )
 
 
 def measure(context: EvaluationContext, scores: Scores) -> None:
@@ -89,7 +107,7 @@ def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> Scor
     rows = answer_rows(questions, answers)
     recalls = {split: [row["rougeL_recall"] for row in rows if row["split"] == split] for split in ROLES}
     means = {split: fmean(values) for split, values in recalls.items() if values}
-    forget_words = [len(row["answer"].split()) for row in rows if row["split"] == "forget"]
+    forget_words = [len(words(row["answer"])) for row in rows if row["split"] == "forget"]
     scores = Scores(generations=rows)
     scores.add("unlearn_quality", 100 * (1 - fmean(means[split] for split in FORGET_ROLES if split in means)), True)
     scores.add("utility", 100 * fmean(means[split] for split in UTILITY_ROLES if split in means), True)
