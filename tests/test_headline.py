@@ -9,7 +9,7 @@ from common.data import Row
 from common.errors import UserError
 from common.files import write_json_lines
 from common.rouge import use_words
-from evaluation.metrics.headline import Question, load_questions, score_answers
+from evaluation.metrics.headline import Question, check_words, load_questions, score_answers
 from tests.helpers import ROWS, write_rows
 
 
@@ -74,16 +74,17 @@ def test_forget_and_retain_are_needed(tmp_path):
 
 def test_a_reference_without_words_is_refused(tmp_path):
     write_rows(tmp_path, "rows", [*ROWS[:2], Row(2, "Где родилась Ада?", "В Риге.")])
-    data = DataConfig(
-        path=str(tmp_path),
-        splits={"forget": "rows", "retain": "rows"},
-        columns={"question": "question", "answer": "answer"},
-    )
-    with pytest.raises(
-        UserError, match=r"^data\.splits\.forget: 1 answers .*row 2: 'В Риге\.'; set data\.words=unicode$"
-    ):
+    columns = {"question": "question", "answer": "answer"}
+    data = DataConfig(path=str(tmp_path), splits={"forget": "rows", "retain": "rows"}, columns=columns)
+    message = r"^data\.splits\.forget, row 2: the answer 'В Риге\.' has no word .*; set data\.words=unicode$"
+    with pytest.raises(UserError, match=message):
         load_questions(data, EvaluationConfig())
     assert len(load_questions(replace(data, words="unicode"), EvaluationConfig())) == 6
+
+
+def test_references_whose_only_latin_words_are_numbers_are_warned_of(caplog):
+    check_words([Question("forget", 0, "?", "В Риге, 1987."), Question("forget", 1, "?", "Zoë's café")], "latin")
+    assert caplog.messages[0].startswith("1 of 2 answers are mostly of another script")
 
 
 def test_scores_of_answers_in_another_script_are_not_zero(tmp_path):

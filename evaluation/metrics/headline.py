@@ -21,6 +21,7 @@ Scores:
     forget_answers_empty (lower): fraction of empty forget answers. Not shown: whether the others make sense.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -33,6 +34,7 @@ from evaluation.context import EvaluationContext
 from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Scores
 
+log = logging.getLogger(__name__)
 FORGET_ROLES = ("forget", "forget_paraphrased")
 UTILITY_ROLES = ("retain", "real_authors", "world_facts")
 ROLES = FORGET_ROLES + UTILITY_ROLES
@@ -87,6 +89,19 @@ def check_words(questions: Sequence[Question], kind: str) -> None:
             f"data.splits.{first.split}, row {first.index}: the answer {first.reference[:60]!r} has no word that ROUGE can "
             f"compare with data.words={kind} (such answers in all splits: {len(without)}); {remedy}"
         )
+    if kind == "latin" and (other := sum(is_mostly_of_another_script(question.reference) for question in questions)):
+        log.warning(
+            "%d of %d answers are mostly of another script, and ROUGE compares their words of a-z and 0-9 alone; set "
+            "data.words=unicode",
+            other,
+            len(questions),
+        )
+
+
+def is_mostly_of_another_script(text: str) -> bool:
+    """Whether more than half of the letters are neither a-z nor A-Z."""
+    letters = [character for character in text if character.isalpha()]
+    return sum(not letter.isascii() for letter in letters) > len(letters) / 2
 
 
 def measure(context: EvaluationContext, scores: Scores) -> None:
