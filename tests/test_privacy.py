@@ -14,31 +14,33 @@ from evaluation.metrics import privacy
 from evaluation.model_outputs import ModelOutputs
 from tests.helpers import ROWS, tokens
 
+SETTINGS = privacy.Privacy()
 ANSWER = tokens([-1.0, -3.0, -2.0, -6.0, -0.5, -9.0])  # the last is the EOS token
 
 
 def test_loss_and_zlib():
-    assert privacy.loss(ANSWER, "") == pytest.approx(-12.5 / 5)
-    assert privacy.zlib_loss(ANSWER, "some text") == pytest.approx(-2.5 / len(zlib.compress(b"some text")))
+    assert privacy.loss(ANSWER, "", SETTINGS) == pytest.approx(-12.5 / 5)
+    assert privacy.zlib_loss(ANSWER, "some text", SETTINGS) == pytest.approx(-2.5 / len(zlib.compress(b"some text")))
 
 
-def test_min_k_takes_the_lowest_fifth_and_at_least_one():
-    assert privacy.min_k(ANSWER, "") == -6.0
+def test_min_k_takes_the_lowest_two_fifths_and_at_least_one():
+    assert privacy.min_k(ANSWER, "", SETTINGS) == (-6.0 - 3.0) / 2
     ten = tokens([-float(i) for i in range(1, 11)], has_eos=False)
-    assert privacy.min_k(ten, "") == -9.5
-    assert privacy.min_k(tokens([-4.0, -9.0]), "") == -4.0
+    assert privacy.min_k(ten, "", SETTINGS) == -8.5
+    assert privacy.min_k(ten, "", privacy.Privacy(min_k_fraction=0.2)) == -9.5
+    assert privacy.min_k(tokens([-4.0, -9.0]), "", SETTINGS) == -4.0
 
 
 def test_min_k_plus_plus_standardises_each_token():
     answer = tokens([-1.0, -3.0, -9.0], logp_mean=[-2.0, -1.0, 0.0], logp_std=[0.5, 4.0, 1.0])
-    assert privacy.min_k_plus_plus(answer, "") == pytest.approx(min((-1 + 2) / 0.5, (-3 + 1) / 4))
+    assert privacy.min_k_plus_plus(answer, "", SETTINGS) == pytest.approx(min((-1 + 2) / 0.5, (-3 + 1) / 4))
     certain = tokens([0.0, 0.0], logp_mean=[0.0, 0.0], logp_std=[0.0, 0.0])
-    assert privacy.min_k_plus_plus(certain, "") == 0.0
+    assert privacy.min_k_plus_plus(certain, "", SETTINGS) == 0.0
 
 
 @pytest.mark.parametrize("attack", privacy.ATTACKS.values())
 def test_an_answer_without_a_token_has_no_value(attack):
-    assert attack(tokens([-1.0]), "text") is None
+    assert attack(tokens([-1.0]), "text", SETTINGS) is None
 
 
 def test_gradient_norm_is_that_of_backward(model, prompts):
@@ -80,10 +82,10 @@ def test_privleak():
 
 def test_reference_attack_subtracts_the_loss_before_unlearning(model, prompts):
     subjects = [ModelOutputs(lambda m=m: m, prompts, EvaluationConfig(), 256) for m in (model, changed(model))]
-    found = privacy.against_reference(*subjects, ROWS[:3])
-    alone = [privacy.attacked(outputs, ROWS[:3], privacy.loss) for outputs in subjects]
+    found = privacy.against_reference(*subjects, ROWS[:3], SETTINGS)
+    alone = [privacy.attacked(outputs, ROWS[:3], privacy.loss, SETTINGS) for outputs in subjects]
     assert found == pytest.approx([one - other for one, other in zip(*alone, strict=True)])
-    assert privacy.against_reference(subjects[0], subjects[0], ROWS[:3]) == [0.0] * 3
+    assert privacy.against_reference(subjects[0], subjects[0], ROWS[:3], SETTINGS) == [0.0] * 3
 
 
 def changed(model):

@@ -1,6 +1,6 @@
 """How much of the forget answers is memorized: which of their tokens are the argmax under teacher forcing.
 
-Both scores are in [0, 1], and lower is better. The EOS token is left out, as in OpenUnlearning (arXiv 2506.12618).
+Both scores are in [0, 1], and lower is better. The EOS token is left out.
 
 Scores:
     memorization/extraction_strength (lower): fraction of the answer that greedy decoding reproduces, given the shortest
@@ -19,7 +19,7 @@ from evaluation.scores import Scores
 def extraction_strength(answer: TokenLogProbs) -> float | None:
     """1 - k/|y|, where k is the length of the shortest prefix of the answer after which every token is the argmax.
 
-    Source: Carlini et al. 2021 (arXiv 2012.07805), as in OpenUnlearning (arXiv 2506.12618).
+    Source: Carlini et al. 2021 (arXiv 2012.07805). OpenUnlearning (arXiv 2506.12618) has 1/|y| where this is 0.
     """
     is_argmax = answer.without_eos().is_argmax
     if len(is_argmax) == 0:

@@ -24,6 +24,7 @@ from scipy.stats import mannwhitneyu
 from transformers import PreTrainedModel
 
 from common.collate import collate
+from common.config import Fraction, section
 from common.data import Row
 from common.losses import answer_losses
 from common.prompts import Example
@@ -33,44 +34,50 @@ from evaluation.scores import Missing, Scores
 from generation.sampler import evaluation_mode
 
 SPLITS = ("forget", "holdout")
-MIN_K_FRACTION = 0.2  # min-k and min-k++ average this fraction of the tokens, the least likely ones
 
 
-def loss(answer: TokenLogProbs, text: str) -> float | None:
+@section
+class Privacy:
+    min_k_fraction: Fraction = 0.4
+    """Min-k and min-k++ average this fraction of the tokens, the least likely ones."""
+
+
+def loss(answer: TokenLogProbs, text: str, settings: Privacy) -> float | None:
     """Minus the mean loss of a token (Yeom et al. 2018, arXiv 1709.01604)."""
     return answer.without_eos().mean_log_prob
 
 
-def zlib_loss(answer: TokenLogProbs, text: str) -> float | None:
+def zlib_loss(answer: TokenLogProbs, text: str, settings: Privacy) -> float | None:
     """Minus the mean loss of a token over the bytes of the zlib-compressed text (Carlini et al. 2021, arXiv 2012.07805)."""
     mean = answer.without_eos().mean_log_prob
     return None if mean is None else mean / len(zlib.compress(text.encode()))
 
 
-def min_k(answer: TokenLogProbs, text: str) -> float | None:
-    """Mean log-probability of the least likely fifth of the tokens (Shi et al. 2023, arXiv 2310.16789)."""
-    return _mean_of_lowest(answer.without_eos().log_probs)
+def min_k(answer: TokenLogProbs, text: str, settings: Privacy) -> float | None:
+    """Mean log-probability of the least likely tokens (Shi et al. 2023, arXiv 2310.16789)."""
+    return _mean_of_lowest(answer.without_eos().log_probs, settings.min_k_fraction)
 
 
-def min_k_plus_plus(answer: TokenLogProbs, text: str) -> float | None:
+def min_k_plus_plus(answer: TokenLogProbs, text: str, settings: Privacy) -> float | None:
     """Min-k of log-probabilities that are standardized by the model's distribution at each position (arXiv 2404.02936).
 
     (log p(token) - mean of log p) / standard deviation of log p, mean and deviation over the whole vocabulary under p.
     """
     tokens = answer.without_eos()
-    return _mean_of_lowest((tokens.log_probs - tokens.logp_mean) / np.maximum(tokens.logp_std, 1e-6))
+    standardized = (tokens.log_probs - tokens.logp_mean) / np.maximum(tokens.logp_std, 1e-6)
+    return _mean_of_lowest(standardized, settings.min_k_fraction)
 
 
-def _mean_of_lowest(values: np.ndarray) -> float | None:
+def _mean_of_lowest(values: np.ndarray, fraction: float) -> float | None:
     if len(values) == 0:
         return None
-    return float(np.sort(values)[: max(1, int(MIN_K_FRACTION * len(values)))].mean(dtype=np.float64))
+    return float(np.sort(values)[: max(1, int(fraction * len(values)))].mean(dtype=np.float64))
 
 
 def gradient_norm(model: PreTrainedModel, example: Example) -> float | None:
     """Minus the L2 norm over all parameters of the gradient of the answer's mean loss; the EOS token is part of that loss.
 
-    Source: Wang et al. 2024 (arXiv 2402.17012), as in OpenUnlearning (arXiv 2506.12618).
+    Source: Wang et al. 2024 (arXiv 2402.17012).
     """
     if not example.answer:
         return None
@@ -82,7 +89,7 @@ def gradient_norm(model: PreTrainedModel, example: Example) -> float | None:
     return -(sum(gradient.double().square().sum().item() for gradient in gradients if gradient is not None) ** 0.5)
 
 
-Attack = Callable[[TokenLogProbs, str], float | None]
+Attack = Callable[[TokenLogProbs, str, Privacy], float | None]
 ATTACKS: dict[str, Attack] = {"loss": loss, "zlib": zlib_loss, "min_k": min_k, "min_k_plus_plus": min_k_plus_plus}
 
 
@@ -108,25 +115,28 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
     names = [f"privacy/auc/{name}" for name in (*ATTACKS, "gradient_norm", "reference")] + ["privacy/privleak"]
     with scores.null_if_missing(dict.fromkeys(names)):
         outputs, splits = context.outputs, [context.rows(role) for role in SPLITS]
+        settings: Privacy = context.config.sections["privacy"]
         for name, attack in ATTACKS.items():
-            _add_auc(scores, name, *(attacked(outputs, rows, attack) for rows in splits))
+            _add_auc(scores, name, *(attacked(outputs, rows, attack, settings) for rows in splits))
         examples = [[outputs.prompts.example(row, outputs.max_length) for row in rows] for rows in splits]
         _add_auc(scores, "gradient_norm", *(outputs.each("gradient norms", each, gradient_norm) for each in examples))
         with scores.null_if_missing({"privacy/auc/reference": None}):
             base = context.find_base_model().outputs
-            _add_auc(scores, "reference", *(against_reference(outputs, base, rows) for rows in splits))
+            _add_auc(scores, "reference", *(against_reference(outputs, base, rows, settings) for rows in splits))
         _add_privleak(context, scores, splits)
 
 
-def attacked(outputs: ModelOutputs, rows: Sequence[Row], attack: Attack) -> list[float | None]:
+def attacked(outputs: ModelOutputs, rows: Sequence[Row], attack: Attack, settings: Privacy) -> list[float | None]:
     """An attack's value of every row."""
     answers = outputs.tokens_of_answers([(row.question, row.answer) for row in rows])
-    return [attack(tokens, row.answer) for tokens, row in zip(answers, rows, strict=True)]
+    return [attack(tokens, row.answer, settings) for tokens, row in zip(answers, rows, strict=True)]
 
 
-def against_reference(outputs: ModelOutputs, base: ModelOutputs, rows: Sequence[Row]) -> list[float | None]:
+def against_reference(
+    outputs: ModelOutputs, base: ModelOutputs, rows: Sequence[Row], settings: Privacy
+) -> list[float | None]:
     """Minus the mean loss of a token, plus that of the model before unlearning (Carlini et al. 2021, arXiv 2012.07805)."""
-    pairs = zip(attacked(outputs, rows, loss), attacked(base, rows, loss), strict=True)
+    pairs = zip(attacked(outputs, rows, loss, settings), attacked(base, rows, loss, settings), strict=True)
     return [None if None in pair else pair[0] - pair[1] for pair in pairs]
 
 
@@ -146,7 +156,8 @@ def _add_privleak(context: EvaluationContext, scores: Scores, splits: list[list[
     note, reference = None, 0.5
     try:
         retain_model = context.find_retain_model().outputs
-        reference = auc(*(attacked(retain_model, rows, min_k) for rows in splits))
+        settings = context.config.sections["privacy"]
+        reference = auc(*(attacked(retain_model, rows, min_k, settings) for rows in splits))
     except Missing as missing:
         note = f"against an AUC of 0.5: {missing}"
     own = scores["privacy/auc/min_k"].value

@@ -61,7 +61,7 @@ METRIC_GROUPS = {
     "target_suppression": MetricGroup(target_suppression.measure, ["forget_paraphrased"]),
     "lm_eval": MetricGroup(lm_eval_harness.measure, [], lm_eval_harness.Harness, lm_eval_harness.check),
     "tofu": MetricGroup(tofu.measure, [*tofu.ROLES.values(), "forget_paraphrased"]),
-    "privacy": MetricGroup(privacy.measure, privacy.SPLITS),
+    "privacy": MetricGroup(privacy.measure, privacy.SPLITS, privacy.Privacy),
     "side_effects": MetricGroup(side_effects.measure, ["unrelated"]),
     "fluency": MetricGroup(fluency.measure, ["forget"]),
     "quantization": MetricGroup(quantization.measure, headline.ROLES, quantization.Quantization),
