@@ -1,6 +1,7 @@
 """Losses and logits of the answer tokens of a batch."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -34,10 +35,28 @@ def answer_logits(
     targets = batch["labels"][:, 1:]
     is_answer = targets != IGNORED
     predicts = torch.nn.functional.pad(is_answer, (0, 1))  # position t predicts token t + 1
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=predicts
-    ).logits
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    logits = _logits(model, inputs, predicts)
+    if logits.shape[:-1] == predicts.shape:  # the model does not know `logits_to_keep`
+        logits = logits[predicts]
     return logits.reshape(-1, logits.shape[-1]).float(), targets[is_answer], is_answer.nonzero()[:, 0]
+
+
+def next_token_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """The logits after rows of equal length, without a cache: from shape (rows, length) to shape (rows, vocabulary)."""
+    # Under mixed precision accelerate wraps `forward` in autocast, which casts every weight each time.
+    forward = model.__dict__.get("_original_forward", model)
+    return _logits(forward, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}, 1)[:, -1]
+
+
+def _logits(forward: Callable, inputs: dict[str, torch.Tensor], keep: int | torch.Tensor) -> torch.Tensor:
+    """The logits at the positions `keep`, or at all positions if the model does not know `logits_to_keep`."""
+    try:
+        return forward(**inputs, use_cache=False, logits_to_keep=keep).logits
+    except TypeError as error:
+        if "logits_to_keep" not in str(error):
+            raise
+        return forward(**inputs, use_cache=False).logits
 
 
 def check_finite(logits: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from common.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PADDING = 2  # tokens before a padded row
+PADDING = 2  # tokens after a padded row
 TOLERANCE = {torch.float32: 1e-3}  # largest difference of equal logits, in standard deviations of the logits
 TOLERANCE_16_BIT = 0.25
 CPU_ATTENTION = ("eager", "sdpa")  # other implementations run on a GPU only, and a model is loaded on the CPU
@@ -18,28 +18,25 @@ CPU_ATTENTION = ("eager", "sdpa")  # other implementations run on a GPU only, an
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel, key: str) -> None:
-    """Check on a few tokens that logits depend on earlier tokens only, and neither on padding nor on explicit positions.
-
-    Losses come from rows padded on the right, without position ids; samples from rows padded on the left, with them.
+    """Check on a few tokens that logits depend on earlier tokens only, and not on padding at the end of a row.
 
     Args:
         key: the configuration key and value by which an error names the model.
     Raises:
-        UserError: if the model is bidirectional, or takes another position than its token's for a padded row.
+        UserError: if the model is bidirectional, or computes a padded row otherwise than a single one.
     """
     if model.config._attn_implementation not in CPU_ATTENTION:
         return
     middle = model.get_input_embeddings().num_embeddings // 2  # special tokens have the lowest or the highest ids
     ids = torch.arange(middle, middle + 4, device=model.device)[None]
     changed = torch.cat([ids[:, :-1], ids[:, -1:] + 1], 1)
-    mask = torch.nn.functional.pad(torch.ones_like(ids), (PADDING, 0))
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    padded = {"input_ids": torch.nn.functional.pad(ids, (PADDING, 0)), "attention_mask": mask}
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (0, PADDING))
+    padded = {"input_ids": torch.nn.functional.pad(ids, (0, PADDING)), "attention_mask": mask}
     training = model.training
     model.eval()
     try:
         logits, of_changed = (model(input_ids=row, use_cache=False).logits.float() for row in (ids, changed))
-        of_padded = model(**padded, position_ids=positions, use_cache=False).logits.float()[:, PADDING:]
+        of_padded = model(**padded, use_cache=False).logits.float()[:, :-PADDING]
     except Exception as error:  # an operation without a CPU kernel; an error of the model itself shows in training
         log.warning("%s: not checked for left-to-right prediction (%s)", key, error)
         return
@@ -53,8 +50,8 @@ def check_causal(model: PreTrainedModel, key: str) -> None:
         )
     if (of_padded - logits).abs().max() > tolerance:
         raise UserError(
-            f"{key}: {type(model).__name__} numbers the positions of a padded row otherwise than those of a single row, so "
-            "its samples would be wrong; name a model whose forward pass follows position_ids, counted from 0"
+            f"{key}: {type(model).__name__} computes a row with padding at its end otherwise than a single row, so its losses "
+            "would depend on the batch; name another model"
         )
 
 

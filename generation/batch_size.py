@@ -1,5 +1,7 @@
 """Sampling batch size: as many answers as fit in a fraction of the memory."""
 
+from typing import Any
+
 import psutil
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,11 +26,22 @@ def rows_that_fit(model: PreTrainedModel, seq_len: int) -> int:
 
 
 def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one token in all layers."""
+    """Bytes of the keys and values of one token in all layers; where heads are not given or differ by layer, an estimate."""
     text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return text.num_hidden_layers * 2 * heads * size * dtype.itemsize
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    heads, kv_heads, size = (_common_value(text, name) for name in names)
+    width = text.hidden_size
+    if isinstance(heads, int) and isinstance(kv_heads or heads, int):
+        width = (kv_heads or heads) * (size if isinstance(size, int) else text.hidden_size // heads)
+    return text.num_hidden_layers * 2 * width * dtype.itemsize
+
+
+def _common_value(config: PreTrainedConfig, name: str) -> Any:
+    """A value of the configuration; None if there is none or it differs by layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # of transformers, for a value that differs by layer
+        return None
 
 
 def cache_budget(device: torch.device) -> int:

@@ -1,6 +1,6 @@
 """CUDA graphs of the decode step: one launch per token instead of hundreds. An option (generation.cuda_graphs).
 
-Off by default; `decoder_of` is the only entry point. A graph repeats its kernels on the same memory. So tokens,
+Off by default; `decoder_with_cache` is the only entry point. A graph repeats its kernels on the same memory. So tokens,
 positions, mask and column are copied to fixed tensors, and the cache's buffers are reused in later calls.
 """
 
@@ -23,12 +23,12 @@ _enabled = False
 
 
 def use_cuda_graphs(setting: Literal[False, "auto"]) -> None:
-    """Enable graphs (auto: where `decoder_of` supports them) or disable them, in this process."""
+    """Enable graphs (auto: where `decoder_with_cache` supports them) or disable them, in this process."""
     global _enabled
     _enabled = setting == "auto"
 
 
-def decoder_of(model: PreTrainedModel) -> Decoder:
+def decoder_with_cache(model: PreTrainedModel) -> Decoder:
     """A decoder of the model; with CUDA graphs if these are enabled and the model is on CUDA with sdpa attention."""
     graphs = _enabled and model.device.type == "cuda" and model.config._attn_implementation == "sdpa"
     return GraphDecoder(model) if graphs else Decoder(model)

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from common.hardware import suitable_threads
 from common.losses import check_finite
 from generation.batch_size import rows_that_fit
-from generation.cuda_graphs import decoder_of
 from generation.decoder import Decoder
 from generation.kv_cache import compact_indices
+from generation.plain_decoder import PlainDecoder, decoder_of
 from generation.prepacked_linear import prepacked_linears
 from generation.token_sampling import SamplingSettings, draw_tokens, uniforms_of
 
@@ -78,7 +78,7 @@ def generate(
     # disable=None: a bar on a terminal only
     bar = tqdm(total=total, desc=description, unit="answer", leave=False, disable=None if description else True)
     with bar, suitable_threads(model), evaluation_mode(model), prepacked_linears(model):
-        decoder = decoder_of(model)
+        decoder = decoder_of(model, settings.max_length)
         batch_size = settings.batch_size or rows_that_fit(model, settings.max_length)
         for chunk, samples in _chunks(prompts, settings.num_samples, batch_size):
             names = [(i, sample) for i in chunk for sample in samples]
@@ -127,7 +127,7 @@ class _Batch:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | PlainDecoder,
         names: list[tuple[int, int]],
         max_new_tokens: list[int],
         eos_token_ids: Sequence[int],

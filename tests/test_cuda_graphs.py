@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from generation import cuda_graphs, sampler
-from generation.cuda_graphs import GraphDecoder, decoder_of, use_cuda_graphs
+from generation.cuda_graphs import GraphDecoder, decoder_with_cache, use_cuda_graphs
 from generation.decoder import Decoder
 from tests.helpers import random_model, random_prompts, sampled
 
@@ -31,8 +31,8 @@ def device(request, monkeypatch):
     """Graphs are switched on there; on a CPU with stand-ins, checked as often as on a GPU."""
     if request.param == "cpu":
         monkeypatch.setattr(cuda_graphs, "record", stand_in)
-        monkeypatch.setattr(cuda_graphs, "decoder_of", GraphDecoder)
-        monkeypatch.setattr(sampler, "decoder_of", GraphDecoder)
+        monkeypatch.setattr(cuda_graphs, "decoder_with_cache", GraphDecoder)
+        monkeypatch.setattr(sampler, "decoder_of", lambda model, _: GraphDecoder(model))
         monkeypatch.setitem(sampler.CHECK_INTERVAL, "cpu", 8)
     use_cuda_graphs("auto")
     yield request.param
@@ -58,7 +58,7 @@ def steps(monkeypatch):
 
 def without_graphs(monkeypatch, function):
     with monkeypatch.context() as patch:
-        patch.setattr(sampler, "decoder_of", Decoder)
+        patch.setattr(sampler, "decoder_of", lambda model, _: Decoder(model))
         return function()
 
 
@@ -68,16 +68,16 @@ def graphs_of(model):
 
 def test_graphs_are_off_unless_switched_on():
     model = random_model()
-    assert type(decoder_of(model)) is Decoder
+    assert type(decoder_with_cache(model)) is Decoder
     on_cuda = SimpleNamespace(device=torch.device("cuda"), config=SimpleNamespace(_attn_implementation="sdpa"))
     eager = SimpleNamespace(device=torch.device("cuda"), config=SimpleNamespace(_attn_implementation="eager"))
-    assert type(decoder_of(on_cuda)) is Decoder
+    assert type(decoder_with_cache(on_cuda)) is Decoder
     try:
         use_cuda_graphs("auto")
-        assert [type(decoder_of(some)) for some in (on_cuda, eager, model)] == [GraphDecoder, Decoder, Decoder]
+        assert [type(decoder_with_cache(some)) for some in (on_cuda, eager, model)] == [GraphDecoder, Decoder, Decoder]
     finally:
         use_cuda_graphs(False)
-    assert type(decoder_of(on_cuda)) is Decoder
+    assert type(decoder_with_cache(on_cuda)) is Decoder
 
 
 @pytest.mark.parametrize("batch_size", [None, 4])

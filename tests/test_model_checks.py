@@ -15,14 +15,9 @@ from evaluation.context import Loader
 from tests.helpers import ARCHITECTURES, SMALL, random_model
 from tests.test_model import config
 
-BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
 REFUSED = {
     ("bert", False): (SMALL, "BertLMHeadModel is bidirectional"),
     ("roberta", False): (SMALL, "RobertaForCausalLM is bidirectional"),
-    ("roberta", True): (SMALL, "RobertaForCausalLM numbers the positions of a padded row otherwise"),
-    ("bart", True): (BART, "BartForCausalLM numbers the positions of a padded row otherwise"),
-    ("mbart", True): (BART, "MBartForCausalLM numbers the positions of a padded row otherwise"),
-    ("pegasus", True): (BART, "PegasusForCausalLM numbers the positions of a padded row otherwise"),
 }
 ACCEPTED = {
     **ARCHITECTURES,
