@@ -209,7 +209,7 @@ def test_a_broken_model_is_named_before_the_others_are_measured(models_dir, chec
 
 
 def test_two_processes_find_what_one_finds(models_dir, checkpoints, tmp_path):
-    settings = ["metrics=full", "sampling.num_samples=2", "quantization.bits=[4]"]
+    settings = ["metrics=full", "sampling.num_samples=2", "quantization.bits=[4]", "relearning.batch_size=10"]
     settings += [f"model.path={checkpoints['finetuned']}", f"retain_model.path={checkpoints['vanilla']}"]
     # Uneven numbers of rows, so that the processes' shares differ.
     rows = {"retain": 21, "retain_perturbed": 9, "real_authors": 11, "world_facts": 15, "holdout": 13}

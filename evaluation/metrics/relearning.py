@@ -94,8 +94,12 @@ def relearn(context: EvaluationContext, model: EvaluatedModel, relearn_rows: lis
     """
     settings: Relearning = context.config.sections["relearning"]
     processes = PartialState().num_processes
-    if settings.batch_size % processes:
-        raise UserError(f"relearning.batch_size={settings.batch_size}: cannot be split over {processes} processes")
+    uneven = settings.batch_size % processes or len(relearn_rows) % settings.batch_size
+    if processes > 1 and uneven:
+        raise UserError(
+            f"relearning.batch_size={settings.batch_size}: {len(relearn_rows)} rows cannot be split evenly into such batches "
+            f"over {processes} processes; choose another size, or evaluate in one process"
+        )
     training = {  # no mixed precision: with it, the result would depend on how batches are split
         "num_train_epochs": settings.num_epochs,
         "learning_rate": settings.learning_rate,
