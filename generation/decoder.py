@@ -54,7 +54,8 @@ class Decoder:
             if isinstance(layer, PreallocatedLayer):
                 layer.move_into(layer.allocate(rows, min(seq_len, self.length + BLOCK)), n)
             elif n > 1:
-                layer.batch_repeat_interleave(n)
+                # Only beam search's interface selects the rows of recurrent states as well as those of keys and values.
+                layer.reorder_cache(torch.arange(rows, device=self.model.device) // n)
 
     def read(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
         """Process the prompts. Many prompts take several forward passes, before which their common prefix is processed once.
@@ -121,7 +122,9 @@ class Decoder:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Keep only these rows, in this order (see `compact_indices`)."""
-        self.cache.batch_select_indices(rows)
+        for layer in self.cache.layers:
+            select = layer.batch_select_indices if isinstance(layer, PreallocatedLayer) else layer.reorder_cache
+            select(rows)
         self.mask, self.positions = self.mask[rows], self.positions[rows]
 
     def forward(

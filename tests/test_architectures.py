@@ -153,7 +153,7 @@ def page_of(outcomes: dict[str, str]) -> str:
 @pytest.mark.parametrize(
     ("architecture", "expected"),
     [("llama", "cache"), ("gpt2", "cache"), ("gemma4_text", "cache"), ("mamba", "plain"), ("bart", "plain")]
-    + [("deepseek_v32", "plain"), ("qwen3_next", "plain"), ("xlm", "refused: bidirectional")],
+    + [("deepseek_v32", "plain"), ("qwen3_next", "cache"), ("xlm", "refused: bidirectional")],
 )
 def test_some_architectures(architecture, expected):
     assert outcome(architecture) == expected

@@ -81,7 +81,7 @@ def test_recipe_is_accepted(recipe):
     config = read(recipe)
     assert (config.seed, config.overwrite, config.output_dir) == (0, False, None)
     assert config.models_dir == str(ROOT / "models")
-    assert (config.settings is not None) == (recipe.startswith(("PMC-unlearn", "unlearn", "benchmark")))
+    assert (config.settings is not None) == (recipe.startswith(("PMC-", "unlearn", "benchmark")))
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_group_file_can_be_chosen(group, choice):
     assert same or choice in ("from_run", "tofu-cpu", "grad_ascent", "retain_only")
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if "unlearn-" in name])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name.startswith(("PMC-", "unlearn-"))])
 def test_unlearning_recipe_names_a_finetuning_recipe_of_the_same_model_and_data(recipe):
     cfg = compose(recipe)
     path = Path(compose(recipe, ["models_dir=/m", "seed=3"]).finetuned)
