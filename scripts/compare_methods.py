@@ -43,6 +43,7 @@ from common.files import CONFIGS, ROOT, write_text
 from common.lock import locked
 from common.results import result_of
 from evaluation.plots import RED, new_figure
+from evaluation.tables import as_text
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +123,13 @@ def methods_table(results: dict[str, list[dict[str, float]]]) -> str:
     lines = [f"| method | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for name in by_quality(results):
         cells = [cell([run.get(score) for run in results[name]], digits) for score, digits in columns.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {as_text(name)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def as_code(words: str) -> str:
+    """A code span of Markdown; a backtick in it needs two around it."""
+    return f"`` {words} ``" if "`" in words else f"`{words}`"
 
 
 def by_quality(results: dict[str, list[dict[str, float]]]) -> list[str]:
@@ -210,7 +216,7 @@ def report(
 ) -> Path:
     """Write the plot; write and print the table and the arguments of each method."""
     plot_methods(results, folder / "comparison.png")
-    arguments = "\n".join(f"- {name}: `{words}`" for name, words in settings.methods.items())
+    arguments = "\n".join(f"- {as_text(name)}: {as_code(words)}" for name, words in settings.methods.items())
     seeds = ", ".join(map(str, settings.seeds))
     text = f"{methods_table(results)}\n\nSeeds {seeds}. Arguments of unlearning/main.py:\n\n{arguments}\n"
     path = folder / "comparison.md"
