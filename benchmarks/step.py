@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.synthetic import word_tokenizer
 from benchmarks.worker import BenchmarkSettings, RemoteTrainer, read, window_size, with_checkpoint
-from common.cli import job_errors, launch
+from common.cli import check_recipe, job_errors, launch
 from common.config import RunConfig
 from common.files import CONFIGS, write_json
 from common.hardware import device_name
@@ -196,6 +196,7 @@ def benchmark(cfg: DictConfig) -> None:
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="benchmark/tiny")
 def main(cfg: DictConfig) -> None:
     with job_errors(cfg.output_dir or cfg.models_dir):
+        check_recipe(cfg, "benchmarks/step.py")
         benchmark(cfg)
 
 

@@ -124,6 +124,16 @@ def allow_new_key(override: str) -> str:
     return f"++{override}" if override.startswith(sections) and "=" in override else override
 
 
+def quoted(key: str, value: str) -> str:
+    """An override whose value Hydra reads as text, whatever characters it has.
+
+    >>> print(quoted("output_dir", "/runs (new)/a=b"))
+    output_dir="/runs (new)/a=b"
+    """
+    escaped = value.replace('"', '\\"')
+    return f'{key}="{escaped}"'
+
+
 def _explain_syntax(error: OverrideParseException) -> str:
     """The override that Hydra's parser refused, with the quoting that it accepts."""
     typed = error.override.removeprefix("++")
@@ -131,8 +141,7 @@ def _explain_syntax(error: OverrideParseException) -> str:
     problem = f"{typed}: {error.message.splitlines()[0]}"
     if value.startswith(("{", "[", '"', "'")):
         return f"{problem}; check its brackets and quotes"
-    quoted = value.replace('"', '\\"')
-    word = f'{key}="{quoted}"'
+    word = quoted(key, value)
     try:
         OverridesParser.create().parse_override(word)
     except HydraException:
