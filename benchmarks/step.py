@@ -33,11 +33,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.synthetic import word_tokenizer
 from benchmarks.worker import BenchmarkSettings, RemoteTrainer, read, window_size, with_checkpoint
-from common.cli import job_errors, launch
+from common.cli import check_recipe, job_errors, launch
 from common.config import RunConfig
 from common.files import CONFIGS, write_json
 from common.hardware import device_name
 from common.new_model import new_model
+from common.redaction import without_secrets
 from common.results import package_versions
 from common.training_arguments import training_arguments
 
@@ -184,7 +185,7 @@ def benchmark(cfg: DictConfig) -> None:
     result = summary(trainers, config, settings)
     if config.model.new:
         result["limit"] = arithmetic_limit(trainers["optimized"], config, torch.bfloat16 if bf16 else torch.float32)
-    result |= {"device": device_name(), "versions": package_versions(), "config": resolved}
+    result |= {"device": device_name(), "versions": package_versions(), "config": without_secrets(resolved)}
     print(table(result, settings))
     path = Path(config.models_dir) / "benchmarks" / f"{Path(HydraConfig.get().job.config_name).name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,6 +196,7 @@ def benchmark(cfg: DictConfig) -> None:
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="benchmark/tiny")
 def main(cfg: DictConfig) -> None:
     with job_errors(cfg.output_dir or cfg.models_dir):
+        check_recipe(cfg, "benchmarks/step.py")
         benchmark(cfg)
 
 

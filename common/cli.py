@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import transformers
 from dotenv import load_dotenv
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.errors import UserError, did_you_mean, full_disk_as_user_error
 from common.files import CONFIGS, ROOT, SURROGATE
 from common.hardware import settle_processes
+from common.redaction import secret_in
 
 log = logging.getLogger(__name__)
 
@@ -60,29 +63,44 @@ def launch(main: Callable[[], None], one_process: bool = False) -> None:
         check_words(sys.argv[1:])
         sys.argv[1:] = [allow_new_key(word) for word in sys.argv[1:]]
         main()
-    except UserError as error:
-        sys.exit(f"\nError: {error}")
-    except OmegaConfBaseException as error:  # for instance of an interpolation
-        sys.exit(f"\nError: {error.full_key}: {str(error).splitlines()[0]}")
-    except PermissionError as error:
-        sys.exit(f"\nError: {error.filename}: {error.strerror}; change its permissions, or name another file or folder")
-    except MissingConfigException as error:
-        files = [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("benchmark/*.yaml"), *CONFIGS.glob("compare/*.yaml")]
-        recipes = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in files)
-        sys.exit(f"\nError: {error}\nRecipes in {CONFIGS}: {', '.join(recipes)}")
-    except HydraException as error:
-        sys.exit(f"\nError: {_explain_override(str(error))}")
+    except Exception as error:
+        if (message := user_message(error)) is None:
+            raise
+        sys.exit(message)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def user_message(error: Exception) -> str | None:
+    """What is printed for an error that the user can fix; None for any other."""
+    if isinstance(error, UserError):
+        return f"\nError: {error}"
+    if isinstance(error, OmegaConfBaseException):  # for instance of an interpolation
+        return f"\nError: {error.full_key}: {str(error).splitlines()[0]}"
+    if isinstance(error, PermissionError):
+        return f"\nError: {error.filename}: {error.strerror}; change its permissions, or name another file or folder"
+    if isinstance(error, MissingConfigException):
+        files = [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("benchmark/*.yaml"), *CONFIGS.glob("compare/*.yaml")]
+        recipes = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in files)
+        return f"\nError: {error}\nRecipes in {CONFIGS}: {', '.join(recipes)}"
+    if isinstance(error, OverrideParseException):
+        return f"\nError: {_explain_syntax(error)}"
+    return f"\nError: {_explain_override(str(error))}" if isinstance(error, HydraException) else None
 
 
 def check_words(words: list[str]) -> None:
     """Check what Hydra does not accept and has no message for.
 
     Raises:
-        UserError: for a word that is not text, a recipe named by its file, and a group that is not one of its files.
+        UserError: for a secret (it is not repeated), a word that is not text, a recipe named by its file, and a group that
+            is not one of its files.
     """
     for word in words:
+        if secret := secret_in(word):
+            raise UserError(
+                f"{secret}: a secret on the command line would be logged and written to files; put it into environment.env "
+                "(another key can refer to a variable there: KEY=${oc.env:NAME})"
+            )
         if SURROGATE.search(word):
             raise UserError(f"{word!r}: is not UTF-8 text")
         key, _, value = word.lstrip("+").partition("=")
@@ -104,6 +122,31 @@ def allow_new_key(override: str) -> str:
     """
     sections = ("model.", "data.", "method.", "training.", "evaluation.")
     return f"++{override}" if override.startswith(sections) and "=" in override else override
+
+
+def quoted(key: str, value: str) -> str:
+    """An override whose value Hydra reads as text, whatever characters it has.
+
+    >>> print(quoted("output_dir", "/runs (new)/a=b"))
+    output_dir="/runs (new)/a=b"
+    """
+    escaped = value.replace('"', '\\"')
+    return f'{key}="{escaped}"'
+
+
+def _explain_syntax(error: OverrideParseException) -> str:
+    """The override that Hydra's parser refused, with the quoting that it accepts."""
+    typed = error.override.removeprefix("++")
+    key, _, value = typed.partition("=")
+    problem = f"{typed}: {error.message.splitlines()[0]}"
+    if value.startswith(("{", "[", '"', "'")):
+        return f"{problem}; check its brackets and quotes"
+    word = quoted(key, value)
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return f"{problem}; expected KEY=VALUE"
+    return f"{problem}; quote the value, once for Hydra and once for the shell: {shlex.quote(word)}"
 
 
 def _explain_override(message: str) -> str:
@@ -151,9 +194,9 @@ def check_recipe(cfg: DictConfig, program: str) -> None:
 
 @contextlib.contextmanager
 def job_errors(folder: str | Path) -> Iterator[None]:
-    """A context for one job: turn a full disk into a UserError, and in a sweep log the error at once.
+    """A context for one job: turn a full disk into a UserError; exit with the message of an error that the user can fix.
 
-    A sweep continues after a failed job.
+    Exiting spares Hydra's own line on the error. A sweep continues after a failed job; its error is logged at once.
     """
     try:
         with full_disk_as_user_error(folder):
@@ -162,4 +205,6 @@ def job_errors(folder: str | Path) -> Iterator[None]:
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             traceback = None if isinstance(error, UserError) else error
             log.error("this job failed, the sweep continues: %s", error, exc_info=traceback)
+        elif message := user_message(error):
+            sys.exit(message)
         raise

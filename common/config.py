@@ -361,6 +361,8 @@ LIMITS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most
 
 def type_name(hint: Any, limits: typing.Iterable[Any] = ()) -> str:
     """The type in YAML terms with its range, for instance `int or null, at least 1`."""
+    if typing.get_origin(hint) is Annotated:
+        return type_name(typing.get_args(hint)[0], FieldInfo.from_annotation(hint).metadata)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         name = " or ".join(map(type_name, typing.get_args(hint)))
     elif typing.get_origin(hint) is Literal:

@@ -38,13 +38,13 @@ class Interrupted(SystemExit):
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean '<prefix>x'?` with the closest known word x, or an empty string if none is close.
+    """`; did you mean '<prefix>x'?` with the closest known word x, or an empty string if none is close or x is the word.
 
     For a key's former name (`RENAMED`), that is its new name.
     """
     parent, dot, last = word.rpartition(".")
     close = difflib.get_close_matches(f"{parent}{dot}{RENAMED.get(last, last)}", list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{prefix}{close[0]}'?" if close else ""
+    return f"; did you mean '{prefix}{close[0]}'?" if close and close[0] != word else ""
 
 
 def reason(error: Exception) -> str:

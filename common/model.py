@@ -6,6 +6,7 @@ Weights are read from safetensors or GGUF files only. Code from the hub runs onl
 import contextlib
 import dataclasses
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from common.config import LoraSettings, ModelConfig
 from common.errors import UserError
@@ -151,7 +153,7 @@ def _checkpoint_path(config: ModelConfig) -> str:
             f"model.path={config.path}: is a file; name the folder it is in (model.gguf_file names a GGUF file)"
         )
     if not folder.exists():
-        if looks_local(config.path) or config.made_by:
+        if looks_local(config.path):  # `made_by` makes the recipe's path, and the command line may name another one
             raise UserError(f"model.path={config.path}: no such folder{remedy}")
         return path
     if config.gguf_file:
@@ -223,7 +225,17 @@ def _errors_of_loading(config: ModelConfig, what: str, *kinds: type[Exception]) 
         yield
     except kinds as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        # Of transformers' several messages on attention, each has one of these words.
+        if config.attn_implementation and re.search("attn_implementation|FlashAttention|kernels", reason):
+            known = ", ".join(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in key)
+            raise UserError(
+                f"model.attn_implementation={config.attn_implementation}: {reason.partition('. ')[0]}; expected null, eager "
+                f"or one of {known} if its package is installed"
+            ) from error
+        problem = f"model.path={config.path}: {what} could not be loaded ({reason})"
+        if Path(resolve_path(config.path)).exists():
+            raise UserError(f"{problem}; copy or make damaged files again") from error
         raise UserError(
-            f"model.path={config.path}: {what} could not be loaded ({reason}). A gated or remote model needs the hub and "
-            "perhaps a token in environment.env; without the hub name a local folder"
+            f"{problem}. A gated or remote model needs the hub and perhaps a token in environment.env; without the hub name a "
+            "local folder"
         ) from error

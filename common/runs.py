@@ -34,6 +34,7 @@ from common.config import RunConfig
 from common.errors import FULL_DISK, UserError
 from common.files import ROOT, is_first_process, read_json, resolve_path, write_json
 from common.lock import LOCK, locked
+from common.redaction import without_secrets
 from common.results import PUBLISHING, RESULT, result_of
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ def run_folder(stage: str, config: RunConfig, overrides: list[str] | None = None
 def comparable_config(cfg: DictConfig, start_id: str | None = None) -> dict[str, Any]:
     """The configuration as JSON values, without keys that do not influence the result. A result with another one is stale.
 
+    Secrets are masked.
+
     Args:
         start_id: `id` of the result of the checkpoint that this run starts from. A new id makes this run's result stale.
     """
@@ -92,7 +95,7 @@ def comparable_config(cfg: DictConfig, start_id: str | None = None) -> dict[str,
     plain = {key: value for key, value in plain.items() if key not in NOT_PART_OF_THE_RUN}
     if start_id is not None:
         plain["start"] = start_id
-    return json.loads(json.dumps(with_portable_paths(plain, cfg.models_dir)))
+    return json.loads(json.dumps(without_secrets(with_portable_paths(plain, cfg.models_dir))))
 
 
 def with_portable_paths(value: Any, models_dir: str) -> Any:

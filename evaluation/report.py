@@ -9,7 +9,7 @@ from pathlib import Path
 from common.files import read_json_lines, write_text
 from common.results import GENERATIONS, HISTORY, result_of
 from evaluation.plots import plot_quality_over_time, quality_over_time
-from evaluation.tables import headline_table
+from evaluation.tables import as_text, headline_table
 
 EXAMPLES = 5
 BEFORE = ("vanilla", "finetuned")
@@ -37,7 +37,7 @@ def examples(folder: Path, split: str, name: str) -> str:
     before = {row["index"]: row["answer"] for row in _answers(folder / "finetuned", split)}
     lines = [f"## To be {name}: {len(after)} questions of the {split} split"]
     for row in after:
-        lines += [f"**{row['question']}**\n", f"- truth: {row['reference']}"]
+        lines += [f"**{_shown(row['question'])}**\n", f"- truth: {_shown(row['reference'])}"]
         if row["index"] in before:
             lines.append(f"- before: {_shown(before[row['index']])}")
         lines.append(f"- after: {_shown(row['answer'])}\n")
@@ -49,5 +49,5 @@ def _answers(folder: Path, split: str) -> list[dict]:
     return [row for row in read_json_lines(path) if row["split"] == split] if path.is_file() else []
 
 
-def _shown(answer: str) -> str:
-    return " ".join(answer.split()) or "(empty)"
+def _shown(text: str) -> str:
+    return as_text(text) or "(empty)"

@@ -1,5 +1,17 @@
 """Scores of several models as Markdown tables."""
 
+import re
+
+
+def as_text(text: str) -> str:
+    """Text that is not ours as a single line of Markdown that shows it as it is; to be used within a line or a table cell.
+
+    >>> print(as_text("a_b | <b>\n# ![x](y)"))
+    a_b \\| \\<b\\> # !\\[x\\](y)
+    """
+    # An underscore within a word has no meaning in Markdown.
+    return re.sub(r"[\\`*\[\]<>|~&$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(text.split()))
+
 
 def headline_table(results: dict[str, dict]) -> str:
     """A row per model: the headline scores, the empty forget answers, and the minutes of the stage that made the model."""
@@ -11,7 +23,7 @@ def headline_table(results: dict[str, dict]) -> str:
         scores, seconds = result["scores"], result["seconds"]
         stage = seconds.get("unlearning", seconds.get("finetuning"))
         lines.append(
-            f"| {name} | {scores['unlearn_quality']:.1f} | {scores['utility']:.1f} "
+            f"| {as_text(name)} | {scores['unlearn_quality']:.1f} | {scores['utility']:.1f} "
             f"| {scores['rougeL_recall/forget']:.2f} | {scores['rougeL_recall/retain']:.2f} "
             f"| {100 * scores['forget_answers_empty']:.0f}% | {'-' if stage is None else f'{stage / 60:.1f}'} |"
         )
@@ -22,7 +34,7 @@ def headline_table(results: dict[str, dict]) -> str:
 def score_table(results: dict[str, dict]) -> str:
     """A row per score with a column per model; the notes of the scores follow the table."""
     names = list(dict.fromkeys(name for result in results.values() for name in result["scores"]))
-    lines = [f"| score | better | {' | '.join(results)} |", "|---|---|" + "---:|" * len(results)]
+    lines = [f"| score | better | {' | '.join(map(as_text, results))} |", "|---|---|" + "---:|" * len(results)]
     for name in names:
         values = [_number(result["scores"].get(name)) for result in results.values()]
         lines.append(f"| {name} | {_better(name, results)} | {' | '.join(values)} |")
@@ -36,7 +48,7 @@ def score_table(results: dict[str, dict]) -> str:
             name if len(models) == len(results) else f"{name} ({', '.join(models)})"
             for name, models in models_of.items()
         ]
-        lines.append(f"\n{', '.join(named)}: {note}.")
+        lines.append(f"\n{as_text(', '.join(named))}: {as_text(note)}.")
     return "\n".join(lines)
 
 

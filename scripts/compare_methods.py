@@ -36,13 +36,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from pydantic import Field, field_validator
 
-from common.cli import job_errors, launch
+from common.cli import check_recipe, check_words, job_errors, launch, quoted
 from common.config import read_section, section
-from common.errors import UserError
+from common.errors import UserError, did_you_mean
 from common.files import CONFIGS, ROOT, write_text
 from common.lock import locked
 from common.results import result_of
+from evaluation.metrics.registry import chosen_groups
 from evaluation.plots import RED, new_figure
+from evaluation.tables import as_text
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +60,12 @@ COLUMNS = {
     "empty": ("forget_answers_empty", 2),
     "minutes": ("minutes", 2),
 }
+STAGES = ("finetuning", "unlearning", "evaluation")
 
 
 @section
 class ComparisonSettings:
-    seeds: Annotated[list[int], Field(min_length=1)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
     """Seeds; every method runs with each of them."""
     before: list[str]
     """Stages that run before unlearning, each with its arguments."""
@@ -71,12 +74,57 @@ class ComparisonSettings:
     metrics: Annotated[list[str], Field(min_length=1)]
     """Metric groups of evaluation/main.py."""
 
+    @field_validator("seeds")
+    @classmethod
+    def differ(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("expected each seed once")
+        return seeds
+
+    @field_validator("before")
+    @classmethod
+    def name_stages(cls, before: list[str]) -> list[str]:
+        commands = [shlex.split(words) or [""] for words in before]
+        if wrong := [stage for stage, *_ in commands if stage not in STAGES]:
+            raise ValueError(f"'{wrong[0]}' is no stage; expected one of {', '.join(STAGES)}, then its arguments")
+        check_commands([(stage, words) for stage, *words in commands])
+        return before
+
     @field_validator("methods")
     @classmethod
     def name_recipes(cls, methods: dict[str, str]) -> dict[str, str]:
-        if without := [name for name, words in methods.items() if "-cn=" not in words]:
-            raise ValueError(f"{', '.join(without)}: expected arguments of unlearning/main.py, -cn=RECIPE among them")
+        check_commands([(name, shlex.split(words)) for name, words in methods.items()])
         return methods
+
+    @field_validator("metrics")
+    @classmethod
+    def are_metrics(cls, metrics: list[str]) -> list[str]:
+        try:
+            chosen_groups(metrics)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return metrics
+
+
+def check_commands(commands: list[tuple[str, list[str]]]) -> None:
+    """Check the recipes that commands name.
+
+    Args:
+        commands: for each, a name and the arguments of a stage.
+    Raises:
+        ValueError: for a command without a recipe, or with one that does not exist.
+        UserError: for a secret.
+    """
+    for _, words in commands:
+        check_words(words)
+    for name, words in commands:
+        recipes = [word.removeprefix("-cn=") for word in words if word.startswith("-cn=")]
+        if not recipes:
+            raise ValueError(f"{name}: expected arguments of a stage, -cn=RECIPE among them")
+        own_folder = any(word.startswith("-cd=") for word in words)
+        if not own_folder and not (CONFIGS / f"{recipes[-1]}.yaml").is_file():
+            known = [path.stem for path in CONFIGS.glob("*.yaml")]
+            raise ValueError(f"{name}: no recipe '{recipes[-1]}' in {CONFIGS}{did_you_mean(recipes[-1], known)}")
 
 
 @dataclass
@@ -85,11 +133,11 @@ class Runs:
 
     Attributes:
         shared: overrides for the commands of every method.
-        failed: commands that failed.
+        failed: commands that failed -> their messages.
     """
 
     shared: list[str]
-    failed: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def run(self, stage: str, *words: str) -> bool:
         """Run the command of a stage; returns whether it succeeded."""
@@ -98,21 +146,30 @@ class Runs:
         log.info("%s", shown)
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode != 0:
-            self.failed.append(shown)
+            self.failed[shown] = message_of(done)
             log.error("failed:\n%s", "\n".join(done.stdout.splitlines()[-12:]))
         return done.returncode == 0
 
     def method(self, words: list[str], seed: int, folder: Path, metrics: list[str]) -> dict[str, float] | None:
         """Unlearn and evaluate; returns the scores and the minutes of unlearning, or None if a command failed."""
-        of_run = [*words, f"seed={seed}", *self.shared, f"output_dir={folder}"]
+        of_run = [*words, f"seed={seed}", *self.shared, quoted("output_dir", str(folder))]
         if not self.run("unlearning", *of_run):
             return None
         measured = folder / "evaluation"
-        places = [f"model.path={folder}", f"output_dir={measured}", f"metrics=[{','.join(metrics)}]", f"seed={seed}"]
+        places = [quoted("model.path", str(folder)), quoted("output_dir", str(measured))]
+        places += [f"metrics=[{','.join(metrics)}]", f"seed={seed}"]
         if not self.run("evaluation", "-cn=evaluate", *places):
             return None
         seconds = result_of(folder)["seconds"]["unlearning"]
         return {**result_of(measured)["scores"], "minutes": seconds / 60}
+
+
+def message_of(done: subprocess.CompletedProcess) -> str:
+    """The message of a command that failed: that of a user's error, or the last line of its output."""
+    if done.returncode < 0:
+        return f"killed by signal {-done.returncode}; out of memory?"
+    _, error, message = done.stdout.rpartition("\nError: ")
+    return message.strip() if error else (done.stdout.strip().splitlines() or ["no output"])[-1]
 
 
 def methods_table(results: dict[str, list[dict[str, float]]]) -> str:
@@ -122,8 +179,13 @@ def methods_table(results: dict[str, list[dict[str, float]]]) -> str:
     lines = [f"| method | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for name in by_quality(results):
         cells = [cell([run.get(score) for run in results[name]], digits) for score, digits in columns.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {as_text(name)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def as_code(words: str) -> str:
+    """A code span of Markdown; a backtick in it needs two around it."""
+    return f"`` {words} ``" if "`" in words else f"`{words}`"
 
 
 def by_quality(results: dict[str, list[dict[str, float]]]) -> list[str]:
@@ -194,8 +256,8 @@ def run_all(
         before, start = [shlex.split(words) for words in settings.before], []
         # The overrides change the name of the last stage's folder, so that it differs from the one in the recipes.
         if reshaping and before:
-            before[-1].append(f"output_dir={folder}/before/seed-{seed}")
-            start = [f"++finetuned={folder}/before/seed-{seed}"]
+            before[-1].append(quoted("output_dir", f"{folder}/before/seed-{seed}"))
+            start = [quoted("++finetuned", f"{folder}/before/seed-{seed}")]
         if not all(runs.run(stage, *words, f"seed={seed}", *shaping) for stage, *words in before):
             continue
         for name, words in settings.methods.items():
@@ -206,24 +268,28 @@ def run_all(
 
 
 def report(
-    results: dict[str, list[dict[str, float]]], settings: ComparisonSettings, failed: list[str], folder: Path
+    results: dict[str, list[dict[str, float]]], settings: ComparisonSettings, failed: dict[str, str], folder: Path
 ) -> Path:
     """Write the plot; write and print the table and the arguments of each method."""
     plot_methods(results, folder / "comparison.png")
-    arguments = "\n".join(f"- {name}: `{words}`" for name, words in settings.methods.items())
+    arguments = "\n".join(f"- {as_text(name)}: {as_code(words)}" for name, words in settings.methods.items())
     seeds = ", ".join(map(str, settings.seeds))
     text = f"{methods_table(results)}\n\nSeeds {seeds}. Arguments of unlearning/main.py:\n\n{arguments}\n"
+    if failed:
+        text += "\nFailed, and not in the table:\n\n" + "".join(f"- {as_code(command)}\n" for command in failed)
     path = folder / "comparison.md"
     write_text(path, f"# Unlearning methods\n\n![Unlearn quality and utility](comparison.png)\n\n{text}")
     print(f"\n{text}\nWritten to {path} and comparison.png")
     if failed:
-        raise UserError("these commands failed; run one of them for its full error message:\n" + "\n".join(failed))
+        commands = "\n".join(f"{command}\n  {message}" for command, message in failed.items())
+        raise UserError(f"these commands failed; the table has the other runs:\n{commands}")
     return path
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="compare/tiny")
 def main(cfg: DictConfig) -> None:
     with job_errors(cfg.models_dir):
+        check_recipe(cfg, "scripts/compare_methods.py")
         compare(cfg)
 
 

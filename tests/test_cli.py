@@ -1,14 +1,17 @@
 """The process around a run: environment and tokens, errors of the command line, mistyped overrides."""
 
 import os
+import shlex
 
 import pytest
-from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 
 from common import cli
-from common.cli import allow_new_key, launch, prepare_process
+from common.cli import allow_new_key, check_words, job_errors, launch, prepare_process
 from common.errors import Interrupted, UserError
 from common.files import ROOT
+from common.redaction import without_secrets
 from tests.helpers import TOKEN
 
 # --- environment --------------------------------------------------------------------------------------------------------
@@ -118,6 +121,88 @@ def test_a_mistyped_override_is_explained_with_the_closest_key(exit_of):
 
 def test_a_renamed_override_is_explained_with_its_new_name(exit_of):
     assert "did you mean 'benchmark.interleaved'?" in exit_of(could_not_override("benchmark.side_by_side"))
+
+
+def test_a_key_of_other_recipes_is_not_suggested_to_itself(exit_of):
+    assert exit_of(could_not_override("comparison.seeds")) == "\nError: no key 'comparison.seeds' in this configuration"
+
+
+@pytest.mark.parametrize(
+    ("typed", "quoted"),
+    [
+        ("++data.splits.forget=forget[:4]", "'data.splits.forget=\"forget[:4]\"'"),
+        ("output_dir=/a=b", "'output_dir=\"/a=b\"'"),
+        ("output_dir=/runs (new)", "'output_dir=\"/runs (new)\"'"),
+    ],
+)
+def test_an_override_that_needs_quotes_is_shown_with_them(exit_of, typed, quoted):
+    with pytest.raises(OverrideParseException) as caught:
+        OverridesParser.create().parse_overrides([typed])
+    message = exit_of(caught.value)
+    assert message.startswith(f"\nError: {typed.removeprefix('++')}: ")
+    assert message.endswith(f": {quoted}")
+    (override,) = OverridesParser.create().parse_overrides(shlex.split(quoted))
+    assert f"{override.key_or_group}={override.value()}" == typed.removeprefix("++")
+
+
+@pytest.mark.parametrize("typed", ["model.lora={r", "a b"])
+def test_an_override_that_quotes_do_not_mend_gets_none(exit_of, typed):
+    with pytest.raises(OverrideParseException) as caught:
+        OverridesParser.create().parse_overrides([typed])
+    message = exit_of(caught.value)
+    assert message.startswith(f"\nError: {typed}: ")
+    assert "quote the value" not in message
+
+
+def test_a_job_that_fails_on_a_users_error_exits_with_its_message(tmp_path):
+    """Hydra prints all overrides for an exception that leaves a job, not for an exit."""
+    with pytest.raises(SystemExit) as caught, job_errors(tmp_path):
+        raise UserError("x=1: wrong")
+    assert caught.value.code == "\nError: x=1: wrong"
+    with pytest.raises(ZeroDivisionError), job_errors(tmp_path):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        (f"training.hub_token={TOKEN}", "training.hub_token:"),
+        ("+training.push_to_hub_token=a-secret,b-secret", "training.push_to_hub_token:"),  # a sweep
+        ("training={num_epochs:1,hub_token:a-secret}", "hub_token:"),
+        ("method.judge.api_key=a-secret", "method.judge.api_key:"),
+        ("hydra.job.env_set.HF_TOKEN=a-secret", "hydra.job.env_set.HF_TOKEN:"),
+        (f"model.path=https://user:{TOKEN}@host/x", "hf_...:"),
+    ],
+)
+def test_a_secret_is_refused_before_hydra_sees_it_and_not_repeated(monkeypatch, word, named):
+    monkeypatch.setattr(cli, "prepare_process", lambda: None)
+    monkeypatch.setattr("sys.argv", ["main.py", "-m", word])
+    with pytest.raises(SystemExit) as caught:
+        launch(lambda: pytest.fail("Hydra was called"))
+    assert caught.value.code.startswith(f"\nError: {named} a secret on the command line")
+    assert TOKEN not in caught.value.code
+    assert "a-secret" not in caught.value.code
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("method.judge.api_key=${oc.env:JUDGE_KEY}", "training.hub_token=null", "training={hub_token: null,seed:1}"),
+        *("training.include_num_input_tokens_seen=true", "model.new.tokenizer_splits=[full]", "metrics=[prefill]"),
+        *(
+            "+model.new.settings={eos_token_id:1}",
+            'model.prompt.question="The secret: {question}"',
+            "model.path=hf_x/y",
+        ),
+    ],
+)
+def test_other_words_are_no_secrets(word):
+    check_words([word])
+
+
+def test_secrets_are_masked_at_any_depth():
+    values = {"a": [{"api_key": "abc"}, f"token {TOKEN}!"], "num_tokens": 3, "hub_token": None, "path": "hf_x/y"}
+    assert without_secrets(values) == values | {"a": [{"api_key": "***"}, "token ***!"]}
 
 
 @pytest.mark.parametrize(

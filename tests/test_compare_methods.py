@@ -5,9 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
-from common.files import ROOT, read_json_lines
-from scripts.compare_methods import cell, methods_table
+from common.config import read_section
+from common.errors import UserError
+from common.files import CONFIGS, ROOT, read_json_lines
+from scripts.compare_methods import ComparisonSettings, cell, message_of, methods_table
+from tests.helpers import TOKEN
 
 
 def scores(quality, utility=90.0, **more):
@@ -54,7 +58,9 @@ def test_a_method_that_fails_leaves_a_gap_and_an_error(tmp_path, models_dir):
     done = run(recipe, f"models_dir={models_dir}", *quick)
     assert done.returncode != 0
     assert "method.beta=-1" in done.stdout, "the reason of the failure"
-    assert "these commands failed" in done.stderr
+    command, message = done.stderr.split("these commands failed; the table has the other runs:\n")[1].splitlines()[:2]
+    assert command.startswith("python unlearning/main.py -cd=configs -cn=unlearn-tiny method=wga method.beta=-1")
+    assert message.startswith("  method.beta=-1: expected float")
     assert "Traceback" not in done.stderr
     folder = models_dir / "comparisons/small"
     lines = (folder / "comparison.md").read_text().splitlines()
@@ -66,8 +72,65 @@ def test_a_method_that_fails_leaves_a_gap_and_an_error(tmp_path, models_dir):
     assert (folder / "comparison.png").stat().st_size > 5000
 
 
+VALID = {"seeds": [0], "before": [], "methods": {"A": "-cn=unlearn-tiny"}, "metrics": ["headline"]}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("seeds", ["x"], "comparison.seeds.0=x: expected int, at least 0"),
+        ("seeds", [-1], "comparison.seeds.0=-1: expected int"),
+        ("seeds", [1, 1], "comparison.seeds=[1, 1]: expected each seed once"),
+        ("before", 5, "comparison.before=5: expected list[str]"),
+        ("before", ["training -cn=tiny"], "comparison.before=['training -cn=tiny']: 'training' is no stage"),
+        ("before", [""], "comparison.before=['']: '' is no stage"),
+        ("before", ["finetuning -cn='tiny"], 'comparison.before=["finetuning -cn=\'tiny"]: No closing quotation'),
+        (
+            "before",
+            ["finetuning -cn=tinny"],
+            "comparison.before=['finetuning -cn=tinny']: finetuning: no recipe 'tinny'",
+        ),
+        (
+            "methods",
+            {"A": "-cn=unlearn-tinny"},
+            "comparison.methods={'A': '-cn=unlearn-tinny'}: A: no recipe 'unlearn-ti",
+        ),
+        (
+            "metrics",
+            ["headlines"],
+            "comparison.metrics=['headlines']: metrics=headlines: no such metrics; did you mean",
+        ),
+        ("methods", {"A": "x", "B": f"training.hub_token={TOKEN}"}, "training.hub_token: a secret on the command line"),
+    ],
+)
+def test_what_no_stage_could_run_is_named_before_the_first_one(key, value, message):
+    with pytest.raises(UserError) as caught:
+        read_section("comparison", ComparisonSettings, OmegaConf.create(VALID | {key: value}))
+    assert str(caught.value).startswith(message)
+    assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2-cpu"])
+def test_the_recipes_pass(name):
+    recipe = OmegaConf.load(CONFIGS / f"compare/{name}.yaml")
+    assert read_section("comparison", ComparisonSettings, recipe.comparison).methods
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "message"),
+    [
+        (1, "[12:00] start\n\nError: seed=x: expected int\n", "seed=x: expected int"),
+        (1, "Traceback\nKeyError: 'x'\n", "KeyError: 'x'"),
+        (1, "", "no output"),
+        (-9, "[12:00] start\n", "killed by signal 9; out of memory?"),
+    ],
+)
+def test_a_failed_command_is_reported_with_its_own_message(code, output, message):
+    assert message_of(subprocess.CompletedProcess([], code, output)) == message
+
+
 @pytest.mark.slow
 def test_a_wrong_recipe_is_refused_with_all_that_is_wrong(tmp_path):
     done = run(written(tmp_path, [], "{NPO: method=npo}"), f"models_dir={tmp_path}")
     assert "comparison.seeds: is empty" in done.stderr
-    assert "comparison.methods={'NPO': 'method=npo'}: NPO: expected arguments of unlearning/main.py" in done.stderr
+    assert "comparison.methods={'NPO': 'method=npo'}: NPO: expected arguments of a stage" in done.stderr

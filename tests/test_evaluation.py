@@ -10,9 +10,10 @@ from fnmatch import fnmatch
 import pytest
 
 from common.errors import UserError
-from common.files import ROOT
+from common.files import ROOT, write_json_lines
 from evaluation.metrics.registry import METRIC_GROUPS, chosen_groups
-from evaluation.tables import score_table
+from evaluation.report import examples
+from evaluation.tables import headline_table, score_table
 from tests.helpers import docs_generator, evaluate_here
 
 FOLDERS = {"vanilla": "pretrain-tiny", "finetuned": "tiny"}
@@ -230,3 +231,18 @@ def test_two_processes_find_what_one_finds(models_dir, checkpoints, tmp_path):
         assert one[key] == two[key]
     for name in ("samples.jsonl", "generations.jsonl"):
         assert (tmp_path / "1" / name).read_text() == (tmp_path / "2" / name).read_text()
+
+
+def test_text_from_the_data_stays_text_in_a_report(tmp_path):
+    texts = ("Who?\n# Heading", "a | <img src=x> `code`", "![x](http://host/y.png)\n\n- item **bold** _it_ a_b")
+    row = dict(zip(("question", "reference", "answer"), texts, strict=True), split="forget", index=0)
+    write_json_lines(tmp_path / "generations.jsonl", [row])
+    assert examples(tmp_path, "forget", "forgotten").splitlines()[1:] == [
+        "**Who? # Heading**",
+        "",
+        r"- truth: a \| \<img src=x\> \`code\`",
+        r"- after: !\[x\](http://host/y.png) - item \*\*bold\*\* \_it\_ a_b",
+    ]
+    scores = dict.fromkeys(("unlearn_quality", "utility", "rougeL_recall/forget", "rougeL_recall/retain"), 1.0)
+    table = headline_table({"a|b": {"scores": scores | {"forget_answers_empty": 0.0}, "seconds": {}}})
+    assert r"| a\|b | 1.0 |" in table

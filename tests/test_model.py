@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.collate import collate
 from common.config import LoraSettings, ModelConfig, NewModelConfig, PromptConfig
@@ -251,11 +251,30 @@ def test_a_file_is_refused(checkpoint):
     [
         ("./no/such", None, "model.path=./no/such: no such folder"),
         ("models/no/such", "make it", "model.path=models/no/such: no such folder; make it with: make it"),
-        ("no/such", "make it", "model.path=no/such: no such folder; make it with: make it"),
     ],
 )
 def test_a_missing_folder_is_refused_with_the_command_that_makes_it(path, made_by, ending):
     assert error_of(load_tokenizer, config(path, made_by=made_by)) == ending
+
+
+def test_the_command_of_a_recipes_path_does_not_keep_another_one_from_the_hub(monkeypatch):
+    asked = []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda path, **_: asked.append(path))
+    monkeypatch.setattr(
+        AutoConfig, "from_pretrained", lambda path, **_: (_ for _ in ()).throw(OSError("not reachable"))
+    )
+    message = error_of(load_tokenizer, config("owner/name", made_by="make it"))
+    assert asked == ["owner/name"]
+    assert "(not reachable). A gated or remote model needs the hub" in message
+
+
+@pytest.mark.parametrize("name", ["nonsense", "owner/kernel"])
+def test_an_attention_implementation_that_cannot_be_used_is_named_with_those_that_can(checkpoint, tokenizer, name):
+    message = error_of(load_model, config(checkpoint, attn_implementation=name), tokenizer, False)
+    assert message.startswith(f"model.attn_implementation={name}: ")
+    assert "eager" in message
+    assert "sdpa" in message
+    assert "hub" not in message.lower()
 
 
 def test_a_missing_gguf_file_is_refused(checkpoint):
@@ -319,6 +338,9 @@ def test_weights_cut_short_are_refused(checkpoint, tokenizer):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     message = error_of(load_model, config(checkpoint), tokenizer, False)
     assert message.startswith(f"model.path={checkpoint}: its weights could not be loaded")
+    assert message.endswith("; copy or make damaged files again")
+    assert "hub" not in message
+    assert "token" not in message
 
 
 def test_a_checkpoint_without_some_of_its_weights_is_refused(checkpoint, tokenizer):

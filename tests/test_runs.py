@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.files import ROOT
 from common.results import result_of
 from common.runs import RunFolder, comparable_config, differing_keys, run_folder, run_name
+from tests.helpers import TOKEN
 
 # --- names --------------------------------------------------------------------------------------------------------------
 
@@ -151,6 +152,11 @@ def configuration(**values):
 def test_the_compared_configuration_leaves_out_how_to_run():
     changed = configuration(models_dir="/other", overwrite=True, keep_checkpoints=True, output_dir="/x")
     assert comparable_config(changed) == comparable_config(configuration()) == {"seed": 0, "method": {"top_p": 0.9}}
+
+
+def test_secrets_are_masked_in_the_recorded_configuration():
+    found = comparable_config(configuration(method={"api_key": "abc"}, path=TOKEN))
+    assert (found["method"]["api_key"], found["path"]) == ("***", "***")
 
 
 def test_the_compared_configuration_resolves_interpolations_and_takes_the_start_in():

@@ -1,0 +1,35 @@
+"""Tokens, keys and passwords: refused on the command line, which Hydra logs and writes, and masked in a run's files."""
+
+import re
+from typing import Any
+
+NAME = r"(?:\w*_)?(?:token|secret|password|api_key)"
+HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
+MASK = "***"
+
+
+def secret_in(word: str) -> str | None:
+    """What holds a secret in a word of the command line: the name of a key, or hf_...; None if there is none.
+
+    A reference to an environment variable, ${oc.env:NAME}, is none.
+
+    >>> secret_in("+training.hub_token=abc"), secret_in("training={hub_token:abc}"), secret_in("x=${oc.env:HF_TOKEN}")
+    ('training.hub_token', 'hub_token', None)
+    """
+    named = re.match(rf"[+~]*((?:[\w@/]+\.)*{NAME})=(?!\$\{{|null$|$)", word, re.IGNORECASE)
+    named = named or re.search(rf"[{{,]\s*['\"]?({NAME})['\"]?\s*:(?!\s*(?:\$\{{|null\b))", word, re.IGNORECASE)
+    return named[1] if named else "hf_..." if HUB_TOKEN.search(word) else None
+
+
+def without_secrets(value: Any) -> Any:
+    """The value with `MASK` instead of texts under secret keys and of hub tokens within texts, at any depth."""
+    if isinstance(value, dict):
+        return {
+            key: MASK
+            if isinstance(item, str) and re.fullmatch(NAME, str(key), re.IGNORECASE)
+            else without_secrets(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [without_secrets(item) for item in value]
+    return HUB_TOKEN.sub(MASK, value) if isinstance(value, str) else value
