@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -46,13 +47,17 @@ class PromptFormat:
         if config.style == "chat":
             self._check_template()
         self.eos_token_id = self._find_eos_token()
-        self.special_before, self.special_after = special_tokens_around(tokenizer)
+
+    @cached_property
+    def special_tokens(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after a text; a chat template writes its own."""
+        return special_tokens_around(self.tokenizer)
 
     def prompt(self, question: str) -> list[int]:
         """Token ids of the prompt for a question."""
         if self.config.style == "plain":
             text = self.config.question.replace("{question}", question)
-            return [*self.special_before, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+            return [*self.special_tokens[0], *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
         return self._chat(self._messages(question), add_generation_prompt=True, tokenize=True, return_dict=False)
 
     def answer(self, answer: str) -> list[int]:

@@ -58,7 +58,7 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
     """Every numeric metric of every task, as lm_eval/<task>/<metric>."""
     settings: Harness = context.config.sections["lm_eval"]
     with scores.null_if_missing(dict.fromkeys(f"lm_eval/{task}" for task in settings.tasks)):
-        if appended := context.outputs.prompts.special_after:
+        if appended := context.outputs.prompts.special_tokens[1]:
             names = context.model.tokenizer.convert_ids_to_tokens(appended)
             raise Missing(f"the tokenizer appends {names} to a text, and the harness would put them before the answers")
         _measure(context, settings, scores)
