@@ -380,7 +380,7 @@ def test_contrast_makes_the_initial_responses_unlikely_where_pmc_alone_leaves_th
     for weight in (0.0, 8.0):
         memorized.load_state_dict(start)
         settings = PMCSettings(num_samples=4, max_length=60, temperature=2.0, contrast_weight=weight)
-        trainer = make_trainer(memorized, prompts, tmp_path, settings=settings, learning_rate=1e-3, max_steps=12)
+        trainer = make_trainer(memorized, prompts, tmp_path, settings=settings, learning_rate=1e-3, max_steps=24)
         trainer.train()
         ids = [(prompts.prompt(row.question), trainer.initial_tokens[row.index]) for row in ROWS]
         likely[weight] = sum(token_log_probs(trainer.model, *pair).mean().exp().item() for pair in ids) / len(ROWS)
