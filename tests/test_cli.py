@@ -2,6 +2,10 @@
 
 import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -229,3 +233,19 @@ def test_other_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ZeroDivisionError):
         launch(main)
+
+
+@pytest.mark.parametrize("program", ["finetuning/main.py", "unlearning/main.py", "evaluation/main.py"])
+def test_ctrl_c_while_importing_has_no_traceback(program):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / program), "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    )
+    time.sleep(0.6)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert "Traceback" not in output
+    assert process.returncode != 0

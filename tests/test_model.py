@@ -367,3 +367,13 @@ def test_an_adapter_whose_base_is_gone_is_refused(adapter, checkpoint, tokenizer
     shutil.rmtree(checkpoint)
     assert (adapter[0] / ADAPTER).is_file()
     assert "no such folder" in error_of(load_model, config(adapter[0]), tokenizer, False)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_json_file_of_a_checkpoint_that_holds_a_list_ends_in_one_message(checkpoint, name):
+    (checkpoint / name).write_text("[]")
+
+    def load():
+        load_model(config(checkpoint), load_tokenizer(config(checkpoint)), trainable=False)
+
+    assert error_of(load).startswith(f"model.path={checkpoint}: its ")
