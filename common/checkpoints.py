@@ -122,7 +122,14 @@ def save_trained(trainer: Trainer, folder: Path, config: ModelConfig, prompts: S
     if trainer.is_world_process_zero():
         # On the CPU, where other implementations of attention cannot run.
         loaded = replace(config, path=str(folder), new=None, revision=None, gguf_file=None, attn_implementation="eager")
-        saved = next_token_probabilities(load_model(loaded, trainer.processing_class, trainable=False), prompts)
+        reloaded = load_model(loaded, trainer.processing_class, trainable=False)
+        try:
+            saved = next_token_probabilities(reloaded, prompts)
+        except Exception as error:  # a kernel that runs on a GPU only
+            log.warning(
+                "%s: the saved model was not compared with the trained one: it does not run here (%s)", folder, error
+            )
+            return
         # Total variation distances, the largest of all positions. Merging an adapter rounds in 16 bits.
         distance = max(float((a - b).abs().sum(-1).max()) / 2 for a, b in zip(trained, saved, strict=True))
         if not distance <= (0.005 if config.dtype == "float32" else 0.05):

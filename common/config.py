@@ -431,8 +431,8 @@ def _has_liger_kernel(wanted: bool) -> bool:
 
 
 def _ends_before_training(warmup_epochs: float, info: ValidationInfo) -> float:
-    num_epochs = info.data.get("num_train_epochs")
-    if num_epochs and warmup_epochs > num_epochs:
+    num_epochs, max_steps = info.data.get("num_train_epochs"), info.data.get("max_steps") or -1
+    if num_epochs and max_steps < 0 and warmup_epochs > num_epochs:
         raise ValueError(f"the learning rate would not reach its peak; expected at most num_epochs={num_epochs:g}")
     return warmup_epochs
 

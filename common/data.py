@@ -78,20 +78,22 @@ def load_splits(data: DataConfig, roles: tuple[str, ...]) -> dict[str, list[Row]
     return splits
 
 
-def check_forget_and_retain(forget: list[Row], retain: list[Row]) -> None:
-    """Warn of rows that are to be both forgotten and retained.
+def check_apart(forget: list[Row], others: list[Row], role: str) -> None:
+    """Warn of rows of another role that are also to be forgotten.
 
+    Args:
+        role: of the other rows, retain or holdout.
     Raises:
-        UserError: if all retain rows are also forget rows.
+        UserError: if all of them are also forget rows.
     """
     to_forget = {(row.question, row.answer) for row in forget}
-    shared = sum((row.question, row.answer) in to_forget for row in retain)
-    if shared == len(retain):
+    shared = sum((row.question, row.answer) in to_forget for row in others)
+    if shared == len(others):
         raise UserError(
-            f"data.splits.retain: all {shared} rows are also in data.splits.forget; name a split of rows to keep"
+            f"data.splits.{role}: all {shared} rows are also in data.splits.forget; name a split of other rows"
         )
     if shared:
-        log.warning("data.splits.retain: %d of %d rows are also in data.splits.forget", shared, len(retain))
+        log.warning("data.splits.%s: %d of %d rows are also in data.splits.forget", role, shared, len(others))
 
 
 def scored_retain_rows(rows: list[Row], full_eval: bool) -> list[Row]:

@@ -28,7 +28,10 @@ def settle_processes(one_only: bool = False) -> None:
     Raises:
         UserError: if a launcher started several processes, and the program cannot use them.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = os.environ.get("WORLD_SIZE") or "1"
+    if not world_size.isdecimal():
+        raise UserError(f"WORLD_SIZE={world_size}: expected the number of processes; unset it")
+    processes = int(world_size)
     if processes > 1 and one_only:
         raise UserError(
             f"WORLD_SIZE={processes}: this program runs in one process; start it with python, without a launcher"

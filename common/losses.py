@@ -68,6 +68,6 @@ def check_finite(logits: torch.Tensor) -> None:
     if not bool((logits < math.inf).all()):
         raise UserError(
             "the model's logits are NaN or infinite: its weights are not finite or far too large, as after training that "
-            "diverged. Train it again with a lower training.learning_rate or more training.warmup_epochs, or name another "
-            "checkpoint"
+            "diverged. Train it again with a lower training.learning_rate or more training.warmup_epochs, without "
+            "model.dtype=float16, or name another checkpoint"
         )

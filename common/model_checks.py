@@ -65,6 +65,9 @@ def check_positions(model: PreTrainedModel, config: RunConfig) -> None:
     """
     settings = model.config.get_text_config(decoder=True)
     limit = getattr(settings, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limit -= module.padding_idx + 1  # of the RoBERTa kind: positions start after the padding index
     lengths = {
         "data.max_length": config.data.max_length,
         "evaluation.max_length": config.evaluation.max_length,

@@ -193,9 +193,10 @@ def check_even_split(rows: int, batch_size: int, processes: int) -> None:
     if processes > 1 and rows % (batch_size * processes):
         share = rows // processes
         fitting = [str(size) for size in range(1, share + 1) if share % size == 0 and rows % processes == 0]
+        fits = ", ".join(fitting) or "none; use a number of processes that divides the rows, or another number of rows"
         raise UserError(
             f"training.per_device_train_batch_size={batch_size}: {rows} rows cannot be split over {processes} processes in "
-            f"batches of this size, and some would be trained on twice; sizes that fit: {', '.join(fitting) or 'none'}"
+            f"batches of this size, and some would be trained on twice; sizes that fit: {fits}"
         )
 
 

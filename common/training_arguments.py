@@ -33,6 +33,14 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
     warmup_epochs = values.pop("warmup_epochs", None)
     if warmup_epochs:
         values.setdefault("warmup_steps", math.ceil(warmup_epochs * _steps_per_epoch(values, num_rows)))
+    total = values.get("max_steps", -1)
+    if total < 1:
+        total = math.ceil(values["num_train_epochs"] * _steps_per_epoch(values, num_rows))
+    if (warmup_steps := values.get("warmup_steps") or 0) > total:
+        raise UserError(
+            f"training.warmup_steps={warmup_steps}: the run has {total} optimizer steps, so the learning rate would not reach "
+            "its peak; use fewer"
+        )
     if values.get("fp16") and not torch.cuda.is_available():
         raise UserError("training.fp16=true: needs an NVIDIA GPU; use training.bf16=auto")
     if values.get("bf16") == "auto":

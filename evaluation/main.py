@@ -44,6 +44,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Path]:
     loader = Loader()
     # All inputs are checked before the first model is measured.
     jobs = {name: Job(cfg, path, loader) for name, path in named_models(cfg).items()}
+    if len(words := {job.config.data.words for job in jobs.values()}) > 1:
+        raise UserError(f"data.words: the models were made with {' and '.join(sorted(words))}; give one of them")
     folders = {name: job.run() for name, job in jobs.items()}
     if is_first_process():
         job = next(iter(jobs.values()))

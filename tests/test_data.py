@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.config import DataConfig
-from common.data import HubError, Row, check_forget_and_retain, load_split, load_splits, scored_retain_rows
+from common.data import HubError, Row, check_apart, load_split, load_splits, scored_retain_rows
 from common.errors import UserError
 from common.files import ROOT
 
@@ -321,6 +321,6 @@ def test_two_files_of_one_split_are_refused(folder):
 def test_retain_rows_that_are_forget_rows(folder, caplog):
     rows = load_split(config(folder, train="full"), "train")
     with pytest.raises(UserError, match="data.splits.retain: all 2 rows are also in data.splits.forget"):
-        check_forget_and_retain(rows, rows[:2])
-    check_forget_and_retain(rows[:2], rows[1:])
+        check_apart(rows, rows[:2], "retain")
+    check_apart(rows[:2], rows[1:], "retain")
     assert "1 of 5 rows are also in data.splits.forget" in caplog.text

@@ -41,6 +41,9 @@ def test_several_processes_that_do_not_find_each_other_are_refused(monkeypatch):
         settle_processes()
     with pytest.raises(UserError, match="WORLD_SIZE=2: this program runs in one process"):
         settle_processes(one_only=True)
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    with pytest.raises(UserError, match="WORLD_SIZE=abc: expected the number of processes"):
+        settle_processes()
 
 
 @pytest.mark.parametrize(

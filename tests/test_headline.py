@@ -75,7 +75,8 @@ def test_forget_and_retain_are_needed(tmp_path):
 def test_a_reference_without_words_is_refused(tmp_path):
     write_rows(tmp_path, "rows", [*ROWS[:2], Row(2, "Где родилась Ада?", "В Риге.")])
     columns = {"question": "question", "answer": "answer"}
-    data = DataConfig(path=str(tmp_path), splits={"forget": "rows", "retain": "rows"}, columns=columns)
+    write_rows(tmp_path, "others", ROWS[2:5])
+    data = DataConfig(path=str(tmp_path), splits={"forget": "rows", "retain": "others"}, columns=columns)
     message = r"^data\.splits\.forget, row 2: the answer 'В Риге\.' has no word .*; set data\.words=unicode$"
     with pytest.raises(UserError, match=message):
         load_questions(data, EvaluationConfig())
@@ -95,3 +96,11 @@ def test_scores_of_answers_in_another_script_are_not_zero(tmp_path):
     assert scores.values["unlearn_quality"] == pytest.approx(25)
     assert scores.values["utility"] == 100
     assert scores.values["forget_answer_words"] == 4
+
+
+def test_retain_rows_that_are_all_to_be_forgotten_are_refused(tmp_path):
+    write_rows(tmp_path, "rows", ROWS[:2])
+    columns = {"question": "question", "answer": "answer"}
+    data = DataConfig(path=str(tmp_path), splits={"forget": "rows", "retain": "rows[:1]"}, columns=columns)
+    with pytest.raises(UserError, match=r"^data\.splits\.retain: all 1 rows are also in data\.splits\.forget"):
+        load_questions(data, EvaluationConfig())

@@ -140,7 +140,7 @@ def test_warmup_lasts_one_epoch(model, prompts, tmp_path):
 
 @pytest.mark.parametrize(
     ("rows", "size", "processes", "fitting"),
-    [(30, 5, 1, None), (30, 4, 1, None), (30, 5, 2, None), (30, 4, 2, "1, 3, 5, 15"), (31, 5, 2, "none")],
+    [(30, 5, 1, None), (30, 4, 1, None), (30, 5, 2, None), (30, 4, 2, "1, 3, 5, 15"), (31, 5, 2, "none; .*")],
 )
 def test_rows_that_processes_cannot_share_evenly_are_refused(rows, size, processes, fitting):
     with pytest.raises(UserError, match=f"sizes that fit: {fitting}$") if fitting else nullcontext():
@@ -175,6 +175,17 @@ def test_the_published_recipes_have_the_published_numbers_of_steps(recipe, rows,
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     by_epochs = math.ceil(rows / a_step) * args.num_train_epochs
     assert (args.max_steps if args.max_steps > 0 else by_epochs, args.warmup_steps) == (steps, warmup)
+
+
+def test_a_warmup_longer_than_the_run_is_refused(tmp_path):
+    training = {"num_epochs": 2, "num_train_epochs": 2, "per_device_train_batch_size": 4, "bf16": False}
+    unused = dict.fromkeys(("model", "data", "evaluation", "output_dir"))
+    flags = dict.fromkeys(("save_model", "overwrite", "keep_checkpoints"), False)
+    for steps, more in ((5, {}), (7, {"max_steps": 6})):
+        values = training | {"gradient_accumulation_steps": 1, "warmup_steps": steps} | more
+        config = RunConfig(seed=0, training=values, models_dir=str(tmp_path), **unused, **flags)
+        with pytest.raises(UserError, match=f"^training.warmup_steps={steps}: the run has {steps - 1} optimizer steps"):
+            training_arguments(config, tmp_path, num_rows=len(ROWS))
 
 
 def test_a_complete_checkpoint_is_not_written_again(model, prompts, tmp_path):

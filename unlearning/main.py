@@ -24,7 +24,7 @@ from transformers import set_seed
 
 from common.cli import check_recipe, job_errors, launch
 from common.config import RunConfig, read_config
-from common.data import check_forget_and_retain, load_splits
+from common.data import load_splits
 from common.errors import UserError, reason
 from common.files import CONFIGS, is_first_process
 from common.model import load_model, load_tokenizer
@@ -63,7 +63,6 @@ def train(run: RunFolder, method: type[UnlearningTrainer], config: RunConfig) ->
     """Unlearn, evaluate and publish the model."""
     tokenizer = load_tokenizer(config.model)
     rows = load_splits(config.data, ("forget", "retain"))
-    check_forget_and_retain(rows["forget"], rows["retain"])
     prompts = PromptFormat(tokenizer, config.model.prompt)
     data = UnlearningData(rows["forget"], rows["retain"], prompts, config.data.max_length)
     prompt_ids = {role: [prompts.prompt(row.question) for row in split] for role, split in rows.items()}

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from common.config import DataConfig, EvaluationConfig
-from common.data import load_splits, scored_retain_rows
+from common.data import check_apart, load_splits, scored_retain_rows
 from common.errors import UserError
 from common.rouge import rouge_l_recall, rouge_tokens, use_words, words
 from evaluation.context import EvaluationContext
@@ -58,6 +58,7 @@ def load_questions(data: DataConfig, evaluation: EvaluationConfig) -> list[Quest
     """
     roles = tuple(role for role in ROLES if role in ("forget", "retain") or data.splits.get(role) is not None)
     rows = load_splits(data, roles)
+    check_apart(rows["forget"], rows["retain"], "retain")
     rows["retain"] = scored_retain_rows(rows["retain"], evaluation.full_eval)
     questions = []
     for split, row in [(role, row) for role in roles for row in rows[role]]:

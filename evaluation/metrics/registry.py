@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import ListConfig
 
 from common.config import RunConfig, problem_list
-from common.data import load_splits
+from common.data import check_apart, load_split, load_splits
 from common.errors import UserError, did_you_mean
 from evaluation.context import EvaluationContext
 from evaluation.metrics import (
@@ -106,7 +106,9 @@ def check_inputs(config: RunConfig, groups: Sequence[str]) -> None:
     headline.load_questions(config.data, config.evaluation)
     roles = dict.fromkeys(role for name in groups for role in METRIC_GROUPS[name].roles)
     given = [role for role in roles if config.data.splits.get(role) is not None]
-    load_splits(config.data, tuple(role for role in given if role not in headline.ROLES))
+    others = load_splits(config.data, tuple(role for role in given if role not in headline.ROLES))
+    if "privacy" in groups and "holdout" in others:
+        check_apart(load_split(config.data, "forget"), others["holdout"], "holdout")
 
 
 def measure_groups(context: EvaluationContext, groups: Sequence[str]) -> Scores:
