@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 
 from benchmarks.timed_trainer import TimedPMC
 from benchmarks.worker import make_trainer, read, window_size, with_checkpoint
-from common.cli import check_recipe, job_errors, launch
+from common.cli import check_recipe, job_errors, launch, replace_mapping
 from common.config import RunConfig
 from common.files import CONFIGS, write_json
 from common.hardware import device_name
@@ -123,6 +123,7 @@ def cost(cfg: DictConfig) -> None:
 def main(cfg: DictConfig) -> None:
     with job_errors(cfg.output_dir or cfg.models_dir):
         check_recipe(cfg, "benchmarks/step.py")
+        replace_mapping(cfg, "model.new.settings")
         cost(cfg)
 
 

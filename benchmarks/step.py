@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.synthetic import word_tokenizer
 from benchmarks.worker import BenchmarkSettings, RemoteTrainer, read, window_size, with_checkpoint
-from common.cli import check_recipe, job_errors, launch
+from common.cli import check_recipe, job_errors, launch, replace_mapping
 from common.config import RunConfig
 from common.files import CONFIGS, write_json
 from common.hardware import device_name
@@ -197,6 +197,7 @@ def benchmark(cfg: DictConfig) -> None:
 def main(cfg: DictConfig) -> None:
     with job_errors(cfg.output_dir or cfg.models_dir):
         check_recipe(cfg, "benchmarks/step.py")
+        replace_mapping(cfg, "model.new.settings")
         benchmark(cfg)
 
 

@@ -169,6 +169,14 @@ def _dotted_keys(values: dict, prefix: str) -> Iterator[str]:
             yield from _dotted_keys(value, f"{prefix}{key}.")
 
 
+def replace_mapping(cfg: DictConfig, key: str) -> None:
+    """Set the key to the mapping that the command line gives, if it does. Hydra adds it to the recipe's mapping."""
+    parser = OverridesParser.create()
+    for override in map(parser.parse_override, HydraConfig.get().overrides.task):
+        if override.key_or_group == key and isinstance(override.value(), dict):
+            OmegaConf.update(cfg, key, override.value(), merge=False, force_add=True)
+
+
 # A recipe with one of these keys belongs to this program; the first that fits counts. All others are for finetuning.
 PROGRAMS = {
     "comparison": "scripts/compare_methods.py",

@@ -41,10 +41,7 @@ def new_model(new: NewModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: st
         raise UserError(f"{key}: unknown{did_you_mean(new.architecture, CONFIG_MAPPING)}")
     known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[new.architecture])}
     for name in set(new.settings) - known:
-        raise UserError(
-            f"{key}: no setting '{name}'{did_you_mean(name, known)}; a mapping on the command line is merged into the "
-            "recipe's, which these two words replace: '~model.new.settings' '+model.new.settings={...}'"
-        )
+        raise UserError(f"{key}: no setting '{name}'{did_you_mean(name, known)}")
     try:
         settings = AutoConfig.for_model(
             new.architecture,

@@ -18,7 +18,7 @@ import hydra
 from omegaconf import DictConfig
 from transformers import set_seed
 
-from common.cli import check_recipe, job_errors, launch
+from common.cli import check_recipe, job_errors, launch, replace_mapping
 from common.config import RunConfig, read_config
 from common.data import load_rows, load_split
 from common.files import CONFIGS
@@ -81,6 +81,7 @@ def tokenizer_texts(config: RunConfig) -> list[str]:
 def main(cfg: DictConfig) -> None:
     with job_errors(cfg.output_dir or cfg.models_dir):
         check_recipe(cfg, "finetuning/main.py")
+        replace_mapping(cfg, "model.new.settings")  # those of another architecture are no use
         finetune(cfg)
 
 

@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
 
 from common import cli
-from common.cli import allow_new_key, check_words, job_errors, launch, prepare_process
+from common.cli import allow_new_key, check_words, job_errors, launch, prepare_process, replace_mapping
 from common.errors import Interrupted, UserError
 from common.files import ROOT
 from common.redaction import without_secrets
@@ -249,3 +251,16 @@ def test_ctrl_c_while_importing_has_no_traceback(program):
     output, _ = process.communicate(timeout=60)
     assert "Traceback" not in output
     assert process.returncode != 0
+
+
+def test_a_mapping_on_the_command_line_replaces_the_recipe_s(monkeypatch):
+    cfg = OmegaConf.create({"model": {"new": {"settings": {"hidden_size": 64, "rope_theta": 1.0, "n_embd": 8}}}})
+    words = ["seed=1", "++model.new.settings={n_embd:8}"]
+    hydra = SimpleNamespace(get=lambda: SimpleNamespace(overrides=SimpleNamespace(task=words)))
+    monkeypatch.setattr(cli, "HydraConfig", hydra)
+    replace_mapping(cfg, "model.new.settings")
+    assert cfg.model.new.settings == {"n_embd": 8}
+    words[1] = "++model.new.settings.n_embd=16"  # a single key is set, and the others stay
+    cfg.model.new.settings = {"n_embd": 16, "n_head": 2}
+    replace_mapping(cfg, "model.new.settings")
+    assert cfg.model.new.settings == {"n_embd": 16, "n_head": 2}

@@ -268,10 +268,9 @@ def test_the_command_of_a_recipes_path_does_not_keep_another_one_from_the_hub(mo
     assert "(not reachable). A gated or remote model needs the hub" in message
 
 
-def test_a_setting_of_another_architecture_is_refused_with_how_to_replace_the_recipes(tokenizer):
+def test_a_setting_of_another_architecture_is_refused(tokenizer):
     message = error_of(load_model, config(None, new=NewModelConfig("gpt2", {"intermediate_size": 8})), tokenizer, True)
     assert message.startswith("model.new (architecture=gpt2): no setting 'intermediate_size'")
-    assert message.endswith("'~model.new.settings' '+model.new.settings={...}'")
 
 
 @pytest.mark.parametrize("name", ["nonsense", "owner/kernel"])
