@@ -30,7 +30,7 @@ from benchmarks.worker import make_trainer, read, window_size, with_checkpoint
 from common.cli import job_errors, launch
 from common.config import RunConfig
 from common.files import CONFIGS
-from generation.sampler import evaluation_mode
+from common.forward import evaluation_mode
 from generation.token_sampling import SamplingSettings
 
 ANSWER_LENGTH = 37  # the mean of TOFU's

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from common.config import ModelConfig
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.forward import evaluation_mode, own_forward
 from common.model import load_model
 
 log = logging.getLogger(__name__)
@@ -146,10 +147,6 @@ def next_token_probabilities(model: PreTrainedModel, prompts: Sequence[list[int]
 
     In the precision of the weights: accelerate's forward pass computes in that of training.
     """
-    was_training = model.training
-    model.eval()
-    forward = model.__dict__.get("_original_forward", model)
-    inputs = [torch.tensor([ids], device=model.device) for ids in prompts]
-    found = [forward(input_ids=ids, use_cache=False).logits[0].float().softmax(-1).cpu() for ids in inputs]
-    model.train(was_training)
-    return found
+    forward, inputs = own_forward(model), [torch.tensor([ids], device=model.device) for ids in prompts]
+    with evaluation_mode(model):
+        return [forward(input_ids=ids, use_cache=False).logits[0].float().softmax(-1).cpu() for ids in inputs]

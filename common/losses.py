@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from common.collate import IGNORED
 from common.errors import UserError
+from common.forward import own_forward
 
 
 def answer_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,9 +45,7 @@ def answer_logits(
 
 def next_token_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     """The logits after rows of equal length, without a cache: from shape (rows, length) to shape (rows, vocabulary)."""
-    # Under mixed precision accelerate wraps `forward` in autocast, which casts every weight each time.
-    forward = model.__dict__.get("_original_forward", model)
-    return _logits(forward, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}, 1)[:, -1]
+    return _logits(own_forward(model), {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}, 1)[:, -1]
 
 
 def _logits(forward: Callable, inputs: dict[str, torch.Tensor], keep: int | torch.Tensor) -> torch.Tensor:

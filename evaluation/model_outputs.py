@@ -20,12 +20,13 @@ from transformers import PreTrainedModel
 from common.collate import collate
 from common.config import EvaluationConfig
 from common.data import Row
+from common.forward import evaluation_mode
 from common.hardware import has_fast_bf16, suitable_threads
 from common.losses import answer_logits, check_finite
 from common.model import eos_token_ids
 from common.prompts import Example, PromptFormat, check_prompt_lengths
 from generation.replica import Replica
-from generation.sampler import evaluation_mode, generate
+from generation.sampler import generate
 from generation.token_sampling import SamplingSettings
 
 T, K = TypeVar("T"), TypeVar("K")

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from common.forward import own_forward
 from generation.kv_cache import BLOCK, PreallocatedLayer, all_preallocated, pad_at
 
 PREFILL_PROMPTS = {"cpu": 32, "cuda": 256}  # prompts per forward pass, padded to the longest of them
@@ -130,9 +131,7 @@ class Decoder:
     def forward(
         self, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
-        # Under mixed precision accelerate wraps `forward` in autocast, which casts every weight for every token.
-        forward = self.model.__dict__.get("_original_forward", self.model)
-        output = forward(
+        output = own_forward(self.model)(
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=positions,

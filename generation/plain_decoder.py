@@ -11,15 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from common.errors import UserError, reason
+from common.forward import difference
 from common.losses import next_token_logits
 from generation.cuda_graphs import decoder_with_cache
 from generation.decoder import Decoder
 
 log = logging.getLogger(__name__)
 MAX_TOKENS = 8192  # in a forward pass
-# The largest difference of equal logits, in standard deviations of the logits.
-TOLERANCE = {torch.float32: 1e-3}
-TOLERANCE_16_BIT = 0.25
 
 _cache_works: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
 
@@ -98,6 +96,5 @@ def _difference(model: PreTrainedModel) -> str:
                 ) from error
             return reason(error)[:100]
         logits.append(torch.cat(found).float())
-    largest = float((logits[0] - logits[1]).abs().max() / logits[0].std())
-    allowed = TOLERANCE.get(model.dtype, TOLERANCE_16_BIT)
-    return "" if largest <= allowed else f"logits differ by {largest:.2g} standard deviations"
+    largest = difference(*logits, model.dtype)
+    return f"logits differ by {largest:.2g} standard deviations" if largest else ""

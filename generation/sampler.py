@@ -8,7 +8,6 @@
 4. A batch has as many answers as fit in a fraction of the memory.
 """
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -17,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from common.forward import evaluation_mode
 from common.hardware import suitable_threads
 from common.losses import check_finite
 from generation.batch_size import rows_that_fit
@@ -94,17 +94,6 @@ def generate(
             for (i, _), ids in zip(names, batch.answers(), strict=True):
                 answers[i].append(ids)
     return answers
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode (no dropout); its previous mode is restored afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _chunks(prompts: Sequence[list[int]], num_samples: int, batch_size: int) -> Iterator[tuple[list[int], range]]:

@@ -120,6 +120,12 @@ def test_the_retain_pairing_depends_on_seed_step_and_row_alone(model, prompts, t
     assert [trainer.paired_retain_example(row) for row in ROWS] != first
 
 
+def run_config(folder, training) -> RunConfig:
+    unused = dict.fromkeys(("model", "data", "evaluation", "output_dir"))
+    flags = dict.fromkeys(("save_model", "overwrite", "keep_checkpoints"), False)
+    return RunConfig(seed=0, training=training, models_dir=str(folder), **unused, **flags)
+
+
 def test_warmup_lasts_one_epoch(model, prompts, tmp_path):
     training = {
         "num_epochs": 3,
@@ -130,9 +136,7 @@ def test_warmup_lasts_one_epoch(model, prompts, tmp_path):
         "learning_rate": 1.0,
         "bf16": False,
     }
-    unused = dict.fromkeys(("model", "data", "evaluation", "output_dir"))
-    flags = dict.fromkeys(("save_model", "overwrite", "keep_checkpoints"), False)
-    config = RunConfig(seed=0, training=training, models_dir=str(tmp_path), **unused, **flags)
+    config = run_config(tmp_path, training)
     args = training_arguments(config, tmp_path, num_rows=len(ROWS))
     assert args.warmup_steps == math.ceil(len(ROWS) / 4)
     assert args.num_train_epochs == 3
@@ -168,9 +172,7 @@ def test_the_published_recipes_have_the_published_numbers_of_steps(recipe, rows,
         cfg = compose(recipe)
     training = OmegaConf.to_container(cfg.training, resolve=True) | {"bf16": False}
     training.pop("gradient_checkpointing", None)
-    unused = dict.fromkeys(("model", "data", "evaluation", "output_dir"))
-    flags = dict.fromkeys(("save_model", "overwrite", "keep_checkpoints"), False)
-    config = RunConfig(seed=0, training=training, models_dir=str(tmp_path), **unused, **flags)
+    config = run_config(tmp_path, training)
     args = training_arguments(config, tmp_path, rows)
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     by_epochs = math.ceil(rows / a_step) * args.num_train_epochs
@@ -179,11 +181,9 @@ def test_the_published_recipes_have_the_published_numbers_of_steps(recipe, rows,
 
 def test_a_warmup_longer_than_the_run_is_refused(tmp_path):
     training = {"num_epochs": 2, "num_train_epochs": 2, "per_device_train_batch_size": 4, "bf16": False}
-    unused = dict.fromkeys(("model", "data", "evaluation", "output_dir"))
-    flags = dict.fromkeys(("save_model", "overwrite", "keep_checkpoints"), False)
     for steps, more in ((5, {}), (7, {"max_steps": 6})):
         values = training | {"gradient_accumulation_steps": 1, "warmup_steps": steps} | more
-        config = RunConfig(seed=0, training=values, models_dir=str(tmp_path), **unused, **flags)
+        config = run_config(tmp_path, values)
         with pytest.raises(UserError, match=f"^training.warmup_steps={steps}: the run has {steps - 1} optimizer steps"):
             training_arguments(config, tmp_path, num_rows=len(ROWS))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
-from generation.sampler import evaluation_mode
+from common.forward import evaluation_mode
 
 
 class ReferenceModel:

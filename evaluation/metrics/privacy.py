@@ -26,12 +26,12 @@ from transformers import PreTrainedModel
 from common.collate import collate
 from common.config import Fraction, section
 from common.data import Row
+from common.forward import evaluation_mode
 from common.losses import answer_losses
 from common.prompts import Example
 from evaluation.context import EvaluationContext
 from evaluation.model_outputs import ModelOutputs, TokenLogProbs
 from evaluation.scores import Missing, Scores
-from generation.sampler import evaluation_mode
 
 SPLITS = ("forget", "holdout")
 
