@@ -22,6 +22,7 @@ from common.errors import UserError, did_you_mean, full_disk_as_user_error
 from common.files import CONFIGS, ROOT, SURROGATE
 from common.hardware import settle_processes
 from common.redaction import secret_in
+from common.sweeps import Sweep, current_sweep
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +50,14 @@ def prepare_process() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def launch(main: Callable[[], None], one_process: bool = False) -> None:
+def launch(
+    main: Callable[[], None], one_process: bool = False, after_sweep: Callable[[Sweep], None] | None = None
+) -> None:
     """Run a stage's Hydra entry point. An error that the user can fix is printed without a traceback.
 
     Args:
         one_process: whether the program is refused where a launcher started several processes.
+        after_sweep: called at the end of a sweep, also when jobs failed or Ctrl-C stopped it.
     """
     prepare_process()
     # Makes Hydra raise its errors. By default it prints them and exits.
@@ -62,7 +66,11 @@ def launch(main: Callable[[], None], one_process: bool = False) -> None:
         settle_processes(one_process)
         check_words(sys.argv[1:])
         sys.argv[1:] = [allow_new_key(word) for word in sys.argv[1:]]
-        main()
+        try:
+            main()
+        finally:
+            if after_sweep and (sweep := current_sweep()):
+                after_sweep(sweep)
     except Exception as error:
         if (message := user_message(error)) is None:
             raise

@@ -18,6 +18,7 @@ GENERATIONS = "generations.jsonl"  # one row per greedy answer
 SAMPLES = "samples.jsonl"  # one row per question with its sampled answers
 ROWS = "rows.jsonl"  # one row per score, with the values that the score is the mean of
 HISTORY = "history.jsonl"  # one row per epoch of training
+PICKS = "picks.jsonl"  # one row each time that PMC selects another answer to a question
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "hydra-core", "omegaconf", "rapidfuzz")
 
 
@@ -37,6 +38,12 @@ def result_of(folder: Path | str) -> dict | None:
     except ValueError as error:
         raise UserError(f"{path}: not readable as JSON ({error}); move it away") from error
     return result if isinstance(result, dict) and "config" in result else None
+
+
+def headline_scores(folder: Path) -> list[float]:
+    """Unlearn quality and utility of a run: what the stages return, so that Hydra's sweepers can maximize them."""
+    scores = result_of(folder)["scores"]
+    return [scores["unlearn_quality"], scores["utility"]]
 
 
 def package_versions() -> dict[str, str]:
@@ -98,10 +105,10 @@ def started_from(folder: Path | str) -> str | None:
 def stored_result(folder: str | Path, identity: dict[str, Any]) -> dict | None:
     """The result in a checkpoint's folder, if it was evaluated on the same data in the same way."""
     result = result_of(folder)
-    return result if result and _evaluation_inputs(result["config"]) == _evaluation_inputs(identity) else None
+    return result if result and evaluation_inputs(result["config"]) == evaluation_inputs(identity) else None
 
 
-def _evaluation_inputs(identity: dict[str, Any]) -> tuple:
+def evaluation_inputs(identity: dict[str, Any]) -> tuple:
     """The settings that the headline scores depend on, apart from the weights."""
     data, evaluation = identity["data"], identity["evaluation"]
     splits = {role: split for role, split in data["splits"].items() if role != "train"}

@@ -38,8 +38,19 @@ from common.redaction import without_secrets
 from common.results import PUBLISHING, RESULT, result_of
 
 log = logging.getLogger(__name__)
-FIGURES = (RESULT, "generations.jsonl", "rows.jsonl", "samples.jsonl", "history.jsonl", "report.md", "report.png")
+FIGURES = (
+    RESULT,
+    "generations.jsonl",
+    "rows.jsonl",
+    "samples.jsonl",
+    "history.jsonl",
+    "picks.jsonl",
+    "report.md",
+    "report.png",
+    "report.html",
+)
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "adapter_config.json")
+FAILURES = ".failed"  # beside the runs of a sweep: a file for each job that failed
 # Keys that do not influence the result. They are not part of a folder's name, and a change does not make a result stale.
 NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoints", "generation")
 
@@ -81,6 +92,17 @@ def run_folder(stage: str, config: RunConfig, overrides: list[str] | None = None
     if config.output_dir:
         return (Path(config.output_dir) / (name if one_of_several else "")).resolve()
     return (Path(config.models_dir) / stage / (hydra.job.config_name if hydra else "") / name).resolve()
+
+
+def failure_of(folder: Path) -> str | None:
+    """Why the last job of a sweep that belongs to this folder failed; None if it did not."""
+    path = failure_file(folder)
+    return read_json(path)["message"] if path.is_file() else None
+
+
+def failure_file(folder: Path) -> Path:
+    """The file with the message of a failed job. It is beside the run's folder, which may not exist or has an older result."""
+    return folder.parent / FAILURES / f"{folder.name}.json"
 
 
 def comparable_config(cfg: DictConfig, start_id: str | None = None) -> dict[str, Any]:

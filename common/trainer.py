@@ -23,6 +23,7 @@ from common.errors import Interrupted, UserError, library_errors_as_user_error
 from common.files import read_json, write_json
 from common.hardware import suitable_threads
 from common.losses import answer_losses
+from common.results import HISTORY
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +134,10 @@ class ResumableTrainer(Trainer):
         """The state to save in addition to the Trainer's, as JSON values."""
         sums = {name: float(value) for name, value in self.epoch_sums.items()}
         return {"history": self.history, "seconds": self.seconds, "epoch_sums": sums}
+
+    def row_files(self) -> dict[str, list[dict]]:
+        """Name -> rows of the files that are written next to result.json."""
+        return {HISTORY: self.history}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.history, self.seconds, self.epoch_sums = state["history"], state["seconds"], state["epoch_sums"]

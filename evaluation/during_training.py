@@ -12,7 +12,7 @@ from common.checkpoints import save_trained
 from common.config import RunConfig
 from common.files import resolve_path, write_json_lines
 from common.prompts import PromptFormat, check_prompt_lengths
-from common.results import HISTORY, copy_result, result_of, stored_result, write_result
+from common.results import copy_result, result_of, stored_result, write_result
 from common.trainer import ExampleTrainer
 from evaluation.metrics.headline import load_questions, score_outputs
 from evaluation.model_outputs import ModelOutputs
@@ -72,7 +72,8 @@ class Evaluator:
         scores = self.evaluate(trainer.model)
         if self.config.save_model:
             save_trained(trainer, folder, self.config.model, self.prompt_ids[:CHECKED_PROMPTS])
-        write_json_lines(folder / HISTORY, trainer.history)
+        for name, rows in trainer.row_files().items():
+            write_json_lines(folder / name, rows)
         spent = trainer.seconds
         stage_seconds = spent["training"] + spent.get("sampling", 0.0)
         evaluation_seconds = spent.get("evaluation", 0.0) + scores.seconds["evaluation"]

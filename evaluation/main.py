@@ -25,12 +25,13 @@ from omegaconf import DictConfig
 from common.cli import check_recipe, job_errors, launch
 from common.errors import UserError
 from common.files import CONFIGS, is_first_process, looks_local, resolve_path, write_text
-from common.results import result_of, started_from, write_result
+from common.results import headline_scores, result_of, started_from, write_result
 from common.rouge import use_words
 from common.runs import RunFolder, comparable_config, run_folder, with_portable_paths
 from evaluation.context import EvaluationContext, Loader
 from evaluation.inputs import fill_from_run, named_models, overrides_for, read_evaluation
 from evaluation.metrics.registry import check_inputs, chosen_groups, measure_groups
+from evaluation.report import report_sweep
 from evaluation.tables import headline_table, score_table
 from generation.cuda_graphs import use_cuda_graphs
 
@@ -118,11 +119,12 @@ class Job:
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="evaluate")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> list[float] | None:
     with job_errors(cfg.output_dir or cfg.models_dir):
         check_recipe(cfg, "evaluation/main.py")
-        evaluate(cfg)
+        folders = list(evaluate(cfg).values())
+        return headline_scores(folders[0]) if len(folders) == 1 else None
 
 
 if __name__ == "__main__":
-    launch(main)
+    launch(main, after_sweep=report_sweep)

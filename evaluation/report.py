@@ -1,53 +1,203 @@
-"""The report of an unlearning run, report.md and report.png: a table, a plot over time and example answers.
+"""Write a report on any runs: which setting to use, tables, plots, answers.
 
-It is made from the files in the run's folder: result.json, generations.jsonl and history.jsonl of the run. The subfolders
-vanilla/ and finetuned/ have the results of the earlier models.
+    python evaluation/report.py models/unlearned/PMC-unlearn-tiny
+    python evaluation/report.py models/unlearned models/evaluated --output models/report
+
+Reads the runs in the folders and their subfolders, with the evaluations of their models, and writes
+
+    report.html    one page that needs no network: tables, plots, answers before and after
+    report.md      the table in Markdown
+    report.tex     the table in LaTeX, with booktabs
+    results.csv    a row per run with all settings that differ and all scores
 """
 
+import sys
 from pathlib import Path
 
-from common.files import read_json_lines, write_text
-from common.results import GENERATIONS, HISTORY, result_of
-from evaluation.plots import plot_quality_over_time, quality_over_time
-from evaluation.tables import as_text, headline_table
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the repository's root, not in this folder
 
-EXAMPLES = 5
-BEFORE = ("vanilla", "finetuned")
+    import common.interrupts  # noqa: F401
+
+import argparse
+import csv
+import io
+import logging
+import re
+from collections.abc import Sequence
+
+from common.errors import UserError
+from common.files import write_text
+from common.sweeps import Sweep
+from evaluation.report_page import page
+from evaluation.run_records import Group, Run, grouped, read_runs, score_names, short, shown_value
+from evaluation.summary import summary
+from evaluation.tables import COLUMNS, as_text, cell
+
+log = logging.getLogger(__name__)
 
 
-def write_report(folder: Path, method: str) -> None:
-    """Write report.md and report.png into a folder that holds an unlearning run's results.
+def write_reports(runs: Sequence[Run], folder: Path, title: str) -> Path:
+    """Write the four files to a folder; returns the path of report.html."""
+    groups = grouped(runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "report.md", markdown(runs, groups, title))
+    write_text(folder / "report.tex", latex(groups))
+    write_text(folder / "results.csv", as_csv(runs, groups))
+    write_text(folder / "report.html", page(runs, groups, title))
+    return folder / "report.html"
 
-    Args:
-        method: name of the unlearning method in the table.
+
+def write_page(folders: Sequence[Path], target: Path, title: str) -> Path:
+    """Write only report.html on the runs in these folders; returns its path."""
+    runs = read_runs(folders)
+    write_text(target / "report.html", page(runs, grouped(runs), title))
+    return target / "report.html"
+
+
+def report_sweep(sweep: Sweep) -> None:
+    """Print the table of a sweep's runs and the runs without a result, and write the report."""
+    folders = [folder for folder in sweep.runs or [sweep.parent] if _has_run(folder)]
+    try:
+        runs = read_runs(folders)
+        if not runs:
+            return
+        missing = [run for run in runs if run.status != "done"]
+        page_path = write_reports(runs, sweep.folder, f"Sweep of {sweep.parent.name}")
+    except (UserError, OSError) as error:  # the runs themselves are safe, and the sweep's own error is printed next
+        log.error("no report of the sweep: %s", error)
+        return
+    done = sum(run.status == "done" and not run.reference for run in runs)
+    print(f"\n{method_table(grouped(runs))}\n\n{chr(10).join(summary(grouped(runs)))}\n")
+    print(f"{done} of {len(sweep.runs) or done + len(missing)} runs are finished.")
+    for run in missing:
+        print(f"- {run.folder.name}: {run.status}")
+    print(f"Report: {page_path}")
+
+
+def _has_run(folder: Path) -> bool:
+    try:
+        return bool(read_runs([folder]))
+    except UserError:
+        return False
+
+
+def varied_keys(groups: Sequence[Group]) -> list[str]:
+    return list(dict.fromkeys(key for group in groups if not group.reference for key in group.varied))
+
+
+def method_table(groups: Sequence[Group]) -> str:
+    """A row per setting in Markdown: means over seeds with standard deviations; best in bold, * on the Pareto front."""
+    keys, columns = varied_keys(groups), _measured(groups)
+    seeds = max((len(group.runs) for group in groups), default=1)
+    header = ["method", *map(short, keys), *(["seeds"] if seeds > 1 else []), *columns]
+    lines = [f"| {' | '.join(map(as_text, header))} |", "|---|" + "---:|" * (len(header) - 1)]
+    for group in groups:
+        cells = [f"{as_text(group.name)}{' *' if group.on_front else ''}"]
+        cells += [as_text(shown_value(group.varied[key])) if key in group.varied else "" for key in keys]
+        cells += [str(len(group.runs))] if seeds > 1 else []
+        for score, digits in columns.values():
+            text = with_count(group, score, digits)
+            cells.append(f"**{text}**" if score in group.best else text)
+        lines.append(f"| {' | '.join(cells)} |")
+    notes = "Mean ± standard deviation over seeds." if seeds > 1 else ""
+    front = "\\* on the Pareto front of unlearn quality and utility." if any(group.on_front for group in groups) else ""
+    return "\n".join(lines) + f"\n\n{' '.join(filter(None, (notes, front)))}".rstrip()
+
+
+def with_count(group: Group, score: str, digits: int) -> str:
+    """The score's mean and deviation; with the number of runs if some of the group lack it."""
+    values = group.values(score)
+    text = cell(values, digits)
+    return f"{text} (n={len(values)})" if values and len(values) < len(group.runs) else text
+
+
+def _measured(groups: Sequence[Group]) -> dict[str, tuple[str, int]]:
+    """The columns of which some group has a value."""
+    return {title: column for title, column in COLUMNS.items() if any(group.values(column[0]) for group in groups)}
+
+
+def markdown(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
+    parts = [f"# {as_text(title)}", *map(as_text, summary(groups)), method_table(groups)]
+    if missing := [run for run in runs if run.status != "done"]:
+        lines = [f"- {as_text(str(run.folder.name))}: {as_text(run.status)}" for run in missing]
+        parts += ["## Without a result", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def as_latex(text: str) -> str:
+    """Text as LaTeX shows it.
+
+    >>> print(as_latex("a_b & 5% ± 1"))
+    a\\_b \\& 5\\% $\\pm$ 1
     """
-    results = {name: result for name in BEFORE if (result := result_of(folder / name))} | {method: result_of(folder)}
-    curve = quality_over_time(results.get("finetuned"), read_json_lines(folder / HISTORY))
-    parts = [f"# Unlearning with {method}", headline_table(results)]
-    if len(curve) > 1:
-        plot_quality_over_time(curve, folder / "report.png")
-        parts += ["## Over time", "![Unlearn quality and utility over time](report.png)"]
-    parts += [examples(folder, split, name) for split, name in (("forget", "forgotten"), ("retain", "kept"))]
-    write_text(folder / "report.md", "\n\n".join(part for part in parts if part) + "\n")
+    named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    return re.sub(r"[\\~^±&%$#_{}]", lambda match: named.get(match[0], f"\\{match[0]}"), text)
 
 
-def examples(folder: Path, split: str, name: str) -> str:
-    """The first questions of a split, each with its reference answer and the answers before and after unlearning."""
-    after = _answers(folder, split)[:EXAMPLES]
-    before = {row["index"]: row["answer"] for row in _answers(folder / "finetuned", split)}
-    lines = [f"## To be {name}: {len(after)} questions of the {split} split"]
-    for row in after:
-        lines += [f"**{_shown(row['question'])}**\n", f"- truth: {_shown(row['reference'])}"]
-        if row["index"] in before:
-            lines.append(f"- before: {_shown(before[row['index']])}")
-        lines.append(f"- after: {_shown(row['answer'])}\n")
-    return "\n".join(lines).rstrip()
+def latex(groups: Sequence[Group]) -> str:
+    r"""The table for a paper; it needs \usepackage{booktabs}."""
+    keys, columns = varied_keys(groups), _measured(groups)
+    header = ["method", *map(short, keys), *columns]
+    rows = []
+    for group in groups:
+        cells = [as_latex(group.name)]
+        cells += [as_latex(shown_value(group.varied[key])) if key in group.varied else "" for key in keys]
+        for score, digits in columns.values():
+            text = as_latex(with_count(group, score, digits))
+            cells.append(rf"\textbf{{{text}}}" if score in group.best else text)
+        rows.append(" & ".join(cells) + r" \\")
+    references = sum(group.reference for group in groups)
+    body = [*rows[:references], *([r"\midrule"] if 0 < references < len(rows) else []), *rows[references:]]
+    columns_of_table = f"l{'r' * (len(header) - 1)}"
+    return "\n".join(
+        [
+            r"% needs \usepackage{booktabs}",
+            rf"\begin{{tabular}}{{{columns_of_table}}}",
+            r"\toprule",
+            " & ".join(map(as_latex, header)) + r" \\",
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
 
 
-def _answers(folder: Path, split: str) -> list[dict]:
-    path = folder / GENERATIONS
-    return [row for row in read_json_lines(path) if row["split"] == split] if path.is_file() else []
+def as_csv(runs: Sequence[Run], groups: Sequence[Group]) -> str:
+    """A row per run: name, seed, status, folder, the settings that differ between runs, all scores in full precision."""
+    keys, scores = varied_keys(groups), score_names(groups)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["name", "reference", "seed", "status", "folder", *keys, *scores])
+    for run in runs:
+        settings = run.settings if not run.reference else {}
+        values = [run.scores.get(score) for score in scores]
+        found = [shown_value(settings[key]) if key in settings else "" for key in keys]
+        table.writerow([run.name, run.reference, run.seed, run.status, run.folder, *found, *values])
+    return text.getvalue()
 
 
-def _shown(text: str) -> str:
-    return as_text(text) or "(empty)"
+def main(words: Sequence[str]) -> None:
+    about, _, rest = __doc__.partition("\n\n")
+    form = argparse.ArgumentParser(
+        "report.py", description=about, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    form.add_argument("folders", nargs="+", type=Path, help="folders with runs, in any depth")
+    form.add_argument("--output", type=Path, help="folder of the report; by default report/ in the first folder")
+    form.add_argument("--title", help="heading of the report; by default the folders' names")
+    given = form.parse_args(words)
+    folders = [folder.resolve() for folder in given.folders]
+    runs = read_runs(folders)
+    title = given.title or ", ".join(folder.name for folder in folders)
+    path = write_reports(runs, given.output or folders[0] / "report", title)
+    groups = grouped(runs)
+    print(f"{method_table(groups)}\n\n{chr(10).join(summary(groups))}\n\nReport: {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"\nError: {error}")

@@ -1,6 +1,28 @@
 """Scores of several models as Markdown tables."""
 
+import math
 import re
+import statistics
+from collections.abc import Sequence
+
+# Column of a table of methods -> name of the score in result.json, and number of decimals.
+COLUMNS = {
+    "unlearn quality": ("unlearn_quality", 1),
+    "utility": ("utility", 1),
+    "forget recall": ("rougeL_recall/forget", 2),
+    "retain recall": ("rougeL_recall/retain", 2),
+    "P(true answer)": ("tofu/probability/forget", 2),
+    "extraction strength": ("memorization/extraction_strength", 2),
+    "forget quality": ("tofu/forget_quality", 3),
+    "loss AUC": ("privacy/auc/loss", 2),
+    "privleak": ("privacy/privleak", 1),
+    "relearned recall": ("relearning/rougeL_recall", 2),
+    "model utility": ("tofu/model_utility", 3),
+    "perplexity of forget answers": ("fluency/perplexity", 1),
+    "distinct-2": ("fluency/distinct_2", 2),
+    "empty": ("forget_answers_empty", 2),
+    "minutes": ("minutes", 2),
+}
 
 
 def as_text(text: str) -> str:
@@ -68,3 +90,26 @@ def _number(value: float | None) -> str:
     if value and abs(value) < 0.001:
         return f"{value:.0e}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def cell(values: Sequence[float | None], digits: int) -> str:
+    """The mean of the known values, with their standard deviation if there are several.
+
+    >>> cell([1.0, 2.0, None], 1), cell([3.0], 2), cell([None], 1)
+    ('1.5 ± 0.7', '3.00', '-')
+    """
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return "-"
+    mean = number(statistics.fmean(known), digits)
+    return mean if len(known) < 2 else f"{mean} ± {number(statistics.stdev(known), digits)}"
+
+
+def number(value: float, digits: int) -> str:
+    """Format with this number of decimals; in scientific notation what is large or would be rounded to 0.
+
+    >>> number(2.345, 1), number(1234567.0, 1), number(8e-10, 3)
+    ('2.3', '1.2e+06', '8.0e-10')
+    """
+    readable = value == 0 or 0.5 * 10**-digits <= abs(value) < 1e5
+    return f"{value:.{digits}f}" if readable else f"{value:.1e}"

@@ -25,11 +25,13 @@ from common.files import CONFIGS
 from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
 from common.prompts import PromptFormat, check_prompt_lengths
+from common.results import headline_scores
 from common.rouge import use_words
 from common.runs import RunFolder, training_run
 from common.trainer import ExampleTrainer
 from common.training_arguments import training_arguments
 from evaluation.during_training import Evaluator
+from evaluation.report import report_sweep
 from generation.cuda_graphs import use_cuda_graphs
 
 
@@ -78,12 +80,12 @@ def tokenizer_texts(config: RunConfig) -> list[str]:
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="finetune")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> list[float]:
     with job_errors(cfg.output_dir or cfg.models_dir):
         check_recipe(cfg, "finetuning/main.py")
         replace_mapping(cfg, "model.new.settings")  # those of another architecture are no use
-        finetune(cfg)
+        return headline_scores(finetune(cfg))
 
 
 if __name__ == "__main__":
-    launch(main)
+    launch(main, after_sweep=report_sweep)

@@ -44,22 +44,10 @@ from common.lock import locked
 from common.results import result_of
 from evaluation.metrics.registry import chosen_groups
 from evaluation.plots import RED, new_figure
-from evaluation.tables import as_text
+from evaluation.tables import COLUMNS, as_text, cell
 
 log = logging.getLogger(__name__)
 
-# Column of the table -> name of the score in result.json, and number of decimals.
-COLUMNS = {
-    "unlearn quality": ("unlearn_quality", 1),
-    "utility": ("utility", 1),
-    "forget recall": ("rougeL_recall/forget", 2),
-    "P(true answer)": ("tofu/probability/forget", 2),
-    "extraction strength": ("memorization/extraction_strength", 2),
-    "perplexity of forget answers": ("fluency/perplexity", 1),
-    "distinct-2": ("fluency/distinct_2", 2),
-    "empty": ("forget_answers_empty", 2),
-    "minutes": ("minutes", 2),
-}
 STAGES = ("finetuning", "unlearning", "evaluation")
 
 
@@ -192,23 +180,6 @@ def by_quality(results: dict[str, list[dict[str, float]]]) -> list[str]:
     """The methods by descending unlearn quality; those without a result come last."""
     quality = {name: [run["unlearn_quality"] for run in runs] or [-math.inf] for name, runs in results.items()}
     return sorted(results, key=lambda name: statistics.fmean(quality[name]), reverse=True)
-
-
-def cell(values: list[float | None], digits: int) -> str:
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    if not known:
-        return "-"
-    mean = number(statistics.fmean(known), digits)
-    return mean if len(known) < 2 else f"{mean} ± {number(statistics.stdev(known), digits)}"
-
-
-def number(value: float, digits: int) -> str:
-    """Format with this number of decimals; large numbers in scientific notation.
-
-    >>> number(2.345, 1), number(1234567.0, 1)
-    ('2.3', '1.2e+06')
-    """
-    return f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.1e}"
 
 
 def plot_methods(results: dict[str, list[dict[str, float]]], path: Path) -> None:

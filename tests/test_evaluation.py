@@ -12,7 +12,7 @@ import pytest
 from common.errors import UserError
 from common.files import ROOT, write_json_lines
 from evaluation.metrics.registry import METRIC_GROUPS, chosen_groups
-from evaluation.report import examples
+from evaluation.run_report import examples
 from evaluation.tables import headline_table, score_table
 from tests.helpers import docs_generator, evaluate_here
 

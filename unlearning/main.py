@@ -18,7 +18,9 @@ if __name__ == "__main__":
 from dataclasses import replace
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
@@ -30,12 +32,13 @@ from common.files import CONFIGS, is_first_process
 from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
 from common.prompts import PromptFormat, check_prompt_lengths
-from common.results import copy_result, stored_result
+from common.results import copy_result, headline_scores, stored_result
 from common.rouge import use_words
 from common.runs import RunFolder, training_run
 from common.training_arguments import training_arguments
 from evaluation.during_training import Evaluator
-from evaluation.report import write_report
+from evaluation.report import report_sweep, write_page
+from evaluation.run_report import write_report
 from generation.cuda_graphs import use_cuda_graphs
 from unlearning.start_checkpoint import start_checkpoint
 from unlearning.trainer import UnlearningData, UnlearningTrainer
@@ -108,19 +111,22 @@ def method_class(cfg: DictConfig) -> type[UnlearningTrainer]:
 
 
 def show_report(folder: Path) -> None:
-    """Print the report's table and the path of the full report."""
+    """Print the report's table. Outside of a sweep, which has a report of its own, also write report.html and print its path."""
     if not is_first_process():
         return
     print((folder / "report.md").read_text(encoding="utf-8").split("\n## ")[0])
-    print(f"Report: {folder / 'report.md'}")
+    report = folder / "report.md"
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        report = write_page([folder], folder, f"Unlearning with {folder.parent.name}")
+    print(f"Report: {report}")
 
 
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="unlearn")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> list[float]:
     with job_errors(cfg.output_dir or cfg.models_dir):
         check_recipe(cfg, "unlearning/main.py")
-        unlearn(cfg)
+        return headline_scores(unlearn(cfg))
 
 
 if __name__ == "__main__":
-    launch(main)
+    launch(main, after_sweep=report_sweep)

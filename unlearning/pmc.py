@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from common.data import Row
 from common.model import eos_token_ids
 from common.prompts import Example
+from common.results import PICKS
 from generation.replica import Replica
 from generation.sampler import generate
 from generation.token_sampling import SamplingSettings
@@ -45,6 +46,7 @@ class PMC(UnlearningTrainer):
         initial_tokens: token ids of the finetuned model's greedy answer, by row index.
         initial_responses: their texts.
         best: the best sample so far, by row index.
+        picks: rows of picks.jsonl, see `pmc_log.new_picks`.
     """
 
     Settings = PMCSettings
@@ -66,6 +68,7 @@ class PMC(UnlearningTrainer):
         self.initial_tokens: dict[int, list[int]] = {}
         self.initial_responses: dict[int, str] = {}
         self.best: dict[int, Candidate] = {}
+        self.picks: list[dict[str, Any]] = []
         self.seconds["sampling"] = 0.0
 
     def before_training(self) -> None:
@@ -176,13 +179,18 @@ class PMC(UnlearningTrainer):
 
     def epoch_record(self, steps: int) -> dict[str, float]:
         self.temperature.warn_when_stalled(self.epoch_means("sampled_questions", ["stalled"]).get("stalled", 0.0))
+        self.picks += pmc_log.new_picks(self)
         return pmc_log.epoch_record(self, super().epoch_record(steps))
+
+    def row_files(self):
+        return super().row_files() | {PICKS: self.picks}
 
     def state_to_save(self) -> dict[str, Any]:
         return super().state_to_save() | {
             "initial_tokens": list(self.initial_tokens.items()),
             "best": [[index, asdict(candidate)] for index, candidate in self.best.items()],
             "temperature": self.temperature.state_to_save(),
+            "picks": self.picks,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -191,3 +199,4 @@ class PMC(UnlearningTrainer):
         self.initial_responses = {index: self.data.prompts.text(ids) for index, ids in self.initial_tokens.items()}
         self.best = {index: Candidate(**candidate) for index, candidate in state["best"]}
         self.temperature.load_state(state["temperature"])
+        self.picks = state["picks"]

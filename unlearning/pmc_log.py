@@ -1,7 +1,9 @@
-"""What PMC logs of an epoch: its losses, and its samples and selections as means. Written to history.jsonl."""
+"""What PMC records of an epoch: means of its losses, samples and selections (history.jsonl), and the selected answers
+(picks.jsonl)."""
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unlearning.selection import Candidate
 
@@ -52,3 +54,24 @@ def epoch_record(trainer: "PMC", losses: dict[str, float]) -> dict[str, float]:
         record["sample_reward_upper_bound"] = record.pop("sample_reward")
     record["seconds_sampling"] = trainer.epoch_sum("seconds_sampling") / trainer.args.world_size
     return record
+
+
+def new_picks(trainer: "PMC") -> list[dict[str, Any]]:
+    """A row for each question whose selected answer is another one than at the end of the last epoch.
+
+    At first also one of epoch 0 for each initial response, whose reward is 0 by definition.
+    """
+    text = trainer.data.prompts.text
+    rows = []
+    if not trainer.picks:
+        rows = [
+            {"epoch": 0, "index": row.index, "answer": trainer.initial_responses[row.index], "reward": 0.0}
+            for row in trainer.data.forget
+        ]
+    last = {pick["index"]: pick["answer"] for pick in [*rows, *trainer.picks]}
+    epoch = math.ceil(trainer.state.epoch)
+    for index, candidate in sorted(trainer.best.items()):
+        answer = text(candidate.answer)
+        if answer != last[index]:
+            rows.append({"epoch": epoch, "index": index, "answer": answer, "reward": candidate.reward})
+    return rows

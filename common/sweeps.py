@@ -1,0 +1,123 @@
+"""A sweep (-m): the folders of its runs, its progress, and a record of the jobs that failed.
+
+Hydra calls `SweepCallback` (configs/run.yaml). `launch` then passes the sweep to the stage, which reports on all runs.
+"""
+
+import logging
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from hydra.utils import get_class
+from omegaconf import DictConfig
+
+from common.errors import UserError
+from common.files import write_json
+from common.runs import failure_file, run_name
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The sweep of this command.
+
+    Attributes:
+        folder: of its report.
+        runs: folder -> overrides of each of its runs; empty if the sweeper chooses them while it runs.
+        parent: the folder of all runs of the recipe.
+    """
+
+    folder: Path
+    runs: dict[Path, list[str]]
+    parent: Path
+
+
+_current: Sweep | None = None
+
+
+def current_sweep() -> Sweep | None:
+    """The sweep that this process started; None in a single run, and in a job on another machine."""
+    return _current
+
+
+class SweepCallback(Callback):
+    """Logs which job of how many begins and the time left, and records the message of a job that failed."""
+
+    def __init__(self):
+        self.started = 0.0
+        self.seconds: list[float] = []  # of the finished jobs
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        global _current
+        overrides = list(config.hydra.overrides.task)
+        runs = {_run_folder(config, words): words for words in _jobs(config, overrides)}
+        swept = run_name(config.seed, overrides).partition("+")[2] or "seeds"
+        folder = Path(config.models_dir) / "sweeps" / str(config.hydra.job.config_name) / swept
+        _current = Sweep(folder.resolve(), runs, _run_folder(config, []).parent)
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        self.started = time.monotonic()
+        number = config.hydra.job.num + 1
+        total = len(_current.runs) if _current else 0
+        words = " ".join(word.lstrip("+") for word in config.hydra.overrides.task)
+        log.info("job %d%s%s: %s", number, f" of {total}" if total else "", self._time_left(total - number + 1), words)
+
+    def _time_left(self, jobs: int) -> str:
+        """Words for the time that this number of jobs takes, by the median of those that were not merely skipped."""
+        worked = [seconds for seconds in self.seconds if seconds > max(self.seconds) / 10]
+        return f", about {duration(jobs * statistics.median(worked))} left" if worked and jobs > 0 else ""
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        self.seconds.append(time.monotonic() - self.started)
+        path = failure_file(_run_folder(config, list(config.hydra.overrides.task)))
+        if job_return.status == JobStatus.FAILED:
+            error = job_return._return_value
+            message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"message": message.strip(), "overrides": list(config.hydra.overrides.task)})
+        else:
+            path.unlink(missing_ok=True)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: "40 s", "12 min", "3 h 20 min".
+
+    >>> duration(40), duration(720), duration(12000)
+    ('40 s', '12 min', '3 h 20 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def _jobs(config: DictConfig, overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job, as Hydra's own sweeper combines them; empty with another sweeper."""
+    if get_class(config.hydra.sweeper._target_) is not BasicSweeper:
+        return []
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    batches = BasicSweeper.split_arguments(parser.parse_overrides([*params, *overrides]), None)
+    return [job for batch in batches for job in batch]
+
+
+def _run_folder(config: DictConfig, overrides: list[str]) -> Path:
+    """The folder of the run with these overrides, as `common.runs.run_folder` names it."""
+    seeds = [word.rpartition("=")[2] for word in overrides if word.lstrip("+").startswith("seed=")]
+    name = run_name(int(seeds[-1]) if seeds and seeds[-1].isdigit() else config.seed, overrides)
+    stage = "evaluated" if "metrics" in config else "unlearned" if "method" in config else "finetuned"
+    parent = config.output_dir or Path(config.models_dir) / stage / str(config.hydra.job.config_name)
+    return (Path(parent) / name).resolve()

@@ -1,0 +1,365 @@
+"""The runs in some folders, and their statistics over seeds: what a report shows.
+
+A run of finetuning or unlearning is a folder with result.json. Evaluations of its model (models/evaluated/..., or a
+subfolder) add their scores to it: they have recorded its `id`.
+"""
+
+import json
+import logging
+import math
+import re
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import read_json, read_json_lines, resolve_path
+from common.results import HISTORY, RESULT, evaluation_inputs, result_of
+from common.runs import FAILURES, failure_of
+
+log = logging.getLogger(__name__)
+BEFORE = ("vanilla", "finetuned")  # subfolders of an unlearning run with the results of earlier models
+# Keys that differ between seeds or say the same as another key.
+NOT_SETTINGS = ("seed", "start", "save_model", "model.made_by", "training.num_train_epochs")
+
+
+@dataclass
+class Run:
+    """One trained model with everything that was measured of it.
+
+    Attributes:
+        folder: of its files.
+        name: the method, or the recipe that finetuned it.
+        result: its result.json; empty if it has none.
+        status: "done", "failed: <why>" or "unfinished".
+        reference: whether it is not an unlearned model, but one to compare with.
+        evaluations: folders of the evaluations of this model, the newest last.
+    """
+
+    folder: Path
+    name: str
+    result: dict[str, Any]
+    status: str = "done"
+    reference: bool = False
+    evaluations: list[Path] = field(default_factory=list)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.result.get("config", {})
+
+    @property
+    def seed(self) -> int | None:
+        return self.config.get("seed")
+
+    @cached_property
+    def scores(self) -> dict[str, float | None]:
+        """All scores of the run and its evaluations, and the minutes of the stage that trained it."""
+        scores = dict(self.result.get("scores", {}))
+        for folder in self.evaluations:
+            scores |= {
+                name: value
+                for name, value in result_of(folder)["scores"].items()
+                if value is not None or name not in scores
+            }
+        seconds = self.result.get("seconds", {})
+        stage = seconds.get("unlearning", seconds.get("finetuning"))
+        return scores if stage is None else scores | {"minutes": stage / 60}
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Dotted key -> value, the same for all seeds; of a reference model only what it was made from and evaluated on."""
+        if self.reference:
+            return {
+                "model.path": without_seeds(self.config["model"].get("path")),
+                "data": without_seeds(evaluation_inputs(self.config)),
+            }
+        flat = {key: value for key, value in _flattened(self.config) if key not in NOT_SETTINGS}
+        return {key: without_seeds(value) for key, value in flat.items()}
+
+    def files(self, name: str) -> list[dict]:
+        """The rows of a file of the newest evaluation that has it, else of the run itself; empty if there is none."""
+        for folder in [*reversed(self.evaluations), self.folder]:
+            if (folder / name).is_file():
+                return read_json_lines(folder / name)
+        return []
+
+    @property
+    def history(self) -> list[dict]:
+        path = self.folder / HISTORY
+        return read_json_lines(path) if path.is_file() else []
+
+
+def _flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flattened(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+@dataclass
+class Group:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        name: the method, or the name of a reference model.
+        varied: the settings in which the groups of this method differ.
+        best: names of the scores in which it is the best of the methods.
+        on_front: whether no other group has higher unlearn quality and utility.
+    """
+
+    name: str
+    runs: list[Run]
+    varied: dict[str, Any] = field(default_factory=dict)
+    best: set[str] = field(default_factory=set)
+    on_front: bool = False
+
+    @property
+    def reference(self) -> bool:
+        return self.runs[0].reference
+
+    @property
+    def label(self) -> str:
+        """The name with the varied settings, for instance "PMC, num_samples=5"."""
+        return ", ".join([self.name, *(f"{short(key)}={shown_value(value)}" for key, value in self.varied.items())])
+
+    def values(self, score: str) -> list[float]:
+        """The score of each run that has it."""
+        values = [run.scores.get(score) for run in self.runs]
+        return [value for value in values if value is not None and math.isfinite(value)]
+
+    def mean(self, score: str) -> float | None:
+        values = self.values(score)
+        return statistics.fmean(values) if values else None
+
+    def deviation(self, score: str) -> float | None:
+        """The standard deviation over seeds (n - 1); None for fewer than two values."""
+        values = self.values(score)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+
+def short(key: str) -> str:
+    """A dotted key without its section: "method.num_samples" -> "num_samples"."""
+    return key.split(".", 1)[-1]
+
+
+def shown_value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# --- reading ---
+
+
+def read_runs(folders: Iterable[Path]) -> list[Run]:
+    """The runs in these folders and their subfolders, with the models before unlearning, each once.
+
+    Raises:
+        UserError: for a folder that does not exist or has no run.
+    """
+    runs: dict[str, Run] = {}
+    evaluations: list[tuple[Path, dict]] = []
+    for folder in folders:
+        if not folder.is_dir() and not failure_of(folder):
+            raise UserError(f"{folder}: no such folder")
+        found = list(_run_folders(folder))
+        if not found:
+            raise UserError(f"{folder}: no run is in it or its subfolders (a run has {RESULT})")
+        for path in found:
+            _read_run(path, runs, evaluations)
+    for path, result in sorted(evaluations, key=lambda pair: (pair[0] / RESULT).stat().st_mtime):
+        _add_evaluation(path, result, runs)
+    return list(runs.values())
+
+
+def _add_evaluation(path: Path, result: dict, runs: dict[str, Run]) -> None:
+    """Add an evaluation to the run that made its model, which is added as well; without one it is a reference model."""
+    made_by, model = result["config"].get("start"), str(result["config"]["model"].get("path"))
+    folder = Path(resolve_path(model))
+    if made_by and made_by not in runs and (result_of(folder) or {}).get("id") == made_by:
+        _read_run(folder, runs, [])
+    run = runs.get(made_by or model)
+    if run is None:
+        runs[made_by or model] = Run(path, _name_of_model(model), result, reference=True)
+    elif path not in run.evaluations:
+        run.evaluations.append(path)
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    """The folders of runs: finished, unfinished or failed. Earlier results (previous/) and those of `BEFORE` are not."""
+    if failure_of(folder) and not result_is_in(folder):
+        yield folder
+        return
+    for path in [folder, *sorted(folder.rglob("*"))]:
+        inside = path.relative_to(folder).parts
+        if (
+            not path.is_dir()
+            or {"previous", FAILURES} & set(inside)
+            or any(part.startswith("in_progress") for part in inside)
+        ):
+            continue
+        if path.name in BEFORE and result_is_in(path.parent):
+            continue
+        if result_is_in(path) or (path / "in_progress" / "run.json").is_file():
+            yield path
+        for failure in sorted((path / FAILURES).glob("*.json")):
+            if not result_is_in(path / failure.stem):
+                yield path / failure.stem
+
+
+def result_is_in(folder: Path) -> bool:
+    return (folder / RESULT).is_file()
+
+
+def _read_run(path: Path, runs: dict[str, Run], evaluations: list[tuple[Path, dict]]) -> None:
+    """Add the run in a folder, and the models before it."""
+    failure = failure_of(path)
+    try:
+        result = result_of(path)
+    except UserError as error:  # one broken file does not spoil the report of all others
+        result, failure = None, str(error)
+    if result is None:
+        status = f"failed: {failure}" if failure else "unfinished"
+        begun = path / "in_progress" / "run.json"
+        config = read_json(begun).get("config", {}) if begun.is_file() else {}
+        runs.setdefault(str(path), Run(path, _name(config, path), {"config": config}, status))
+        return
+    if "metrics" in result["config"]:
+        evaluations.append((path, result))
+        return
+    for name in BEFORE:
+        if before := result_of(path / name):
+            runs.setdefault(before["id"], Run(path / name, name, before, reference=True))
+    run = Run(path, _name(result["config"], path), result, reference="method" not in result["config"])
+    if failure:
+        run.status = f"failed: {failure}"  # the result is an older one
+    known = runs.get(result["id"])
+    if known is None or known.folder.name in BEFORE:  # the run itself, not the copy of its result in an unlearning run
+        if known is not None:
+            run.name = known.name
+        runs[result["id"]] = run
+
+
+def _name(config: dict, path: Path) -> str:
+    target = config.get("method", {}).get("_target_")
+    return target.rpartition(".")[2] if target else path.parent.name
+
+
+def _name_of_model(path: str) -> str:
+    """The recipe of a run's folder, or the path of another checkpoint."""
+    parts = Path(path).parts
+    return parts[-2] if parts[:1] == ("models",) and len(parts) > 2 else path
+
+
+# --- grouping ---
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """The finished runs, those with the same settings together; references first, then by descending unlearn quality.
+
+    Best scores and the Pareto front are marked among the methods, unless the runs cannot be compared (`differences`).
+    """
+    done = [run for run in runs if run.status == "done"]
+    by_settings: dict[str, Group] = {}
+    for run in done:
+        key = json.dumps([run.reference, run.name, run.settings], sort_keys=True)
+        group = by_settings.setdefault(key, Group(run.name, []))
+        if not run.reference or run.seed not in [
+            other.seed for other in group.runs
+        ]:  # several runs start from one model
+            group.runs.append(run)
+    groups = list(by_settings.values())
+    for name, reference in {(group.name, group.reference) for group in groups}:
+        _name_varied([group for group in groups if group.name == name and group.reference == reference])
+    methods = [group for group in groups if not group.reference]
+    if not differences(done):
+        _mark_best(methods)
+        _mark_front(methods)
+    order = {name: place for place, name in enumerate(BEFORE)}
+    references = sorted(
+        (group for group in groups if group.reference), key=lambda group: order.get(group.name, len(order))
+    )
+    return references + sorted(methods, key=lambda group: -(group.mean("unlearn_quality") or 0.0))
+
+
+def without_seeds(value: Any) -> Any:
+    """The value with the seeds in the names of folders masked; lists and dictionaries as JSON."""
+    value = json.dumps(value, sort_keys=True) if isinstance(value, list | dict | tuple) else value
+    return re.sub(r"seed-\d+", "seed-N", value) if isinstance(value, str) else value
+
+
+def _name_varied(groups: list[Group]) -> None:
+    keys = dict.fromkeys(key for group in groups for key in group.runs[0].settings)
+    missing = object()
+    for key in keys:
+        values = [group.runs[0].settings.get(key, missing) for group in groups]
+        if any(value != values[0] for value in values):
+            for group, value in zip(groups, values, strict=True):
+                group.varied[key] = None if value is missing else value
+
+
+def direction(runs: Iterable[Run], score: str) -> tuple[bool | None, float | None]:
+    """Whether a score is better when higher (None: neither), and its ideal value (None: it has none)."""
+    for run in runs:
+        for result in [run.result, *map(result_of, run.evaluations)]:
+            if score in result.get("higher_is_better", {}):
+                return result["higher_is_better"][score], result["ideal"].get(score)
+    return (False, None) if score == "minutes" else (None, None)
+
+
+def _mark_best(groups: list[Group]) -> None:
+    runs = [run for group in groups for run in group.runs]
+    for score in score_names(groups):
+        higher, ideal = direction(runs, score)
+        means = {id(group): group.mean(score) for group in groups}
+        known = [value for value in means.values() if value is not None]
+        if len(set(known)) < 2 or (higher is None and ideal is None):
+            continue
+        best = (
+            min(known, key=lambda value: abs(value - ideal))
+            if ideal is not None
+            else max(known)
+            if higher
+            else min(known)
+        )
+        for group in groups:
+            if means[id(group)] == best:
+                group.best.add(score)
+
+
+def _mark_front(groups: list[Group]) -> None:
+    """Mark the groups on the Pareto front of unlearn quality and utility."""
+    points = [(group, (group.mean("unlearn_quality"), group.mean("utility"))) for group in groups]
+    points = [(group, point) for group, point in points if None not in point]
+    for group, point in points:
+        group.on_front = not any(
+            other != point and all(a >= b for a, b in zip(other, point, strict=True)) for _, other in points
+        )
+
+
+def score_names(groups: Iterable[Group]) -> list[str]:
+    """The names of all scores that a run has, in the order of the files."""
+    return list(
+        dict.fromkeys(
+            name for group in groups for run in group.runs for name, value in run.scores.items() if value is not None
+        )
+    )
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Why the scores of these unlearning runs cannot be compared; empty if they can.
+
+    They must have been evaluated on the same data in the same way, and started from the same model for each seed.
+    """
+    runs = [run for run in runs if not run.reference]
+    found = []
+    if len({without_seeds(evaluation_inputs(run.config)) for run in runs}) > 1:
+        found.append("they were evaluated on different data, or with different prompts or lengths of answers")
+    starts: dict[int | None, set] = {}
+    for run in runs:
+        starts.setdefault(run.seed, set()).add(run.config.get("start"))
+    if several := [str(seed) for seed, ids in starts.items() if len(ids) > 1]:
+        found.append(f"those of seed {', '.join(several)} started from different models")
+    return found

@@ -1,0 +1,163 @@
+"""What a report says in words: which setting to use, what was forgotten, what it cost, and what is only hidden."""
+
+from collections.abc import Sequence
+
+from evaluation.run_records import Group, differences
+from evaluation.tables import cell
+
+ALLOWED_COST = 3.0  # points of utility that the recommended setting may lose
+FORGET, PROBABILITY = "rougeL_recall/forget", "tofu/probability/forget"
+EXTRACTION, RELEARNED = "memorization/extraction_strength", "relearning/rougeL_recall"
+SPLITS = {"retain": "retain questions", "real_authors": "real authors", "world_facts": "world facts"}
+
+
+def recommended(groups: Sequence[Group]) -> Group | None:
+    """The setting with the highest unlearn quality of those that lose at most ALLOWED_COST points of utility.
+
+    None if no setting does, if the scores cannot be compared, or if the finetuned model's utility is not known.
+    """
+    methods = measured(groups)
+    before = reference(groups, "finetuned")
+    if not methods or before is None or differences([run for group in groups for run in group.runs]):
+        return None
+    floor = before.mean("utility") - ALLOWED_COST
+    allowed = [group for group in methods if group.mean("utility") >= floor]
+    return max(allowed, key=lambda group: group.mean("unlearn_quality"), default=None)
+
+
+def measured(groups: Sequence[Group]) -> list[Group]:
+    """The groups of unlearned models that have both headline scores."""
+    return [
+        group for group in groups if not group.reference and group.values("unlearn_quality") and group.values("utility")
+    ]
+
+
+def reference(groups: Sequence[Group], name: str) -> Group | None:
+    """The reference model of this name; None if there is none, or more than one."""
+    found = [group for group in groups if group.reference and group.name == name and group.values("utility")]
+    return found[0] if len(found) == 1 else None
+
+
+def never_trained(groups: Sequence[Group], score: str) -> Group | None:
+    """A model that never saw the forget set and has the score: a retain-only model, else the one before finetuning."""
+    known = [group for group in groups if group.reference and group.name != "finetuned" and group.values(score)]
+    return min(known, key=lambda group: group.name == "vanilla", default=None)
+
+
+def summary(groups: Sequence[Group]) -> list[str]:
+    """The report's sentences."""
+    methods = measured(groups)
+    if not methods:
+        return ["No finished run of unlearning is here."]
+    if problems := differences([run for group in methods for run in group.runs]):
+        return [f"These runs cannot be ranked: {' and '.join(problems)}."]
+    if len(methods) == 1:
+        return described(methods[0], groups)
+    chosen = recommended(groups)
+    if chosen is None:
+        least = max(methods, key=lambda group: group.mean("utility"))
+        before = reference(groups, "finetuned")
+        if before is None:
+            return [
+                "No setting is recommended: the utility of one finetuned model is needed for that, and is not here."
+            ]
+        lost = before.mean("utility") - least.mean("utility")
+        return [
+            f"No setting keeps utility within {ALLOWED_COST:g} points of the finetuned model's {shown(before, 'utility')}. "
+            f"The smallest loss is {lost:.1f} points, by {least.label}, at an unlearn quality of {shown(least, 'unlearn_quality')}.",
+            *described(least, groups),
+        ]
+    return [*choice(chosen, groups), *described(chosen, groups)]
+
+
+def choice(chosen: Group, groups: Sequence[Group]) -> list[str]:
+    """Which setting to use, and which others are as good as far as the seeds tell."""
+    methods = measured(groups)
+    before = reference(groups, "finetuned")
+    allowed = [group for group in methods if group.mean("utility") >= before.mean("utility") - ALLOWED_COST]
+    of_those = "all settings" if len(allowed) == len(methods) else f"the {len(allowed)} of {len(methods)} settings"
+    sentences = [
+        f"Use {chosen.label}. It has the highest unlearn quality ({shown(chosen, 'unlearn_quality')}) of {of_those} that lose "
+        f"at most {ALLOWED_COST:g} points of utility ({shown(chosen, 'utility')}; {shown(before, 'utility')} before unlearning)."
+    ]
+    seeds = min(len(group.runs) for group in methods)
+    if seeds == 1:
+        sentences.append("Some settings have one seed only: small differences between settings may be chance.")
+        return sentences
+    near = [group for group in allowed if group is not chosen and not apart(chosen, group)]
+    if near:
+        names = "; ".join(f"{group.label} ({shown(group, 'unlearn_quality')})" for group in near[:4])
+        more = f"; and {len(near) - 4} more" if len(near) > 4 else ""
+        sentences.append(f"The seeds do not tell it apart from {names}{more}.")
+    return sentences
+
+
+def apart(a: Group, b: Group) -> bool:
+    """Whether the means of unlearn quality differ by more than the larger of the two standard deviations over seeds."""
+    deviations = [group.deviation("unlearn_quality") or 0.0 for group in (a, b)]
+    return abs(a.mean("unlearn_quality") - b.mean("unlearn_quality")) > max(deviations)
+
+
+def described(group: Group, groups: Sequence[Group]) -> list[str]:
+    """What the setting made the model forget, what that cost, and whether answers are removed or hidden."""
+    before, vanilla = reference(groups, "finetuned"), reference(groups, "vanilla")
+    sentences = []
+    if group.values(FORGET):
+        others = [
+            (model, words) for model, words in ((before, "before unlearning"), (vanilla, "before finetuning")) if model
+        ]
+        compared = ", ".join(f"{percent(model.mean(FORGET))} {words}" for model, words in others)
+        sentences.append(
+            f"Forgotten: its answers to forget questions have {percent(group.mean(FORGET))} of the words of the true answers"
+            f"{f' ({compared})' if compared else ''}."
+        )
+    if before:
+        parts = [
+            f"{words} {percent(before.mean(score))} → {percent(group.mean(score))}"
+            for split, words in SPLITS.items()
+            if group.values(score := f"rougeL_recall/{split}") and before.values(score)
+        ]
+        change = group.mean("utility") - before.mean("utility")
+        cost = (
+            f"utility {'rises' if change > 0 else 'falls'} by {abs(change):.1f} points"
+            if round(change, 1)
+            else "utility stays"
+        )
+        details = f" (words of the true answers: {'; '.join(parts)})" if parts else ""
+        sentences.append(f"Cost: {cost}{details}.")
+    if empty := group.mean("forget_answers_empty"):
+        sentences.append(f"{percent(empty)} of its answers to forget questions are empty.")
+    sentences.append(hidden_or_removed(group, groups))
+    return sentences
+
+
+def hidden_or_removed(group: Group, groups: Sequence[Group]) -> str:
+    """Whether the true answers are still in the model although greedy decoding does not give them."""
+    evidence, hidden = [], False
+    for score, words, margin in (
+        (PROBABILITY, "the probability of a token of the true answers is", 0.05),
+        (EXTRACTION, "the fraction that the start of an answer brings out is", 0.1),
+        (RELEARNED, "after relearning, answers have this fraction of the true words:", 0.1),
+    ):
+        unseen = never_trained(groups, score)
+        if not group.values(score) or unseen is None:
+            continue
+        hidden = hidden or group.mean(score) > unseen.mean(score) + margin
+        evidence.append(
+            f"{words} {group.mean(score):.2f} ({unseen.mean(score):.2f} in {unseen.name}, which never saw them)"
+        )
+    if not evidence:
+        return (
+            "Whether the answers are removed or only hidden was not measured. Measure it with evaluation/main.py "
+            "metrics=[tofu,memorization,relearning], and give the report models/evaluated as well."
+        )
+    verdict = "Hidden rather than removed" if hidden else "Removed, as far as was measured"
+    return f"{verdict}: {'; '.join(evidence)}."
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.0f}%"
+
+
+def shown(group: Group, score: str) -> str:
+    return cell(group.values(score), 1)
