@@ -16,7 +16,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from common.errors import UserError
@@ -106,7 +105,7 @@ def duration(seconds: float) -> str:
 
 def _jobs(config: DictConfig, overrides: list[str]) -> list[list[str]]:
     """The overrides of each job, as Hydra's own sweeper combines them; empty with another sweeper."""
-    if get_class(config.hydra.sweeper._target_) is not BasicSweeper:
+    if config.hydra.sweeper._target_.rpartition(".")[2] != BasicSweeper.__name__:
         return []
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from common.errors import UserError
 from common.files import write_text
 from common.sweeps import Sweep
-from evaluation.report_page import page
+from evaluation.report_page import page, place
 from evaluation.run_records import Group, Run, grouped, read_runs, score_names, short, shown_value
 from evaluation.summary import summary
 from evaluation.tables import COLUMNS, as_text, cell
@@ -175,7 +175,7 @@ def as_csv(runs: Sequence[Run], groups: Sequence[Group]) -> str:
         settings = run.settings if not run.reference else {}
         values = [run.scores.get(score) for score in scores]
         found = [shown_value(settings[key]) if key in settings else "" for key in keys]
-        table.writerow([run.name, run.reference, run.seed, run.status, run.folder, *found, *values])
+        table.writerow([run.name, run.reference, run.seed, run.status, place(run), *found, *values])
     return text.getvalue()
 
 

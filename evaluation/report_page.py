@@ -24,12 +24,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 TEXT_RUNS = 8  # runs whose answers are in the page
 TEXT_BYTES = 3_000_000  # of their texts, after the first run
 MEANINGS = {
-    "unlearn quality": "100 minus the words of the true answers (ROUGE-L recall, percent) in greedy answers to forget questions and "
-    "their paraphrases. It does not show fluency, nor what sampling or probabilities reveal.",
+    "unlearn quality": "100 minus the recall (ROUGE-L, percent) of the true answers in greedy answers to forget questions "
+    "and their paraphrases. It does not show fluency, nor what sampling or probabilities reveal.",
     "utility": "Words of the true answers in greedy answers about retained authors, real authors and world facts, percent.",
     "forget recall": "Fraction of the words of the true answers in greedy answers to forget questions.",
     "retain recall": "The same for the questions to keep.",
-    "P(true answer)": "Probability of the true forget answer per token (geometric mean). Near that of a retain-only model: removed.",
+    "P(true answer)": "Geometric mean of the token probabilities of true forget answers. Near a retain-only model's: removed.",
     "extraction strength": "Fraction of a true forget answer that its own beginning brings out.",
     "forget quality": "p-value of the test that truth ratios are those of a retain-only model; above 0.05: not told apart.",
     "loss AUC": "How well the loss tells forget rows from rows never seen; 0.5: not at all.",
@@ -58,7 +58,7 @@ def page(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
         title=title,
         about=f"{len(done)} finished runs, {sum(not group.reference for group in groups)} settings.",
         summary=summary(groups),
-        missing=[{"folder": _place(run), "status": run.status} for run in runs if run.status != "done"],
+        missing=[{"folder": place(run), "status": run.status} for run in runs if run.status != "done"],
         several=len(groups) > 1,
         seeds=data["seeds"],
         meanings=[(score["label"], MEANINGS[score["label"]]) for score in data["scores"] if score["label"] in MEANINGS],
@@ -140,7 +140,7 @@ def _label(group: Group, run: Run) -> str:
     return f"{group.label}, seed {run.seed}" if run.seed is not None else group.label
 
 
-def _place(run: Run) -> str:
+def place(run: Run) -> str:
     """The run's folder without what is above models/."""
     parts = run.folder.parts
     return "/".join(parts[parts.index("models") + 1 :]) if "models" in parts else run.folder.name
@@ -284,62 +284,41 @@ def distributions(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 def leakage(labelled: Iterable[tuple[str, Run]]) -> list[dict[str, Any]]:
     """leak@k: the expected best recall among k samples."""
-    prefix = "sampling/leak@"
-    series = []
+    prefix, series = "sampling/leak@", []
     for label, run in labelled:
-        points = sorted(
-            (int(name.removeprefix(prefix)), value)
-            for name, value in run.scores.items()
-            if name.startswith(prefix) and value is not None
-        )
+        known = {name.removeprefix(prefix): value for name, value in run.scores.items() if name.startswith(prefix)}
+        points = sorted((int(k), value) for k, value in known.items() if value is not None)
         if points:
             series.append({"name": label, "x": [k for k, _ in points], "y": [value for _, value in points]})
-    note = "The expected highest recall of a true forget answer among k sampled answers."
-    return (
-        [
-            {
-                "title": "Leakage over samples",
-                "kind": "line",
-                "log": True,
-                "x": "samples",
-                "y": "leak@k",
-                "note": note,
-                "series": series,
-            }
-        ]
-        if series
-        else []
-    )
+    plot = {
+        "title": "Leakage over samples",
+        "kind": "line",
+        "log": True,
+        "x": "samples",
+        "y": "leak@k",
+        "note": "The expected highest recall of a true forget answer among k sampled answers.",
+    }
+    return [{**plot, "series": series}] if series else []
 
 
 def shifts(labelled: Iterable[tuple[str, Run]]) -> list[dict[str, Any]]:
     """The histogram of the changes of token probabilities on unrelated text."""
-    name = "side_effects/probability_shift"
     series = []
     for label, run in labelled:
-        for histogram in [
-            result["histograms"][name]
-            for result in map(result_of, run.evaluations or [run.folder])
-            if name in result.get("histograms", {})
-        ][-1:]:
+        results = map(result_of, run.evaluations or [run.folder])
+        found = [result["histograms"].get("side_effects/probability_shift") for result in results]
+        for histogram in list(filter(None, found))[-1:]:
             edges, counts = histogram["edges"], histogram["counts"]
             middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
             series.append({"name": label, "x": middles, "y": [count / max(1, sum(counts)) for count in counts]})
-    note = "How much less or more likely the tokens of unrelated answers became against the model before unlearning; a peak at 0: no side effects."
-    return (
-        [
-            {
-                "title": "Shift of token probabilities",
-                "kind": "bars",
-                "x": "change of probability",
-                "y": "fraction of tokens",
-                "note": note,
-                "series": series,
-            }
-        ]
-        if series
-        else []
-    )
+    plot = {
+        "title": "Shift of token probabilities",
+        "kind": "bars",
+        "x": "change of probability against the model before unlearning",
+        "y": "fraction of tokens",
+        "note": "Of the tokens of answers to unrelated questions. A peak at 0: no side effects.",
+    }
+    return [{**plot, "series": series}] if series else []
 
 
 # --- details ---
@@ -347,38 +326,27 @@ def shifts(labelled: Iterable[tuple[str, Run]]) -> list[dict[str, Any]]:
 
 def run_details(runs: Sequence[Run]) -> dict[str, Any]:
     """A row for each run: what made it, how long that took, and on what."""
-    columns = [
-        "run",
-        "status",
-        "seed",
-        "command",
-        "minutes",
-        "evaluation, minutes",
-        "device",
-        "peak memory, GB",
-        "torch",
-        "transformers",
-        "commit",
-        "folder",
-    ]
-    rows = []
-    for run in runs:
-        result, seconds, versions = run.result, run.result.get("seconds", {}), run.result.get("versions", {})
-        memory = result.get("peak_memory_bytes")
-        minutes = run.scores.get("minutes")
-        row = [
-            run.name,
-            run.status,
-            run.seed,
-            result.get("command"),
-            None if minutes is None else f"{minutes:.2f}",
-            f"{seconds['evaluation'] / 60:.2f}" if "evaluation" in seconds else None,
-            result.get("device"),
-            None if memory is None else f"{memory / 1e9:.1f}",
-            versions.get("torch"),
-            versions.get("transformers"),
-            (result.get("git_commit") or "")[:12],
-            _place(run),
-        ]
-        rows.append(["" if value is None else str(value) for value in row])
-    return {"run_columns": columns, "run_rows": rows}
+    rows = [_details(run) for run in runs]
+    return {"run_columns": list(rows[0]), "run_rows": [list(row.values()) for row in rows]}
+
+
+def _details(run: Run) -> dict[str, str]:
+    result, seconds, versions = run.result, run.result.get("seconds", {}), run.result.get("versions", {})
+
+    def per(value: float | None, unit: float) -> str:
+        return "" if value is None else f"{value / unit:.2f}"
+
+    return {
+        "run": run.name,
+        "status": run.status,
+        "seed": "" if run.seed is None else str(run.seed),
+        "command": result.get("command") or "",
+        "minutes": per(run.scores.get("minutes"), 1),
+        "evaluation, minutes": per(seconds.get("evaluation"), 60),
+        "device": result.get("device") or "",
+        "peak memory, GB": per(result.get("peak_memory_bytes"), 1e9),
+        "torch": versions.get("torch", ""),
+        "transformers": versions.get("transformers", ""),
+        "commit": (result.get("git_commit") or "")[:12],
+        "folder": place(run),
+    }

@@ -64,7 +64,7 @@ def summary(groups: Sequence[Group]) -> list[str]:
         lost = before.mean("utility") - least.mean("utility")
         return [
             f"No setting keeps utility within {ALLOWED_COST:g} points of the finetuned model's {shown(before, 'utility')}. "
-            f"The smallest loss is {lost:.1f} points, by {least.label}, at an unlearn quality of {shown(least, 'unlearn_quality')}.",
+            f"The smallest loss is {lost:.1f} points, by {least.label}, at unlearn quality {shown(least, 'unlearn_quality')}.",
             *described(least, groups),
         ]
     return [*choice(chosen, groups), *described(chosen, groups)]
@@ -77,8 +77,8 @@ def choice(chosen: Group, groups: Sequence[Group]) -> list[str]:
     allowed = [group for group in methods if group.mean("utility") >= before.mean("utility") - ALLOWED_COST]
     of_those = "all settings" if len(allowed) == len(methods) else f"the {len(allowed)} of {len(methods)} settings"
     sentences = [
-        f"Use {chosen.label}. It has the highest unlearn quality ({shown(chosen, 'unlearn_quality')}) of {of_those} that lose "
-        f"at most {ALLOWED_COST:g} points of utility ({shown(chosen, 'utility')}; {shown(before, 'utility')} before unlearning)."
+        f"Use {chosen.label}. It has the highest unlearn quality ({shown(chosen, 'unlearn_quality')}) of {of_those} that "
+        f"lose at most {ALLOWED_COST:g} points of utility ({shown(chosen, 'utility')}; {shown(before, 'utility')} before)."
     ]
     seeds = min(len(group.runs) for group in methods)
     if seeds == 1:

@@ -102,7 +102,10 @@ def cell(values: Sequence[float | None], digits: int) -> str:
     if not known:
         return "-"
     mean = number(statistics.fmean(known), digits)
-    return mean if len(known) < 2 else f"{mean} ± {number(statistics.stdev(known), digits)}"
+    if len(known) < 2:
+        return mean
+    spread = statistics.stdev(known)
+    return f"{mean} ± {spread:.1e}" if "e" in mean else f"{mean} ± {spread:.{digits}f}"
 
 
 def number(value: float, digits: int) -> str:

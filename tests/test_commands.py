@@ -1,5 +1,6 @@
 """The command lines as a user types them, each in a process of its own, on the tiny model."""
 
+import csv
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -125,6 +127,18 @@ def test_a_sweep_gives_every_combination_a_folder_and_survives_a_failed_job(mode
     assert not list(folders[0].glob("*.safetensors")), "save_model=false"
     assert done.returncode != 0
     assert "method.temperature=0" in done.stdout + done.stderr and "this job failed, the sweep continues" in done.stdout
+    assert "job 1 of 4: " in done.stdout and "job 4 of 4, about " in done.stdout
+    report = done.stdout.partition("3 of 4 runs are finished.")[2]
+    assert re.search(r"- seed-0.*method.temperature-0.*: failed: .*method.temperature", report)
+    page = Path(re.search(r"^Report: (.*)$", report, re.MULTILINE)[1])
+    assert page.is_relative_to(models_dir / "sweeps" / "PMC-unlearn-tiny") and page.is_file()
+    rows = list(csv.DictReader((page.parent / "results.csv").open()))
+    assert [row["status"] for row in rows if row["reference"] == "False"].count("done") == 3
+    again = run_stage(
+        "unlearning", *[word.replace("=0,1.25", "=1.25") for word in done.args[2:]], cwd=ROOT / "unlearning"
+    )
+    assert again.stdout.count("the result already exists") == 2
+    assert "2 of 2 runs are finished." in again.stdout and ": failed: " not in again.stdout
 
 
 def test_two_by_two_sweep(models_dir):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from common.errors import UserError
 from tests.helpers import ROWS, arguments, gradients_of_one_step, make_trainer
@@ -334,9 +335,35 @@ def test_state_survives_a_checkpoint(model, prompts, tmp_path):
     other = make_trainer(model, prompts, tmp_path)
     other.initial_responses = {}
     other.load_state(state)
-    for name in ("best", "initial_responses", "history"):
+    for name in ("best", "initial_responses", "history", "picks"):
         assert getattr(other, name) == getattr(trainer, name)
     assert other.temperature.multipliers == {3: 1.5}
+
+
+def test_the_selected_answers_of_each_epoch_are_recorded_once(memorized, prompts, tmp_path):
+    settings = PMCSettings(num_samples=4, max_length=48, temperature=2.0)
+    trainer = make_trainer(memorized, prompts, tmp_path, settings=settings, max_steps=6, learning_rate=1e-3)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.epoch == int(state.epoch):
+                seen.append({i: prompts.text(candidate.answer) for i, candidate in trainer.best.items()})
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert len(seen) == 6
+    picks = trainer.row_files()["picks.jsonl"]
+    before = picks[: len(ROWS)]
+    assert [pick["epoch"] for pick in before] == [0] * len(ROWS) and all(pick["reward"] == 0 for pick in before)
+    selected = {pick["index"]: pick["answer"] for pick in before}
+    assert selected == trainer.initial_responses
+    for epoch, answers in enumerate(seen, 1):
+        changed = {pick["index"]: pick["answer"] for pick in picks if pick["epoch"] == epoch}
+        assert all(answer != selected[index] for index, answer in changed.items()), "only changes"
+        selected |= changed
+        assert selected == answers
+    assert len(picks) > 2 * len(ROWS)
 
 
 def test_the_contrast_loss_has_the_gradient_of_its_formula(model, prompts, tmp_path):

@@ -111,13 +111,13 @@ def method_class(cfg: DictConfig) -> type[UnlearningTrainer]:
 
 
 def show_report(folder: Path) -> None:
-    """Print the report's table. Outside of a sweep, which has a report of its own, also write report.html and print its path."""
+    """Print the report's table and the path of the page, which is not written in a sweep: that has one on all its runs."""
     if not is_first_process():
         return
     print((folder / "report.md").read_text(encoding="utf-8").split("\n## ")[0])
     report = folder / "report.md"
     if HydraConfig.get().mode != RunMode.MULTIRUN:
-        report = write_page([folder], folder, f"Unlearning with {folder.parent.name}")
+        report = write_page([folder], folder, f"{folder.parent.name}/{folder.name}")
     print(f"Report: {report}")
 
 

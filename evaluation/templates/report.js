@@ -62,8 +62,9 @@ function shown(value, digits) {
 function cellText(stat, digits, runs) {
   if (!stat) return "–";
   const [mean, deviation, count] = stat;
-  const spread = deviation === null ? "" : ` ± ${shown(deviation, digits)}`;
-  return shown(mean, digits) + spread + (count < runs ? ` (n=${count})` : "");
+  const text = shown(mean, digits);
+  const spread = deviation === null ? "" : ` ± ${text.includes("e") ? deviation.toExponential(1) : deviation.toFixed(digits)}`;
+  return text + spread + (count < runs ? ` (n=${count})` : "");
 }
 
 const scoreOf = Object.fromEntries(data.scores.map(score => [score.name, score]));
@@ -243,18 +244,20 @@ function curves() {
   const quantity = fillSelect("curve-quantity", names.map(name => [name, name.replaceAll("_", " ")]), first);
   const x = byId("curve-x");
   const draw = () => {
-    const seen = new Set();
-    const traces = data.curves.filter(run => quantity.value in run.values).map(run => {
-      const group = data.groups.find(g => g.id === run.group);
-      const points = run.values[quantity.value].map((value, i) => [run[x.value][i], value]).filter(([, value]) => value !== null);
-      const legend = !seen.has(run.group);
-      seen.add(run.group);
-      return {
-        x: points.map(p => p[0]), y: points.map(p => p[1]), mode: points.length > 40 ? "lines" : "lines+markers", name: plain(group.label), legendgroup: run.group, showlegend: legend && data.groups.length <= 25,
-        line: {color: colorOf(group), width: 1.5}, marker: {size: 5, symbol: symbolOf(group)},
-        hovertemplate: `<b>${plain(run.label)}</b><br>${x.value} %{x:.3g}: %{y:.4g}<extra></extra>`,
-      };
-    });
+    const traces = [];
+    for (const group of data.groups) { // one trace with gaps between its runs: many traces are slow
+      const runs = data.curves.filter(run => run.group === group.id && quantity.value in run.values);
+      if (!runs.length) continue;
+      const points = runs.flatMap(run => [
+        ...run.values[quantity.value].map((value, i) => [run[x.value][i], value, plain(run.label)]).filter(([, value]) => value !== null),
+        [null, null, ""],
+      ]);
+      traces.push({
+        x: points.map(p => p[0]), y: points.map(p => p[1]), text: points.map(p => p[2]), name: plain(group.label), showlegend: data.groups.length <= 25,
+        mode: points.length > 200 ? "lines" : "lines+markers", line: {color: colorOf(group), width: 1.5}, marker: {size: 5, symbol: symbolOf(group)},
+        hovertemplate: `<b>%{text}</b><br>${x.value} %{x:.3g}: %{y:.4g}<extra></extra>`,
+      });
+    }
     Plotly.react("curve", traces, layout({xaxis: {title: {text: x.selectedOptions[0].text}}, yaxis: {title: {text: plain(quantity.value.replaceAll("_", " "))}}}), config);
   };
   quantity.onchange = x.onchange = draw;
@@ -301,6 +304,7 @@ async function start() {
   knobs();
   curves();
   distributions();
+  document.documentElement.dataset.milliseconds = String(Math.round(performance.now()));
   document.documentElement.dataset.ready = "true";
 }
 start();

@@ -1,0 +1,403 @@
+"""The report on runs: grouping, ranking, its files, and the page in a browser (Chromium, from file://, without a network)."""
+
+import csv
+import itertools
+import json
+import random
+import re
+import shutil
+import statistics
+
+import pytest
+
+from common.errors import UserError
+from common.files import write_json, write_json_lines
+from common.runs import failure_file
+from evaluation.report import as_latex, main, method_table, write_reports
+from evaluation.run_records import differences, grouped, read_runs
+from evaluation.summary import recommended, summary
+
+BAD = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 2'> <b>bold</b> | a_b & 5%"
+
+
+def config(seed, **more):
+    return {
+        "seed": seed,
+        "model": {"path": "models/finetuned/base/seed-0", "prompt": {"style": "plain"}},
+        "data": {"path": "./data/tiny", "splits": {"forget": "forget"}, "words": "latin", "max_length": 256},
+        "evaluation": {"max_length": 200, "full_eval": False, "bf16": False, "every_epochs": 1},
+        **more,
+    }
+
+
+def result(name, identity, seconds=None, **scores):
+    return {
+        "scores": scores,
+        "higher_is_better": {score: score != "rougeL_recall/forget" for score in scores},
+        "ideal": {},
+        "histograms": {},
+        "seconds": seconds or {},
+        "versions": {"torch": "2.13.0"},
+        "device": "cpu",
+        "peak_memory_bytes": 1e9,
+        "git_commit": "abc",
+        "id": name,
+        "config": identity,
+    }
+
+
+def make_run(models, seed, quality, utility, method="PMC", text="an answer", **settings):
+    """The folder of an unlearning run, with the models before it."""
+    words = "+".join(f"{key}-{value}" for key, value in settings.items())
+    folder = models / "unlearned" / "recipe" / f"seed-{seed}+{method}+{words}"
+    identity = config(seed, start=f"finetuned-{seed}", finetuned=f"models/finetuned/tiny/seed-{seed}")
+    identity["method"] = {"_target_": f"unlearning.{method.lower()}.{method}", **settings}
+    for before, scores in {"vanilla": (80, 70), "finetuned": (38, 100)}.items():
+        values = {"unlearn_quality": scores[0], "utility": scores[1], "rougeL_recall/forget": 1.0}
+        (folder / before).mkdir(parents=True)
+        write_json(folder / before / "result.json", result(f"{before}-{seed}", config(seed), **values))
+        write_json_lines(folder / before / "generations.jsonl", [answer_row(index, text) for index in range(3)])
+    history = [
+        {"epoch": epoch, "collapse_loss": 2 / epoch, "seconds_training": 3.0, "seconds_sampling": 3.0}
+        for epoch in range(1, 6)
+    ]
+    write_json_lines(folder / "history.jsonl", history)
+    write_json_lines(folder / "generations.jsonl", [answer_row(index, f"new {text}") for index in range(3)])
+    picks = [{"epoch": epoch, "index": 0, "answer": f"{epoch} {text}", "reward": epoch / 4} for epoch in (0, 1, 3)]
+    write_json_lines(folder / "picks.jsonl", picks)
+    measured = {"unlearn_quality": quality, "utility": utility, "rougeL_recall/forget": 1 - quality / 100}
+    write_json(
+        folder / "result.json", result(folder.name, identity, {"unlearning": 30.0, "evaluation": 6.0}, **measured)
+    )
+    return folder
+
+
+def answer_row(index, answer):
+    truth = f"The true answer {index}"
+    return {
+        "split": "forget",
+        "index": index,
+        "question": f"Question {index}? {BAD}",
+        "answer": answer,
+        "reference": truth,
+        "rougeL_recall": 1 / 3,
+    }
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Four settings with three seeds each."""
+    folder = tmp_path / "models"
+    for (weight, samples), seed in itertools.product([(1, 2), (1, 5), (2, 2), (2, 5)], range(3)):
+        quality = 80 + 2 * samples - weight + 0.25 * seed
+        make_run(
+            folder,
+            seed,
+            quality,
+            94 + 3 * weight - samples / 5 - 0.5 * seed,
+            lambda_unlearning=weight,
+            num_samples=samples,
+        )
+    return folder
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_row(models):
+    groups = grouped(read_runs([models]))
+    assert [group.name for group in groups] == ["vanilla", "finetuned", "PMC", "PMC", "PMC", "PMC"]
+    for group in groups:
+        assert sorted(run.seed for run in group.runs) == [0, 1, 2], (
+            "a model before unlearning counts once for each seed"
+        )
+    best = groups[2]
+    assert best.varied == {"method.lambda_unlearning": 1, "method.num_samples": 5}
+    qualities = [89.0, 89.25, 89.5]
+    assert best.values("unlearn_quality") == qualities
+    assert best.mean("unlearn_quality") == statistics.fmean(qualities)
+    assert best.deviation("unlearn_quality") == pytest.approx(statistics.stdev(qualities))
+    assert best.mean("minutes") == 0.5
+
+
+def test_a_setting_that_only_data_or_training_has_keeps_runs_apart(tmp_path):
+    for seed, length in ((0, 256), (1, 128)):
+        folder = make_run(tmp_path, seed, 90.0, 90.0, num_samples=2)
+        stored = json.loads((folder / "result.json").read_text())
+        stored["config"]["data"]["max_length"] = length
+        write_json(folder / "result.json", stored)
+    assert [group.varied for group in grouped(read_runs([tmp_path])) if not group.reference] == [
+        {"data.max_length": 256},
+        {"data.max_length": 128},
+    ]
+
+
+def test_the_pareto_front_is_that_of_a_brute_force(tmp_path):
+    rng = random.Random(0)
+    points = [(rng.randint(80, 90), rng.randint(80, 90)) for _ in range(12)] + [(90, 80), (90, 80)]
+    for number, (quality, utility) in enumerate(points):
+        make_run(tmp_path, 0, quality, utility, number=number)
+    marked = {group.varied["method.number"] for group in grouped(read_runs([tmp_path])) if group.on_front}
+    expected = {
+        number
+        for number, (quality, utility) in enumerate(points)
+        if not any((q >= quality and u > utility) or (q > quality and u >= utility) for q, u in points)
+    }
+    assert marked == expected and len(expected) > 1
+
+
+def test_the_recommended_setting_loses_little_utility(models):
+    groups = grouped(read_runs([models]))
+    chosen = recommended(groups)
+    # 100 - 3: the utilities are 96.1, 95.5 (weight 1) and 99.1, 98.5 (weight 2)
+    assert chosen.varied == {"method.lambda_unlearning": 2, "method.num_samples": 5}
+    words = summary(groups)
+    assert words[0].startswith(
+        "Use PMC, lambda_unlearning=2, num_samples=5. It has the highest unlearn quality (88.2 ± 0.2)"
+    )
+    assert "the 2 of 4 settings" in words[0] and "100.0 ± 0.0 before" in words[0]
+    assert "Forgotten: its answers to forget questions have 12% of the words" in " ".join(words)
+    assert "utility falls by 1.5 points" in " ".join(words)
+    assert "was not measured" in words[-1]
+
+
+def test_settings_that_the_seeds_do_not_tell_apart_are_named(tmp_path):
+    for seed, (a, b) in enumerate([(90, 91), (92, 91), (88, 92)]):
+        make_run(tmp_path, seed, a, 100, num_samples=2)
+        make_run(tmp_path, seed, b, 100, num_samples=5)
+    assert "The seeds do not tell it apart from PMC, num_samples=2 (90.0 ± 2.0)." in summary(
+        grouped(read_runs([tmp_path]))
+    )
+
+
+def test_no_setting_is_recommended_where_all_lose_too_much(tmp_path):
+    make_run(tmp_path, 0, 99.0, 50.0, num_samples=2)
+    make_run(tmp_path, 0, 98.0, 60.0, num_samples=5)
+    words = summary(grouped(read_runs([tmp_path])))
+    assert words[0].startswith(
+        "No setting keeps utility within 3 points of the finetuned model's 100.0. The smallest loss is 40.0"
+    )
+
+
+def evaluate_run(models, folder, scores, name="evaluated/one", **more):
+    stored = json.loads((folder / "result.json").read_text())
+    identity = {**stored["config"], "start": stored["id"], "metrics": "tofu", **more}
+    identity["model"] = {**identity["model"], "path": str(folder)}
+    (models / name).mkdir(parents=True)
+    write_json(models / name / "result.json", result("e", identity, {"evaluation": 6.0}, **scores))
+
+
+def test_an_evaluation_adds_its_scores_to_the_run_that_made_its_model(models):
+    folder = sorted((models / "unlearned" / "recipe").iterdir())[0]
+    evaluate_run(models, folder, {"tofu/probability/forget": 0.5, "memorization/extraction_strength": None})
+    scores = {run.folder: run.scores for run in read_runs([models])}
+    assert scores[folder]["tofu/probability/forget"] == 0.5 and scores[folder]["unlearn_quality"] == 83.0
+    assert sum("tofu/probability/forget" in of_run for of_run in scores.values()) == 1
+    alone = read_runs([models / "evaluated"])
+    assert [run.folder for run in alone if not run.reference] == [folder], "the run itself is read, too"
+    (group,) = [group for group in grouped(read_runs([models])) if group.values("tofu/probability/forget")]
+    assert "0.50 (n=1)" in method_table([group])
+
+
+def test_answers_that_stay_likely_are_called_hidden(tmp_path):
+    hidden = make_run(tmp_path, 0, 92.0, 99.0)
+    evaluate_run(tmp_path, hidden, {"tofu/probability/forget": 0.45})
+    evaluate_run(tmp_path, hidden / "vanilla", {"tofu/probability/forget": 0.01}, "evaluated/vanilla")
+    words = summary(grouped(read_runs([tmp_path])))
+    assert words[-1].startswith("Hidden rather than removed") and "0.45 (0.01 in vanilla" in words[-1]
+
+
+def test_failed_unfinished_and_broken_runs_are_listed(models, tmp_path):
+    parent = models / "unlearned" / "recipe"
+    failed, killed, broken = (parent / name for name in ("seed-0+failed", "seed-0+killed", "seed-0+broken"))
+    failure_file(failed).parent.mkdir()
+    write_json(failure_file(failed), {"message": "method.temperature=0: must be positive <b>"})
+    (killed / "in_progress").mkdir(parents=True)
+    write_json(killed / "in_progress" / "run.json", {"config": config(0), "overwrite": False})
+    broken.mkdir()
+    (broken / "result.json").write_text("{")
+    status = {run.folder.name: run.status for run in read_runs([models]) if run.status != "done"}
+    assert status["seed-0+failed"] == "failed: method.temperature=0: must be positive <b>"
+    assert status["seed-0+killed"] == "unfinished"
+    assert "not readable as JSON" in status["seed-0+broken"]
+    page = write_reports(read_runs([models]), tmp_path / "report", "a sweep").read_text()
+    assert "must be positive &lt;b&gt;" in page and "positive <b>" not in page
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert (
+        "seed-0+failed: failed: method.temperature=0: must be positive \\<b\\>" in text
+        and "seed-0+killed: unfinished" in text
+    )
+
+
+def test_a_job_that_failed_after_an_older_result_is_failed(models):
+    folder = sorted((models / "unlearned" / "recipe").iterdir())[0]
+    failure_file(folder).parent.mkdir()
+    write_json(failure_file(folder), {"message": "out of memory"})
+    assert {run.folder: run.status for run in read_runs([models])}[folder] == "failed: out of memory"
+
+
+def test_runs_on_other_data_or_from_other_models_are_not_ranked(models):
+    other = make_run(models, 0, 99.0, 99.0, num_samples=50)
+    stored = json.loads((other / "result.json").read_text())
+    stored["config"] |= {"start": "another", "data": {**stored["config"]["data"], "path": "./data/other"}}
+    write_json(other / "result.json", stored)
+    runs = read_runs([models])
+    assert "different data" in differences(runs)[0] and "seed 0 started from different models" in differences(runs)[1]
+    groups = grouped(runs)
+    assert not any(group.on_front or group.best for group in groups) and recommended(groups) is None
+    assert summary(groups)[0].startswith("These runs cannot be ranked")
+
+
+def test_a_folder_without_runs_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        read_runs([tmp_path / "nothing"])
+    with pytest.raises(UserError, match="no run is in it"):
+        read_runs([tmp_path])
+
+
+# --- the files ---
+
+
+def data_of(page):
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_every_number_in_the_page_and_the_files_is_that_of_the_runs(models, capsys):
+    main([str(models), "--output", str(models / "out")])
+    printed = capsys.readouterr().out
+    data = data_of((models / "out" / "report.html").read_text())
+    stored = {path: json.loads((path / "result.json").read_text()) for path in (models / "unlearned/recipe").iterdir()}
+    for group in (group for group in data["groups"] if not group["reference"]):
+        runs = [
+            run["scores"]
+            for run in stored.values()
+            if all(run["config"]["method"][key.partition(".")[2]] == value for key, value in group["settings"].items())
+        ]
+        assert len(runs) == group["runs"] == 3
+        for score in ("unlearn_quality", "utility", "rougeL_recall/forget"):
+            values = [run[score] for run in runs]
+            assert group["stats"][score] == [statistics.fmean(values), pytest.approx(statistics.stdev(values)), 3]
+    assert len(data["curves"]) == 12
+    assert data["curves"][0]["values"]["collapse_loss"] == [2, 1, 0.666667, 0.5, 0.4]
+    assert data["curves"][0]["minutes"] == [0.1, 0.2, 0.3, 0.4, 0.5]
+    with (models / "out" / "results.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["reference"] == "False"]
+    by_setting = {
+        (
+            run["config"]["method"]["num_samples"],
+            run["config"]["method"]["lambda_unlearning"],
+            run["config"]["seed"],
+        ): run
+        for run in stored.values()
+    }
+    assert len(rows) == 12
+    for row in rows:
+        key = (int(row["method.num_samples"]), int(row["method.lambda_unlearning"]), int(row["seed"]))
+        assert float(row["unlearn_quality"]) == by_setting[key]["scores"]["unlearn_quality"]
+    line = "| PMC \\* | 1 | 5 | 3 | **89.2 ± 0.2** | 95.5 ± 0.5 | **0.11 ± 0.00** | 0.50 ± 0.00 |"
+    table = (models / "out" / "report.md").read_text()
+    assert line.replace("\\*", "*") in table and line.replace("\\*", "*") in printed
+    assert r"PMC & 1 & 5 & \textbf{89.2 $\pm$ 0.2} & 95.5 $\pm$ 0.5" in (models / "out" / "report.tex").read_text()
+
+
+def test_text_in_latex():
+    assert as_latex(r"a_b & 5% {x} \y ± ~^") == (
+        r"a\_b \& 5\% \{x\} \textbackslash{}y $\pm$ \textasciitilde{}\textasciicircum{}"
+    )
+
+
+def test_the_page_has_the_words_shared_with_the_truth(tmp_path):
+    make_run(tmp_path, 0, 90.0, 99.0, text="no true thing, answers")
+    rows = data_of(write_reports(read_runs([tmp_path]), tmp_path / "out", "one").read_text())["answers"]
+    # "new no true thing, answers": words are stemmed as ROUGE does
+    assert rows[0]["after_marks"] == [2, 4] and rows[0]["before_marks"] == [1, 3]
+
+
+# --- the page in a browser ---
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as engine:
+        chromium = engine.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def opened(browser, path, **options):
+    """The page, once all tables and plots are drawn; and the list that its errors are added to."""
+    page, problems = browser.new_page(**options), []
+    page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("dialog", lambda dialog: problems.append("a dialog"))
+    page.on("request", lambda request: problems.append(request.url) if request.url.startswith("http") else None)
+    page.goto(f"file://{path}")
+    page.locator("html[data-ready=true]").wait_for(state="attached", timeout=60000)
+    return page, problems
+
+
+@pytest.mark.slow
+def test_the_page_sorts_filters_and_draws(models, browser, tmp_path):
+    make_run(models, 0, 88.0, 99.5, text=BAD, lambda_unlearning=2, num_samples=10)
+    path = write_reports(read_runs([models]), tmp_path, f"Report {BAD}")
+    page, problems = opened(browser, path)
+    rows = page.locator("#settings-table tbody tr")
+    assert rows.count() == 7 and rows.nth(0).inner_text().startswith("vanilla")
+    header = page.locator(".dt-scroll-head th", has_text="unlearn quality").first
+    header.click()
+    header.click()
+    texts = [
+        float(text)
+        for text in page.locator("#settings-table tbody tr td:nth-child(5)").all_inner_texts()
+        if "±" not in text
+    ]
+    column = [text.split(" ")[0] for text in page.locator("#settings-table tbody tr td:nth-child(5)").all_inner_texts()]
+    assert [float(value) for value in column] == sorted(map(float, column), reverse=True) and texts == [88.0]
+    page.locator("#settings input[type=search]").fill("vanilla")
+    assert rows.count() == 1
+    for plot in ("scatter", "knob", "curve"):
+        assert page.locator(f"#{plot} .main-svg").count() > 0, plot
+    assert page.locator("#scatter .scatterlayer .trace").count() == 8, "six models, a setting, and the Pareto front"
+    page.locator("#knob-key").select_option("method.num_samples")
+    assert page.locator("#knob .scatterlayer .trace").count() == 2
+    # answers: filter by run and split, search; what is in the data is text
+    page.locator("#answers-run").select_option("PMC, lambda_unlearning=2, num_samples=10, seed 0")
+    first = page.locator("#answers-table tbody tr").first
+    assert BAD in first.inner_text().replace("\n", " ")
+    page.locator("#answers input[type=search]").fill("Question 2?")
+    assert page.locator("#answers-table tbody tr").count() == 1
+    assert page.locator("#picks-table tr").count() == 4
+    assert "0 (before)" in page.locator("#picks-table").inner_text()
+    page.locator("#theme").press("Enter")
+    assert page.locator("html.dark").count() == 1
+    assert page.evaluate("() => window.broken") is None
+    assert page.locator("img").count() == 0
+    assert problems == []
+    page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"color_scheme": "dark"}, {"viewport": {"width": 360, "height": 700}}])
+def test_the_page_of_one_run_opens_dark_and_narrow(browser, tmp_path, options):
+    make_run(tmp_path, 0, 90.0, 99.0)
+    page, problems = opened(browser, write_reports(read_runs([tmp_path]), tmp_path / "out", "one"), **options)
+    assert problems == []
+    wider = page.evaluate("() => document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    assert wider <= 0, "nothing is cut off at the right"
+    page.close()
+
+
+@pytest.mark.slow
+def test_two_hundred_runs_open_in_three_seconds(browser, tmp_path):
+    for number, seed in itertools.product(range(50), range(4)):
+        make_run(tmp_path, seed, 80 + number / 5 + seed / 3, 100 - number / 5, num_samples=number)
+    path = write_reports(read_runs([tmp_path]), tmp_path / "out", "two hundred")
+    assert path.stat().st_size < 4e6
+    milliseconds = []
+    for _ in range(3):  # the least: other programs may be running
+        page, problems = opened(browser, path)
+        assert problems == []
+        milliseconds.append(page.evaluate("() => Number(document.documentElement.dataset.milliseconds)"))
+        page.close()
+    assert min(milliseconds) < 3000
