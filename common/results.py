@@ -18,6 +18,7 @@ GENERATIONS = "generations.jsonl"  # one row per greedy answer
 SAMPLES = "samples.jsonl"  # one row per question with its sampled answers
 ROWS = "rows.jsonl"  # one row per score, with the values that the score is the mean of
 HISTORY = "history.jsonl"  # one row per epoch of training
+CARD = "README.md"  # the model card, if there are weights
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "hydra-core", "omegaconf", "rapidfuzz")
 
 

@@ -15,6 +15,7 @@ from common.prompts import PromptFormat, check_prompt_lengths
 from common.results import HISTORY, copy_result, result_of, stored_result, write_result
 from common.trainer import ExampleTrainer
 from evaluation.metrics.headline import load_questions, score_outputs
+from evaluation.model_card import write_model_card
 from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Scores
 
@@ -68,7 +69,7 @@ class Evaluator:
         self._write(folder, folder.name, self.evaluate(model))
 
     def finish(self, trainer: ExampleTrainer, folder: Path, stage: str) -> None:
-        """Evaluate the trained model; write weights, history and result to `folder`."""
+        """Evaluate the trained model; write weights, history, result and model card to `folder`."""
         scores = self.evaluate(trainer.model)
         if self.config.save_model:
             save_trained(trainer, folder, self.config.model, self.prompt_ids[:CHECKED_PROMPTS])
@@ -79,8 +80,11 @@ class Evaluator:
         scores.seconds = {**spent, stage: stage_seconds, "evaluation": evaluation_seconds}
         start = self.config.model.path and resolve_path(self.config.model.path)
         if start and Path(start).exists():  # a relative path: both folders can be moved together
-            start = os.path.relpath(start, folder.parent)
-        self._write(folder, stage, scores, start)
+            self._write(folder, stage, scores, os.path.relpath(start, folder.parent))
+        else:
+            self._write(folder, stage, scores, start)
+        if self.config.save_model:
+            write_model_card(folder, stage, start, self.config.models_dir)
 
     def _write(self, folder: Path, name: str, scores: Scores, started_from: str | None = None) -> None:
         write_result(folder, scores.as_result(), scores.row_files(), self.identity, started_from)
