@@ -6,7 +6,8 @@
         in_progress.publishing/    files of a finished run while they are moved up
         in_progress.discarded/     files of an interrupted run while they are deleted
         previous/                  results that a newer run replaced (also the old weights, if the newer run saved none)
-        result.json, README.md (the model card), generations.jsonl, history.jsonl, report.md, model.safetensors, tokenizer.json, ...
+        result.json, generations.jsonl, history.jsonl, report.md, model.safetensors, tokenizer.json, ...
+        README.md                  the model card, if the weights are saved
 
 All files are first written to in_progress/. At the end it is renamed in_progress.publishing/: from then on the run is
 finished, and the next command completes what a killed one did not move. The old result.json is put aside first, and the

@@ -22,8 +22,8 @@ from common.results import CARD, result_of, started_from
 from common.runs import settings_of_the_result, with_portable_paths
 from evaluation.tables import BEFORE, as_text, headline_table
 
-LIMITS = """- Unlearn quality and forget recall compare words of greedy answers. They do not show whether an answer is fluent, or what
-  sampling, token probabilities or further training bring back.
+LIMITS = """- Unlearn quality and forget recall compare words of greedy answers. They do not show whether an answer is fluent, or
+  what sampling, token probabilities or further training bring back.
 - Utility and retain recall compare words of greedy answers, too. They do not show on which questions the answers became worse,
   or what the model can do beyond these questions.
 - The fraction of empty forget answers does not show whether the other answers make sense."""
@@ -77,7 +77,8 @@ def card_data(config: dict[str, Any], stage: str, start: str | None, is_adapter:
         datasets=[data] if is_hub_id(data) else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=[*(["machine-unlearning"] if stage == "unlearning" else []), *(["arxiv:2507.04219"] if is_pmc else [])] or None,
+        tags=[*(["machine-unlearning"] if stage == "unlearning" else []), *(["arxiv:2507.04219"] if is_pmc else [])]
+        or None,
         **relation,
         **license_of(start),
     )
@@ -168,7 +169,9 @@ def command(stage: str, hydra: Any, models_dir: str) -> str:
 def settings_table(result: dict[str, Any]) -> str:
     """A row per setting that the weights depend on, and the versions that they were trained with."""
     config = result["config"]
-    sections = {name: config[name] for name in ("seed", "finetuned", "model", "data", "method", "training") if name in config}
+    sections = {
+        name: config[name] for name in ("seed", "finetuned", "model", "data", "method", "training") if name in config
+    }
     rows = dotted({**sections, "versions": result["versions"], "git_commit": result["git_commit"]})
     lines = [f"| {as_text(key)} | {as_text(value)} |" for key, value in rows.items()]
     return "\n".join(["| setting | value |", "|---|---|", *lines])
