@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import contextlib
 import importlib
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -84,7 +85,12 @@ class Pair:
     """
 
     def __init__(self, cfg: DictConfig):
-        configs = {name: read_chat(cfg, name) for name in ("before", "after")}
+        names = ("before", "after")
+        if missing := [name for name in names if OmegaConf.is_missing(cfg, name)]:
+            raise UserError(
+                f"{missing[0]}: missing; name a folder or a hub id, as in {missing[0]}=models/unlearned/..."
+            )
+        configs = {name: read_chat(cfg, name) for name in names}
         self.settings = ChatSettings(**configs["before"].sections)
         use_cuda_graphs(configs["before"].generation.cuda_graphs)
         self.models = {name: load(config, name) for name, config in configs.items()}
@@ -107,10 +113,8 @@ def read_chat(cfg: DictConfig, name: str) -> RunConfig:
     Args:
         name: the key that names the checkpoint, before or after.
     Raises:
-        UserError: if the key is missing, there is no such folder, or the configuration is invalid.
+        UserError: if there is no such folder, or the configuration is invalid.
     """
-    if OmegaConf.is_missing(cfg, name):
-        raise UserError(f"{name}: missing; name a folder or a hub id, as in {name}=models/unlearned/...")
     cfg, path = cfg.copy(), str(cfg[name])
     cfg.model.path = resolve_path(path)
     if looks_local(path) and not Path(cfg.model.path).exists():
@@ -205,7 +209,12 @@ def ask_in_browser(pair: Pair) -> None:
     """Serve a page with a field for the question, to this machine only, until Ctrl-C."""
     gradio = import_gradio()
     fonts = gradio.themes.Default(font=["sans-serif"], font_mono=["monospace"])  # the default ones come from a server
-    browser_page(pair).launch(server_name="127.0.0.1", share=False, footer_links=[], theme=fonts)
+    options = {"server_name": "127.0.0.1", "share": False, "footer_links": [], "theme": fonts}
+    page = browser_page(pair)
+    # Quiet, because gradio would print how to make the page public.
+    _, url, _ = page.launch(quiet=True, prevent_thread_lock=True, **options)
+    print(f"{url}  (Ctrl-C ends)", flush=True)
+    page.block_thread()
 
 
 def import_gradio() -> ModuleType:
@@ -216,6 +225,7 @@ def import_gradio() -> ModuleType:
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read while gradio is imported
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks its own server whether it has started
     try:
         return importlib.import_module("gradio")
     except ImportError as error:
@@ -234,7 +244,7 @@ def browser_page(pair: Pair) -> Any:
         return [text for found in replies.values() for text in (plain(found.answer), likelihood(found))]
 
     with gradio.Blocks(title="Before and after unlearning", analytics_enabled=False) as page:
-        question = gradio.Textbox(label="Question", max_length=10_000)
+        question = gradio.Textbox(label="Question")
         button = gradio.Button("Ask")
         boxes = []
         with gradio.Row():

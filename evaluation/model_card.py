@@ -22,8 +22,8 @@ from common.results import CARD, result_of, started_from
 from common.runs import settings_of_the_result, with_portable_paths
 from evaluation.tables import BEFORE, as_text, headline_table
 
-LIMITS = """- Unlearn quality and forget recall compare words of greedy answers. They do not show whether an answer is fluent, or
-  what sampling, token probabilities or further training bring back.
+LIMITS = """- Unlearn quality and forget recall compare words of greedy answers. They do not show whether an answer is fluent,
+  or what sampling, token probabilities or further training bring back.
 - Utility and retain recall compare words of greedy answers, too. They do not show on which questions the answers became worse,
   or what the model can do beyond these questions.
 - The fraction of empty forget answers does not show whether the other answers make sense."""
