@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from common.cli import check_recipe, job_errors, launch, quoted
 from common.config import RunConfig, fields_of, read_config, section
@@ -86,7 +86,7 @@ class Pair:
 
     def __init__(self, cfg: DictConfig):
         names = ("before", "after")
-        if missing := [name for name in names if OmegaConf.is_missing(cfg, name)]:
+        if missing := [name for name in names if name not in cfg]:
             raise UserError(
                 f"{missing[0]}: missing; name a folder or a hub id, as in {missing[0]}=models/unlearned/..."
             )

@@ -118,8 +118,10 @@ def license_of(start: str | None) -> dict[str, str]:
 
 
 def _cached(hub_id: str, name: str) -> Path | None:
-    found = try_to_load_from_cache(hub_id, name)
-    return Path(found) if isinstance(found, str) else None
+    with contextlib.suppress(ValueError):  # not a hub id, but a folder that is gone
+        found = try_to_load_from_cache(hub_id, name)
+        return Path(found) if isinstance(found, str) else None
+    return None
 
 
 def name_of_method(config: dict[str, Any], stage: str) -> str:
@@ -162,8 +164,8 @@ def command(stage: str, hydra: Any, models_dir: str) -> str:
         bare = word.removeprefix("++")
         key, equals, value = (bare if allow_new_key(bare) == word else word).partition("=")
         words.append(f"{key}{equals}{without_local_paths(with_portable_paths(value, models_dir))}")
-    line = shlex.join(["python", f"{stage}/main.py", *words])
-    return " ".join(without_secrets(line).split())
+    line = shlex.join(["python", f"{stage}/main.py", *without_secrets(words)])
+    return " ".join(line.split())  # on one line
 
 
 def settings_table(result: dict[str, Any]) -> str:

@@ -220,7 +220,11 @@ def described(file: str) -> list[tuple[str, str, str]]:
     if group == "method":
         schema = method_class(compose("unlearn", [f"method={choice}"])).Settings
     sections = {**SECTIONS, "benchmark": BenchmarkSettings}.items()
-    top_level = fields_of(StageConfig) | fields_of(ChatSettings) | {name: FieldInfo.from_annotation(kind) for name, kind in sections}
+    top_level = (
+        fields_of(StageConfig)
+        | fields_of(ChatSettings)
+        | {name: FieldInfo.from_annotation(kind) for name, kind in sections}
+    )
     found = []
     for key, comment in comments_of(CONFIGS / file).items():
         hint, field = schema, None
