@@ -10,7 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from common.errors import UserError
-from common.files import CONFIGS, ROOT
+from common.files import CONFIGS, ROOT, write_json
 from common.results import result_of
 from evaluation import chat
 from tests.helpers import ROWS
@@ -111,8 +111,6 @@ def test_what_is_refused(words, message, pair, tmp_path):
 
 
 def test_the_prompt_is_that_of_each_checkpoint_s_run(pair, tmp_path):
-    from common.files import write_json
-
     made = {"prompt": {"style": "plain", "question": "Q: {question} A:"}}
     data = {"path": "x/y", "splits": {"forget": "f"}, "columns": {"question": "q", "answer": "a"}}
     write_json(tmp_path / "after/result.json", {"config": {"model": made, "data": data, "evaluation": {"bf16": False}}})

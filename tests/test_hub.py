@@ -1,6 +1,7 @@
 """The push of a finished run: what is pushed, what is refused before training, and what a failed push leaves."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,8 +43,6 @@ class FakeHub:
     def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns):
         if self.error:
             raise self.error
-        from pathlib import Path
-
         self.files = {path.name: path.read_text() for path in Path(folder_path).iterdir()}
         self.calls.append(("upload", repo_id, "model*.safetensors" in delete_patterns))
 

@@ -74,6 +74,7 @@ def test_an_adapter_is_marked_and_says_what_loads_it(tmp_path):
 
 def test_what_is_not_known_is_left_out(tmp_path):
     config = result(data=str(tmp_path))["config"]
+    del config["method"]
     head = card_data(config, "finetuning", str(tmp_path), is_adapter=False).to_dict()
     assert head == {"library_name": "transformers", "pipeline_tag": "text-generation"}
 
