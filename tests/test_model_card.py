@@ -4,12 +4,14 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from gguf import GGUFWriter
 from huggingface_hub import ModelCard, metadata_load
 
 from common.files import CONFIGS, write_json
 from common.redaction import without_local_paths
 from evaluation.model_card import base_model_id, card_data, command, dotted, license_of, origins, write_model_card
 from evaluation.tables import as_text
+from scripts.convert_gguf import model_card
 from tests.helpers import TOKEN, run_stage
 
 SCORES = {
@@ -215,6 +217,20 @@ def test_paths_of_this_machine_are_masked(text, masked):
 
 def test_settings_are_dotted():
     assert dotted({"a": {"b": 1, "c": None}, "d": " x"}) == {"a.b": "1", "a.c": "null", "d": '" x"'}
+
+
+def test_the_card_of_a_converted_model_has_the_license_of_the_gguf_file(tmp_path):
+    for name, license in (("a_b.gguf", "apache-2.0"), ("none.gguf", None)):
+        writer = GGUFWriter(tmp_path / name, "llama")
+        if license:
+            writer.add_license(license)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    head = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    assert model_card(tmp_path / "a_b.gguf").data.to_dict() == {**head, "license": "apache-2.0"}
+    assert model_card(tmp_path / "none.gguf").data.to_dict() == head
+    assert str(tmp_path) not in model_card(tmp_path / "a_b.gguf").content
 
 
 # --- by the stages ---
