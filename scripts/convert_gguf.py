@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from common.cli import launch
 from common.config import ModelConfig, PromptConfig
-from common.files import write_text
+from common.files import resolve_path, write_text
 from common.model import load_model, load_tokenizer
 from common.results import CARD
 from evaluation.tables import as_text
@@ -34,7 +34,7 @@ def convert(folder: str, gguf_file: str, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    write_text(partial / CARD, str(model_card(Path(folder) / gguf_file)))
+    write_text(partial / CARD, str(model_card(Path(resolve_path(folder)) / gguf_file)))
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     print(f"{target}: {model.num_parameters() / 1e6:.0f} M parameters")
