@@ -190,6 +190,7 @@ PROGRAMS = {
     "comparison": "scripts/compare_methods.py",
     "benchmark": "benchmarks/step.py",
     "metrics": "evaluation/main.py",
+    "browser": "evaluation/chat.py",
     "method": "unlearning/main.py",
 }
 

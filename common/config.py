@@ -407,8 +407,8 @@ WITHOUT_EFFECT += " batch_eval_metrics bf16_full_eval fp16_full_eval"
 REFUSED |= dict.fromkeys(
     WITHOUT_EFFECT.split(), "it has no effect here; evaluation.every_epochs evaluates during training"
 )
-HUB = "push_to_hub hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
-REFUSED |= dict.fromkeys(HUB.split(), "upload the folder of the finished run instead: hf upload OWNER/NAME FOLDER")
+HUB = "hub_strategy hub_always_push hub_revision"
+REFUSED |= dict.fromkeys(HUB.split(), "only the finished run is pushed, once, to the main branch")
 
 
 def _installed(trackers: str | list[str]) -> str | list[str]:

@@ -26,6 +26,11 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~", "models/")) or path.count("/") != 1
 
 
+def is_hub_id(path: str | None) -> bool:
+    """Whether a path of weights or data is neither empty nor an existing or missing local folder."""
+    return bool(path) and not looks_local(path) and not Path(resolve_path(path)).exists()
+
+
 def is_first_process() -> bool:
     """Whether this process writes the files. False only in further processes of a launcher such as torchrun."""
     return os.environ.get("RANK", "0") == "0"

@@ -1,4 +1,7 @@
-"""Tokens, keys and passwords: refused on the command line, which Hydra logs and writes, and masked in a run's files."""
+"""Tokens, keys and passwords: refused on the command line, which Hydra logs and writes, and masked in a run's files.
+
+Paths of this machine are masked in files that are meant for others.
+"""
 
 import re
 from typing import Any
@@ -6,6 +9,9 @@ from typing import Any
 NAME = r"(?:\w*_)?(?:token|secret|password|api_key)"
 HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
 MASK = "***"
+# An absolute path of two parts or more, or one in a home folder: "/no_think" in a prompt is neither.
+LOCAL_PATH = re.compile(r"(?<![\w./*}\])-])(?:file://)?(?:~|/[^\s/\"'`,;:|<>(){}\[\]]+)/[^\s\"'`,;:|<>(){}\[\]]+")
+FOLDER = "FOLDER"
 
 
 def secret_in(word: str) -> str | None:
@@ -33,3 +39,19 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, list):
         return [without_secrets(item) for item in value]
     return HUB_TOKEN.sub(MASK, value) if isinstance(value, str) else value
+
+
+def without_local_paths(value: Any) -> Any:
+    """The value with `FOLDER` instead of absolute paths, at any depth.
+
+    >>> without_local_paths({"path": "/home/ann/My Data/tofu", "url": "https://a.b/c", "word": "model={path:/a/b,x:1}"})
+    {'path': 'FOLDER', 'url': 'https://a.b/c', 'word': 'model={path:FOLDER,x:1}'}
+    """
+    if isinstance(value, dict):
+        return {without_local_paths(key): without_local_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_local_paths(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    whole = re.match(r"(file://)?(~|/[^\s/]+)/", value) and "\n" not in value
+    return FOLDER if whole else LOCAL_PATH.sub(FOLDER, value)

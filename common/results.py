@@ -19,6 +19,7 @@ SAMPLES = "samples.jsonl"  # one row per question with its sampled answers
 ROWS = "rows.jsonl"  # one row per score, with the values that the score is the mean of
 HISTORY = "history.jsonl"  # one row per epoch of training
 PICKS = "picks.jsonl"  # one row each time that PMC selects another answer to a question
+CARD = "README.md"  # the model card, if there are weights
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "hydra-core", "omegaconf", "rapidfuzz")
 
 
@@ -69,6 +70,7 @@ def write_result(
     row_files: dict[str, list[dict]],
     identity: dict[str, Any],
     started_from: str | None = None,
+    command: str | None = None,
 ) -> None:
     """Write the files of single rows, then result.json. A folder with a result.json is therefore complete.
 
@@ -77,6 +79,7 @@ def write_result(
         row_files: file name -> rows of the file.
         identity: the run's configuration, from `common.runs.comparable_config`.
         started_from: the checkpoint that training started from: a hub id, or a path relative to the run's folder.
+        command: that made the result, from `common.command.this_command`.
     """
     if is_first_process():
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +93,7 @@ def write_result(
         "git_commit": git_commit(),
         "id": uuid.uuid4().hex,
         "started_from": started_from,
+        "command": command,
         "config": identity,
     }
     write_json(folder / RESULT, result)

@@ -7,6 +7,7 @@
         in_progress.discarded/     files of an interrupted run while they are deleted
         previous/                  results that a newer run replaced (also the old weights, if the newer run saved none)
         result.json, generations.jsonl, history.jsonl, report.md, model.safetensors, tokenizer.json, ...
+        README.md                  the model card, if the weights are saved
 
 All files are first written to in_progress/. At the end it is renamed in_progress.publishing/: from then on the run is
 finished, and the next command completes what a killed one did not move. The old result.json is put aside first, and the
@@ -35,11 +36,12 @@ from common.errors import FULL_DISK, UserError
 from common.files import ROOT, is_first_process, read_json, resolve_path, write_json
 from common.lock import LOCK, locked
 from common.redaction import without_secrets
-from common.results import PUBLISHING, RESULT, result_of
+from common.results import CARD, PUBLISHING, RESULT, result_of
 
 log = logging.getLogger(__name__)
 FIGURES = (
     RESULT,
+    CARD,
     "generations.jsonl",
     "rows.jsonl",
     "samples.jsonl",
@@ -53,6 +55,8 @@ WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.
 FAILURES = ".failed"  # beside the runs of a sweep: a file for each job that failed
 # Keys that do not influence the result. They are not part of a folder's name, and a change does not make a result stale.
 NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoints", "generation")
+# The same for keys of `training`: a finished run is pushed without training it again.
+PUSH_KEYS = ("push_to_hub", "hub_model_id", "hub_private_repo")
 
 
 def run_name(seed: int, overrides: list[str]) -> str:
@@ -61,12 +65,19 @@ def run_name(seed: int, overrides: list[str]) -> str:
     >>> run_name(0, ["method.num_samples=2", "seed=0", "overwrite=true"])
     'seed-0+method.num_samples-2'
     """
-    words = [override.lstrip("+~") for override in sorted(overrides)]
-    kept = [word for word in words if not re.match(rf"hydra|({'|'.join(NOT_PART_OF_THE_RUN)}|seed)([.=]|$)", word)]
+    words = [word.lstrip("+~") for word in sorted(settings_of_the_result(overrides))]
+    kept = [word for word in words if not re.match(r"seed([.=]|$)", word)]
     name = "+".join([f"seed-{seed}", *map(_as_file_name, kept)])
     if len(name) > 180:  # file systems allow 255 bytes
         name = f"{name[:160]}+{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return name
+
+
+def settings_of_the_result(overrides: list[str]) -> list[str]:
+    """The overrides that influence the result, the seed included."""
+    keys = [*NOT_PART_OF_THE_RUN, *(f"training.{key}" for key in PUSH_KEYS)]
+    ignored = re.compile(rf"[+~]*(hydra|({'|'.join(map(re.escape, keys))})([.=]|$))")
+    return [override for override in overrides if not ignored.match(override)]
 
 
 def _as_file_name(override: str) -> str:
@@ -115,6 +126,8 @@ def comparable_config(cfg: DictConfig, start_id: str | None = None) -> dict[str,
     """
     plain = OmegaConf.to_container(cfg, resolve=True)
     plain = {key: value for key, value in plain.items() if key not in NOT_PART_OF_THE_RUN}
+    if isinstance(plain.get("training"), dict):
+        plain["training"] = {key: value for key, value in plain["training"].items() if key not in PUSH_KEYS}
     if start_id is not None:
         plain["start"] = start_id
     return json.loads(json.dumps(without_secrets(with_portable_paths(plain, cfg.models_dir))))

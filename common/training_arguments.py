@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from common.config import RunConfig
 from common.errors import UserError, library_errors_as_user_error
 from common.hardware import has_fast_bf16
+from common.runs import PUSH_KEYS
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
     """
     values = dict(config.training)
     values.pop("num_epochs", None)  # the recipes set num_train_epochs to it
+    for key in PUSH_KEYS:  # the Trainer would push checkpoints; common/hub.py pushes the finished folder
+        values.pop(key, None)
     warmup_epochs = values.pop("warmup_epochs", None)
     if warmup_epochs:
         values.setdefault("warmup_steps", math.ceil(warmup_epochs * _steps_per_epoch(values, num_rows)))

@@ -9,12 +9,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from common.checkpoints import save_trained
+from common.command import this_command
 from common.config import RunConfig
 from common.files import resolve_path, write_json_lines
 from common.prompts import PromptFormat, check_prompt_lengths
 from common.results import copy_result, result_of, stored_result, write_result
 from common.trainer import ExampleTrainer
 from evaluation.metrics.headline import load_questions, score_outputs
+from evaluation.model_card import write_model_card
 from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Scores
 
@@ -68,7 +70,7 @@ class Evaluator:
         self._write(folder, folder.name, self.evaluate(model))
 
     def finish(self, trainer: ExampleTrainer, folder: Path, stage: str) -> None:
-        """Evaluate the trained model; write weights, history and result to `folder`."""
+        """Evaluate the trained model; write weights, history, result and model card to `folder`."""
         scores = self.evaluate(trainer.model)
         if self.config.save_model:
             save_trained(trainer, folder, self.config.model, self.prompt_ids[:CHECKED_PROMPTS])
@@ -79,11 +81,14 @@ class Evaluator:
         evaluation_seconds = spent.get("evaluation", 0.0) + scores.seconds["evaluation"]
         scores.seconds = {**spent, stage: stage_seconds, "evaluation": evaluation_seconds}
         start = self.config.model.path and resolve_path(self.config.model.path)
-        if start and Path(start).exists():  # a relative path: both folders can be moved together
-            start = os.path.relpath(start, folder.parent)
-        self._write(folder, stage, scores, start)
+        # a relative path: both folders can be moved together
+        recorded = os.path.relpath(start, folder.parent) if start and Path(start).exists() else start
+        command = this_command(stage, self.config.models_dir)
+        self._write(folder, stage, scores, started_from=recorded, command=command)
+        if self.config.save_model:
+            write_model_card(folder, stage, start)
 
-    def _write(self, folder: Path, name: str, scores: Scores, started_from: str | None = None) -> None:
-        write_result(folder, scores.as_result(), scores.row_files(), self.identity, started_from)
+    def _write(self, folder: Path, name: str, scores: Scores, **made_by: str | None) -> None:
+        write_result(folder, scores.as_result(), scores.row_files(), self.identity, **made_by)
         values = scores.values
         log.info("%s: unlearn quality %.1f, utility %.1f", name, values["unlearn_quality"], values["utility"])

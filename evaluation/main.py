@@ -23,6 +23,7 @@ import hydra
 from omegaconf import DictConfig
 
 from common.cli import check_recipe, job_errors, launch
+from common.command import this_command
 from common.errors import UserError
 from common.files import CONFIGS, is_first_process, looks_local, resolve_path, write_text
 from common.results import headline_scores, result_of, started_from, write_result
@@ -113,7 +114,8 @@ class Job:
         with run.locked(), use_words(self.config.data.words):
             if not run.is_done():
                 scores = measure_groups(self.context, self.groups)
-                write_result(run.open(), scores.as_result(), scores.row_files(), self.identity)
+                command = this_command("evaluation", self.config.models_dir)
+                write_result(run.open(), scores.as_result(), scores.row_files(), self.identity, command=command)
                 run.publish()
         return run.folder
 

@@ -19,9 +19,9 @@ from common.errors import UserError
 from common.files import read_json, read_json_lines, resolve_path
 from common.results import HISTORY, RESULT, evaluation_inputs, result_of
 from common.runs import FAILURES, failure_of
+from evaluation.tables import BEFORE
 
 log = logging.getLogger(__name__)
-BEFORE = ("vanilla", "finetuned")  # subfolders of an unlearning run with the results of earlier models
 # Keys that differ between seeds or say the same as another key.
 NOT_SETTINGS = ("seed", "start", "save_model", "model.made_by", "training.num_train_epochs")
 

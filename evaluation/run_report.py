@@ -9,10 +9,9 @@ from pathlib import Path
 from common.files import read_json_lines, write_text
 from common.results import GENERATIONS, HISTORY, result_of
 from evaluation.plots import plot_quality_over_time, quality_over_time
-from evaluation.tables import as_text, headline_table
+from evaluation.tables import BEFORE, as_text, headline_table
 
 EXAMPLES = 5
-BEFORE = ("vanilla", "finetuned")
 
 
 def write_report(folder: Path, method: str) -> None:

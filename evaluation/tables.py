@@ -24,6 +24,8 @@ COLUMNS = {
     "minutes": ("minutes", 2),
 }
 
+BEFORE = ("vanilla", "finetuned")  # subfolders of a run with the results of the models before it
+
 
 def as_text(text: str) -> str:
     """Text that is not ours as a single line of Markdown that shows it as it is; to be used within a line or a table cell.

@@ -22,6 +22,7 @@ from common.cli import check_recipe, job_errors, launch, replace_mapping
 from common.config import RunConfig, read_config
 from common.data import load_rows, load_split
 from common.files import CONFIGS
+from common.hub import check_push, push_if_wanted
 from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
 from common.prompts import PromptFormat, check_prompt_lengths
@@ -42,11 +43,13 @@ def finetune(cfg: DictConfig) -> Path:
         UserError: for an error in the configuration, the data or the model; before training starts.
     """
     config = read_config(cfg)
+    check_push(cfg, config)
     use_cuda_graphs(config.generation.cuda_graphs)
     run = training_run("finetuned", cfg, config)
     with run.locked(), use_words(config.data.words):
         if not run.is_done():
             train(run, config)
+        push_if_wanted(run.folder, config)
     return run.folder
 
 

@@ -1,4 +1,4 @@
-"""Convert a GGUF file to a safetensors checkpoint: dequantized weights, tokenizer and generation config.
+"""Convert a GGUF file to a safetensors checkpoint: dequantized weights, tokenizer, generation config and model card.
 
 python scripts/convert_gguf.py FOLDER FILE.gguf models/base/NAME
 """
@@ -14,9 +14,15 @@ if __name__ == "__main__":
 import argparse
 import shutil
 
+from gguf import GGUFReader
+from huggingface_hub import ModelCard, ModelCardData
+
 from common.cli import launch
 from common.config import ModelConfig, PromptConfig
+from common.files import resolve_path, write_text
 from common.model import load_model, load_tokenizer
+from common.results import CARD
+from evaluation.tables import as_text
 
 
 def convert(folder: str, gguf_file: str, target: Path) -> None:
@@ -28,9 +34,27 @@ def convert(folder: str, gguf_file: str, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    write_text(partial / CARD, str(model_card(Path(resolve_path(folder)) / gguf_file)))
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     print(f"{target}: {model.num_parameters() / 1e6:.0f} M parameters")
+
+
+def model_card(gguf_file: Path) -> ModelCard:
+    """The card of the converted model, with the license that the GGUF file names, if it does."""
+    fields = GGUFReader(gguf_file).fields
+    named = {key: fields.get(f"general.{key.replace('_', '.')}") for key in ("license", "license_name", "license_link")}
+    head = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        **{key: str(found.contents()) for key, found in named.items() if found},
+    )
+    text = (
+        f"# {as_text(gguf_file.name)}, dequantized\n\nThe weights are those of the GGUF file, as float32 safetensors. "
+        "Quantization lost precision that this does not bring back.\n\n    from transformers import AutoModelForCausalLM\n\n"
+        '    model = AutoModelForCausalLM.from_pretrained(".")  # this folder\n'
+    )
+    return ModelCard(f"---\n{head.to_yaml()}\n---\n\n{text}")
 
 
 def main() -> None:

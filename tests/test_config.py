@@ -25,6 +25,7 @@ from common.config import (
 )
 from common.errors import UserError
 from common.files import CONFIGS, ROOT
+from evaluation.chat import ChatSettings, read_chat
 from evaluation.inputs import SECTIONS, fill_from_run, read_evaluation
 from evaluation.metrics.registry import METRIC_GROUPS
 from unlearning.main import method_class
@@ -53,9 +54,10 @@ def configs(monkeypatch):
 
 def composed(recipe: str, *overrides: str) -> DictConfig:
     """The recipe as its stage sees it."""
-    if not recipe.startswith("evaluate"):
+    if not recipe.startswith(("evaluate", "chat")):
         return compose(recipe, list(overrides))
-    cfg = compose(recipe, ["model.path=models/some/run", *overrides])
+    named = ["before=some/hub-id", "after=some/hub-id"] if recipe == "chat" else ["model.path=models/some/run"]
+    cfg = compose(recipe, [*named, *overrides])
     fill_from_run(cfg, MADE_BY)
     return cfg
 
@@ -64,6 +66,8 @@ def read(recipe: str, *overrides: str) -> RunConfig:
     cfg = composed(recipe, *overrides)
     if "method" in cfg:
         return read_config(cfg, method_class(cfg).Settings, also=("finetuned", "benchmark"))
+    if recipe == "chat":
+        return read_chat(cfg, "before")
     return read_evaluation(cfg) if recipe.startswith("evaluate") else read_config(cfg)
 
 
@@ -184,6 +188,7 @@ COMMENTED = [
     "finetune.yaml",
     "unlearn.yaml",
     "evaluate.yaml",
+    "chat.yaml",
     "run.yaml",
     *(f"{group}/{choice}.yaml" for group, choice in CHOICES),
 ]
@@ -215,7 +220,11 @@ def described(file: str) -> list[tuple[str, str, str]]:
     if group == "method":
         schema = method_class(compose("unlearn", [f"method={choice}"])).Settings
     sections = {**SECTIONS, "benchmark": BenchmarkSettings}.items()
-    top_level = fields_of(StageConfig) | {name: FieldInfo.from_annotation(kind) for name, kind in sections}
+    top_level = (
+        fields_of(StageConfig)
+        | fields_of(ChatSettings)
+        | {name: FieldInfo.from_annotation(kind) for name, kind in sections}
+    )
     found = []
     for key, comment in comments_of(CONFIGS / file).items():
         hint, field = schema, None

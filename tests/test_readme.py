@@ -49,6 +49,8 @@ def test_command_composes(command, monkeypatch):
     script = next(place for place, word in enumerate(words) if word.endswith(".py"))
     assert (ROOT / words[script]).is_file()
     recipe = next((word.removeprefix("-cn=") for word in words if word.startswith("-cn=")), None)
+    if words[script] == "evaluation/chat.py":
+        recipe = recipe or "chat"
     if recipe is None:  # the scripts without a configuration
         assert words[script] in ("scripts/plot_curves.py", "scripts/convert_gguf.py", "scripts/make_embedded_data.py")
         return
@@ -129,7 +131,7 @@ def test_the_file_tree_names_every_module():
 
 
 def test_every_recipe_is_in_the_table():
-    stages = {"finetune", "unlearn", "evaluate", "run", "benchmark", "pretrain-tiny"}
+    stages = {"finetune", "unlearn", "evaluate", "chat", "run", "benchmark", "pretrain-tiny"}
     recipes = {path.stem for path in CONFIGS.glob("*.yaml")} - stages
     recipes |= {
         f"{folder}/{path.stem}"

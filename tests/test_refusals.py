@@ -22,7 +22,7 @@ from scripts.compare_methods import ComparisonSettings
 from unlearning.main import method_class
 
 MESSAGES = (UserError, HydraException, OmegaConfBaseException)  # `launch` prints these without a traceback
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "run")
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ("run", "chat"))
 COMPARISONS = sorted(f"compare/{path.stem}" for path in CONFIGS.glob("compare/*.yaml"))
 ROWS = 30
 
@@ -77,7 +77,8 @@ def check(cfg: DictConfig, arguments: bool) -> None:
         ("training.eval_strategy=epoch", "training.eval_strategy: it has no effect here"),
         ("training.batch_eval_metrics=true", "training.batch_eval_metrics: it has no effect here"),
         ("training.fsdp=full_shard", "training.fsdp: needs several processes"),
-        ("training.push_to_hub=true", "training.push_to_hub: upload the folder of the finished run"),
+        ("training.hub_strategy=every_save", "training.hub_strategy: only the finished run is pushed"),
+        ("training.push_to_hub=maybe", "training.push_to_hub=maybe: expected bool"),
         ("training.ignore_data_skip=true", "training.ignore_data_skip: a continued run would repeat rows"),
         ("training.fp16=true", "training.fp16=true: needs an NVIDIA GPU"),
         ("training.dataloader_num_workers=-1", "training.dataloader_num_workers=-1: expected int, at least 0"),

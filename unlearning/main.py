@@ -29,6 +29,7 @@ from common.config import RunConfig, read_config
 from common.data import load_splits
 from common.errors import UserError, reason
 from common.files import CONFIGS, is_first_process
+from common.hub import check_push, push_if_wanted
 from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
 from common.prompts import PromptFormat, check_prompt_lengths
@@ -54,11 +55,13 @@ def unlearn(cfg: DictConfig) -> Path:
     config = read_config(cfg, method.Settings, also=("finetuned",))
     use_cuda_graphs(config.generation.cuda_graphs)
     config = replace(config, model=start_checkpoint(config, str(cfg.finetuned)))
+    check_push(cfg, config)
     run = training_run("unlearned", cfg, config)
     with run.locked(), use_words(config.data.words):
         if not run.is_done():
             train(run, method, config)
         show_report(run.folder)
+        push_if_wanted(run.folder, config)
     return run.folder
 
 
