@@ -55,6 +55,7 @@ COLUMNS = {
     "forget recall": ("rougeL_recall/forget", 2),
     "P(true answer)": ("tofu/probability/forget", 2),
     "extraction strength": ("memorization/extraction_strength", 2),
+    "UDS": ("depth/uds", 2),
     "perplexity of forget answers": ("fluency/perplexity", 1),
     "distinct-2": ("fluency/distinct_2", 2),
     "empty": ("forget_answers_empty", 2),
