@@ -67,7 +67,7 @@ METRIC_GROUPS = {
     "fluency": MetricGroup(fluency.measure, ["forget"]),
     "depth": MetricGroup(depth.measure, ["forget"]),
     "quantization": MetricGroup(quantization.measure, headline.ROLES, quantization.Quantization),
-    "relearning": MetricGroup(relearning.measure, ["forget"], relearning.Relearning),
+    "relearning": MetricGroup(relearning.measure, ["forget", "retain"], relearning.Relearning),
 }
 PRESETS = {
     "full": [
