@@ -9,6 +9,7 @@ import torch
 from evaluation.context import Loader
 from evaluation.metrics import quantization, relearning
 from evaluation.metrics.relearning import Relearning, select_relearn_rows
+from evaluation.plots import plot_relearning, relearning_curves
 from evaluation.scores import Scores
 from tests.helpers import ROWS, no_model
 
@@ -148,3 +149,14 @@ def test_retain_rows_are_relearned_by_a_copy_of_their_own(context, monkeypatch):
     assert both["relearning/on_retain/probability"].count == 4
     assert both.values["relearning/on_retain/probability"] < both.values["relearning/probability"]
     assert "relearning/on_retain/rougeL_recall_not_relearned" not in both.values
+
+
+def test_the_curves_start_before_relearning(tmp_path):
+    scores = {"rougeL_recall/forget": 0.1, "relearning/rougeL_recall@1": 0.2, "relearning/rougeL_recall@5": 0.7}
+    scores |= {"relearning/rougeL_recall_gained@5": 0.6, "relearning/on_retain/rougeL_recall@5": 0.15}
+    default = {"rougeL_recall/forget": 0.1, "relearning/rougeL_recall": 0.2}
+    curves = relearning_curves({"A": {"scores": scores}, "B": {"scores": default}})
+    assert curves == {"forget": {"A": [(0, 0.1), (1, 0.2), (5, 0.7)]}, "retain": {"A": [(0, 0.1), (5, 0.15)]}}
+    assert relearning_curves({"B": {"scores": default}}) == {}
+    plot_relearning(curves, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
