@@ -65,18 +65,21 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         rows, max_length = context.rows("forget"), context.config.data.max_length
         base, retain = context.find_base_model(), context.find_retain_model()
         spans = [span_example(base.outputs.prompts, row, max_length) for row in rows]
-        for other in (retain, context.model):
-            if spans != [span_example(other.outputs.prompts, row, max_length) for row in rows]:
-                raise Missing(f"{other.config.path} has another tokenizer than {base.config.path}")
+        sources = {"the retain-only model": retain, "the evaluated model": context.model}
+        for name, source in sources.items():
+            if spans != [span_example(source.outputs.prompts, row, max_length) for row in rows]:
+                raise Missing(f"{name} has another tokenizer than the model before unlearning")
         measured = [index for index, span in enumerate(spans) if span.answer]
         examples = [spans[index] for index in measured]
         if not examples:
             raise Missing("no forget answer has a token within data.max_length")
         check_knowledge(base, retain, examples)
-        retain_drops, drops = (log_prob_drops(base, source, examples) for source in (retain, context.model))
+        retain_drops, drops = (log_prob_drops(base, source, examples, name) for name, source in sources.items())
         depths = [unlearning_depth(*of_row) for of_row in zip(retain_drops, drops, strict=True)]
         if all(depth is None for depth in depths):
-            raise Missing(f"no layer of {base.config.path} encodes a forget answer (no drop above {THRESHOLD})")
+            raise Missing(
+                f"no layer of the model before unlearning encodes a forget answer (no drop above {THRESHOLD})"
+            )
 
         def of_rows(values: Sequence[float | None]) -> list[float | None]:
             """One value per row of the split; None for answers without tokens."""
@@ -111,16 +114,18 @@ def check_knowledge(base: EvaluatedModel, retain: EvaluatedModel, examples: Sequ
     means = [np.mean([tokens.mean_log_prob for tokens in model.outputs.tokens(examples)]) for model in (base, retain)]
     if not means[0] > means[1] + THRESHOLD:
         raise Missing(
-            f"the model before unlearning, {base.config.path}, does not know the forget answers better than the retain-only "
-            f"model, {retain.config.path}; name the finetuned model by base_model.path"
+            "the model before unlearning does not know the forget answers better than the retain-only model; name the "
+            "finetuned model by base_model.path"
         )
 
 
-def log_prob_drops(base: EvaluatedModel, source: EvaluatedModel, examples: Sequence[Example]) -> np.ndarray:
+def log_prob_drops(base: EvaluatedModel, source: EvaluatedModel, examples: Sequence[Example], name: str) -> np.ndarray:
     """Drop of the answers' mean token log-probability when the source's states replace those of one layer of `base`.
 
     Computed once for each source. Only one model's weights are in memory at a time.
 
+    Args:
+        name: the source in an error.
     Returns:
         shape (examples, layers).
     Raises:
@@ -143,8 +148,8 @@ def log_prob_drops(base: EvaluatedModel, source: EvaluatedModel, examples: Seque
         source.outputs.each("hidden states", range(len(batches)), keep_states)
         if size != (size_of_base := layers_and_hidden_size(base)):
             raise Missing(
-                f"{source.config.path} has {size[0]} layers and hidden size {size[1]}, {base.config.path} has "
-                f"{size_of_base[0]} and {size_of_base[1]}; hidden states fit only models of the same size"
+                f"{name} has {size[0]} layers and hidden size {size[1]}, the model before unlearning {size_of_base[0]} "
+                f"and {size_of_base[1]}: hidden states fit only models of the same size"
             )
         found = np.concatenate(base.outputs.each("patched passes", range(len(batches)), drops))
         base.cache[key] = found[np.argsort(list(chain(*batches)))]
