@@ -143,6 +143,7 @@ class Columns(TypedDict):
     paraphrased_question: NotRequired[str]
     paraphrased_answer: NotRequired[str]
     perturbed_answer: NotRequired[str]
+    entity: NotRequired[str]
 
 
 class Splits(TypedDict, total=False):

@@ -27,7 +27,10 @@ class HubError(UserError):
 
 @dataclass(frozen=True)
 class Row:
-    """A question with its answer. `index` is its position in the split and identifies it, as questions may repeat."""
+    """A question with its answer. `index` is its position in the split and identifies it, as questions may repeat.
+
+    `entity` is the part of the answer that holds the knowledge.
+    """
 
     index: int
     question: str
@@ -35,6 +38,7 @@ class Row:
     paraphrased_question: str | None = None
     paraphrased_answer: str | None = None
     perturbed_answer: tuple[str, ...] = ()
+    entity: str | None = None
 
 
 def load_split(data: DataConfig, role: str) -> list[Row]:
@@ -177,5 +181,7 @@ def _to_row(index: int, record: dict, where: str, columns: dict[str, str]) -> Ro
             raise UserError(f"{where}: {columns[field]} is empty or not text: {value!r}")
         if any(SURROGATE.search(text) for text in texts):
             raise UserError(f"{where}: {columns[field]} has half of a surrogate pair, which is not text: {value!r}")
+    if (entity := values.get("entity", "")) not in values["answer"]:
+        raise UserError(f"{where}: {columns['entity']} is no part of the answer: {entity!r} (data.columns.entity)")
     values["perturbed_answer"] = tuple(values.get("perturbed_answer", ()))
     return Row(index=index, **values)

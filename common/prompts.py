@@ -62,8 +62,27 @@ class PromptFormat:
 
     def answer(self, answer: str) -> list[int]:
         """Token ids of an answer, including the EOS token."""
-        text = self.config.answer.replace("{answer}", answer) if self.config.style == "plain" else answer
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_token_id]
+        return [*self.tokenizer(self._answer_text(answer), add_special_tokens=False)["input_ids"], self.eos_token_id]
+
+    def entity_tokens(self, row: Row) -> tuple[int, int]:
+        """The first token of the row's answer that has a character of its entity, and the first token after these.
+
+        An entity that the answer has several times counts where it is first.
+
+        Raises:
+            UserError: if the tokenizer does not know which characters a token stands for.
+        """
+        if not self.tokenizer.is_fast:
+            raise UserError("data.columns.entity: the tokenizer cannot tell the characters of a token; leave it out")
+        before = self.config.answer.index("{answer}") if self.config.style == "plain" else 0
+        text, first = self._answer_text(row.answer), before + row.answer.index(row.entity)
+        last = first + len(row.entity)
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        inside = [token for token, (start, end) in enumerate(offsets) if start < last and end > first]
+        return inside[0], inside[-1] + 1
+
+    def _answer_text(self, answer: str) -> str:
+        return self.config.answer.replace("{answer}", answer) if self.config.style == "plain" else answer
 
     def example(self, row: Row, max_length: int) -> Example:
         """The row as an example of at most `max_length` tokens. A longer answer is truncated and has no EOS token.

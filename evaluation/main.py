@@ -32,6 +32,7 @@ from common.runs import RunFolder, comparable_config, run_folder, with_portable_
 from evaluation.context import EvaluationContext, Loader
 from evaluation.inputs import fill_from_run, named_models, overrides_for, read_evaluation
 from evaluation.metrics.registry import check_inputs, chosen_groups, measure_groups
+from evaluation.plots import plot_relearning, relearning_curves
 from evaluation.report import report_sweep
 from evaluation.tables import headline_table, score_table
 from generation.cuda_graphs import use_cuda_graphs
@@ -57,10 +58,14 @@ def evaluate(cfg: DictConfig) -> dict[str, Path]:
 
 
 def show_report(folder: Path, folders: dict[str, Path], table: Callable[[dict[str, dict]], str]) -> None:
-    """Write a table of the models' scores to report.md, and print it."""
-    shown = table({name: result_of(of_model) for name, of_model in folders.items()})
+    """Write a table of the models' scores to report.md, and print it. If there are relearning curves, they are drawn."""
+    results = {name: result_of(of_model) for name, of_model in folders.items()}
+    shown, picture = table(results), ""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "report.md", f"# Evaluation\n\n{shown}\n")
+    if curves := relearning_curves(results):
+        plot_relearning(curves, folder / "relearning.png")
+        picture = "\n![Forget recall after relearning](relearning.png)\n"
+    write_text(folder / "report.md", f"# Evaluation\n\n{shown}\n{picture}")
     print(f"{shown}\n")
     for name, of_model in folders.items():
         print(f"Result of {name}: {of_model / 'result.json'}")

@@ -149,11 +149,15 @@ class ModelOutputs:
             )
         return _in_order(list(chain(*batches)), list(chain(*of_batches)))
 
-    def each(self, kind: str, examples: Sequence[Example], output: Callable[[PreTrainedModel, Example], T]) -> list[T]:
-        """Another output for each example, computed one at a time and not cached; `kind` is its key in `seconds`."""
+    def each(self, kind: str, items: Sequence[K], output: Callable[[PreTrainedModel, K], T]) -> list[T]:
+        """Another output for each item, such as an example or the number of a batch, computed one at a time and not cached.
+
+        Args:
+            kind: its key in `seconds`.
+        """
         model = self.load()
         with self._timed(kind), suitable_threads(model):
-            return _distributed(examples, lambda own: [output(model, example) for example in own])
+            return _distributed(items, lambda own: [output(model, item) for item in own])
 
     def _cached(self, kind: str, cache: dict[K, T], keys: list[K], compute: Callable[[list[K]], list[T]]) -> list[T]:
         """The value of each key; values that are not in the cache are computed and added."""

@@ -1,5 +1,6 @@
-"""The common style of all plots, and the plot in an unlearning run's report."""
+"""The common style of all plots, the plot in an unlearning run's report, and that of relearning."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,4 +55,31 @@ def plot_quality_over_time(curve: list[tuple[float, float, float]], path: Path) 
         axes.annotate(f"{label} {values[-1]:.1f}", (times[-1], values[-1]), (8, 1.5 * up), **style)
     axes.set(xlabel=f"{unit} of unlearning (sampling and training)", ylabel="percent, higher is better", ylim=(0, 102))
     axes.set_xlim(0, times[-1] * 1.32)
+    figure.savefig(path)
+
+
+def relearning_curves(results: dict[str, dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """What was relearned from ("forget" or "retain" rows) -> model -> points (epochs, forget recall), from 0 epochs on.
+
+    Args:
+        results: name of a model -> its result.json. Those that were not measured after several numbers of epochs are left out.
+    """
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for model, result in results.items():
+        for name, recall in result["scores"].items():
+            if found := re.fullmatch(r"relearning/(?:on_(\w+)/)?rougeL_recall@(\d+)", name):
+                of_models = curves.setdefault(found[1] or "forget", {})
+                before = (0, result["scores"]["rougeL_recall/forget"])
+                of_models.setdefault(model, [before]).append((int(found[2]), recall))
+    return curves
+
+
+def plot_relearning(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
+    """Draw the curves of `relearning_curves` as a PNG: a panel per kind of rows, a line per model."""
+    figure, panels = new_figure(4.5 * len(curves) + 1.5, 3.5, panels=len(curves))
+    for axes, (rows, of_models) in zip(panels, curves.items(), strict=True):
+        for model, points in of_models.items():
+            axes.plot(*zip(*sorted(points), strict=True), marker=".", label=model)
+        axes.set(xlabel=f"epochs on {rows} rows", ylabel="forget recall", ylim=(0, 1.02))
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)

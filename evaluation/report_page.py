@@ -31,6 +31,8 @@ MEANINGS = {
     "retain recall": "The same for the questions to keep.",
     "P(true answer)": "Geometric mean of the token probabilities of true forget answers. Near a retain-only model's: removed.",
     "extraction strength": "Fraction of a true forget answer that its own beginning brings out.",
+    "UDS": "Unlearning depth score: how much of the forget answers is erased from the hidden states; 0: nothing, 1: as in a "
+    "model that never saw them.",
     "forget quality": "p-value of the test that truth ratios are those of a retain-only model; above 0.05: not told apart.",
     "loss AUC": "How well the loss tells forget rows from rows never seen; 0.5: not at all.",
     "privleak": "The same relative to a retain-only model, percent; 0 is ideal, on both sides of it something leaks.",

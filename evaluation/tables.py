@@ -13,6 +13,7 @@ COLUMNS = {
     "retain recall": ("rougeL_recall/retain", 2),
     "P(true answer)": ("tofu/probability/forget", 2),
     "extraction strength": ("memorization/extraction_strength", 2),
+    "UDS": ("depth/uds", 2),
     "forget quality": ("tofu/forget_quality", 3),
     "loss AUC": ("privacy/auc/loss", 2),
     "privleak": ("privacy/privleak", 1),

@@ -111,7 +111,7 @@ def context(model, tokenizer, tmp_path):
         tokenizer.save_pretrained(tmp_path / name)
     splits = {"forget": write_rows(tmp_path, "gone", ROWS[:4]), "retain": write_rows(tmp_path, "kept", ROWS[4:])}
     sections = {
-        "relearning": Relearning(num_epochs=40, learning_rate=1e-2, batch_size=2),
+        "relearning": Relearning(num_epochs=[40], learning_rate=1e-2, batch_size=2),
         "quantization": Quantization(),
     }
     config = RunConfig(

@@ -152,6 +152,16 @@ def test_bad_perturbed_answers_are_refused(folder, value):
     assert "bad.json, line 1: perturbed_answer" in error_of(config(folder, columns, train="bad"), "train")
 
 
+def test_an_entity_is_a_part_of_the_answer(folder):
+    columns = {**COLUMNS, "entity": "gt_entity"}
+    write_split(folder, "spans", {"question": "q?", "answer": "In Oslo.", "gt_entity": "Oslo"}, *qa("b", 1))
+    rows = load_split(config(folder, columns, train="spans"), "train")
+    assert [row.entity for row in rows] == ["Oslo", None]
+    write_split(folder, "bad", {"question": "q?", "answer": "In Oslo.", "gt_entity": "Bergen"})
+    message = error_of(config(folder, columns, train="bad"), "train")
+    assert "bad.json, line 1: gt_entity is no part of the answer: 'Bergen' (data.columns.entity)" in message
+
+
 def test_load_splits_reports_every_problem_at_once(folder):
     write_split(folder, "broken", "{")
     with pytest.raises(UserError) as caught:

@@ -3,11 +3,13 @@
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from fnmatch import fnmatch
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from common.files import ROOT, write_json_lines
@@ -209,9 +211,20 @@ def test_a_broken_model_is_named_before_the_others_are_measured(models_dir, chec
         evaluate_here(models_dir, f"models=[{checkpoints['vanilla']},{tmp_path}/broken]")
 
 
+def average(one, other, folder):
+    """A checkpoint with the mean of the weights of two, for scores that compare three models."""
+    shutil.copytree(one, folder, symlinks=True)
+    weights, others = (load_file(of_model / "model.safetensors") for of_model in (one, other))
+    mean = {name: (weight + others[name]) / 2 for name, weight in weights.items()}
+    save_file(mean, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def test_two_processes_find_what_one_finds(models_dir, checkpoints, tmp_path):
     settings = ["metrics=full", "sampling.num_samples=2", "quantization.bits=[4]", "relearning.batch_size=10"]
-    settings += [f"model.path={checkpoints['finetuned']}", f"retain_model.path={checkpoints['vanilla']}"]
+    between = average(checkpoints["finetuned"], checkpoints["vanilla"], tmp_path / "between")
+    settings += [f"model.path={between}", f"retain_model.path={checkpoints['vanilla']}"]
+    settings += [f"base_model.path={checkpoints['finetuned']}"]
     # Uneven numbers of rows, so that the processes' shares differ.
     rows = {"retain": 21, "retain_perturbed": 9, "real_authors": 11, "world_facts": 15, "holdout": 13}
     names = {"real_authors": "real_authors_perturbed", "world_facts": "world_facts_perturbed"}
@@ -225,6 +238,7 @@ def test_two_processes_find_what_one_finds(models_dir, checkpoints, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
     one, two = (read(tmp_path / processes / "result.json") for processes in "12")
+    assert 0.01 < one["scores"]["depth/uds"] < 0.99
     assert one["counts"]["rougeL_recall/retain"] == 21 and one["scores"]["tofu/forget_quality"] is not None
     assert one["scores"] == pytest.approx(two["scores"], rel=1e-4, abs=1e-5)
     for key in ("counts", "left_out", "higher_is_better", "notes"):

@@ -9,6 +9,7 @@ import torch
 from evaluation.context import Loader
 from evaluation.metrics import quantization, relearning
 from evaluation.metrics.relearning import Relearning, select_relearn_rows
+from evaluation.plots import plot_relearning, relearning_curves
 from evaluation.scores import Scores
 from tests.helpers import ROWS, no_model
 
@@ -45,7 +46,7 @@ def test_relearning_teaches_the_copy(context):
     recalls = relearning.recalls(context.outputs, ROWS[:4])
     gained = scores.values["relearning/rougeL_recall"] - sum(recalls) / 4
     assert scores.values["relearning/rougeL_recall_gained"] == pytest.approx(gained)
-    retain = context.find_retain_model().cache["relearning"]["recall"]
+    retain = context.find_retain_model().cache["relearning on forget"][40]["recall"]
     beyond = scores.values["relearning/rougeL_recall"] - sum(retain) / 4
     assert scores.values["relearning/rougeL_recall_beyond_retain_model"] == pytest.approx(beyond)
     assert scores.values["relearning/rougeL_recall"] > sum(recalls) / 4 and sum(retain) > 0
@@ -55,7 +56,12 @@ def test_relearning_teaches_a_bfloat16_model_as_well(context):
     before = [parameter.clone() for parameter in context.outputs.load().parameters()]
     context.config.sections["relearning"] = Relearning(batch_size=2)
     context.model.config = replace(context.model.config, dtype="bfloat16")
-    after = relearning.relearn(context, context.model, context.rows("forget")).load().parameters()
+    after = []
+
+    def keep(_epoch, copy):
+        after.extend(parameter.clone() for parameter in copy.load().parameters())
+
+    relearning.relearn(context, context.model, context.rows("forget"), keep)
     assert all((one != other).float().mean() > 0.5 for one, other in zip(before, after, strict=True))
 
 
@@ -86,3 +92,71 @@ def test_a_fraction_is_taught_and_the_others_are_scored_by_themselves(context):
         and select_relearn_rows(ROWS, 1.0, 0) == ROWS
     )
     assert len(select_relearn_rows(ROWS, 0.01, 0)) == 1
+
+
+def weights_after(context, *num_epochs):
+    """The weights of the relearned copy after each number of epochs."""
+    context.config.sections["relearning"] = Relearning(num_epochs=list(num_epochs), learning_rate=1e-2, batch_size=2)
+    found = {}
+
+    def keep(epoch, copy):
+        found[epoch] = [parameter.clone() for parameter in copy.load().parameters()]
+
+    relearning.relearn(context, context.model, context.rows("forget"), keep)
+    return found
+
+
+def test_a_measurement_does_not_depend_on_the_epochs_that_follow(context):
+    one, other = weights_after(context, 1, 2), weights_after(context, 1, 2, 4)
+    assert list(one) == [1, 2] and list(other) == [1, 2, 4]
+    for epoch in one:
+        assert all(torch.equal(*pair) for pair in zip(one[epoch], other[epoch], strict=True))
+    assert not all(torch.equal(*pair) for pair in zip(other[2], other[4], strict=True))
+    decaying = weights_after(context, 2)[2]
+    assert not all(torch.equal(*pair) for pair in zip(one[2], decaying, strict=True))
+
+
+def test_each_number_of_epochs_has_its_scores(context):
+    context.config.sections["relearning"] = Relearning(num_epochs=[1, 20], learning_rate=1e-2, batch_size=2)
+    scores = Scores()
+    relearning.measure(context, scores)
+    names = ("rougeL_recall", "probability", "rougeL_recall_gained", "rougeL_recall_beyond_retain_model")
+    assert list(scores.by_name) == [f"relearning/{name}@{epochs}" for epochs in (1, 20) for name in names]
+    assert scores.values["relearning/probability@20"] > 1.5 * scores.values["relearning/probability@1"]
+    assert scores.rows["relearning/probability@1"]["values"] != scores.rows["relearning/probability@20"]["values"]
+
+
+def test_retain_rows_are_relearned_by_a_copy_of_their_own(context, monkeypatch):
+    """As many as forget rows, and the forget rows are measured."""
+    trained_on, real = [], relearning.relearn
+
+    def relearn(context, model, relearn_rows, measure_epoch):
+        trained_on.append(relearn_rows)
+        return real(context, model, relearn_rows, measure_epoch)
+
+    monkeypatch.setattr(relearning, "relearn", relearn)
+    context.find_retain_model = no_model
+    both, alone = Scores(), Scores()
+    for rows, scores in ((["forget", "retain"], both), (["forget"], alone)):
+        settings = Relearning(num_epochs=[5], learning_rate=1e-2, batch_size=2, rows=rows, fraction=0.5)
+        context.config.sections["relearning"] = settings
+        relearning.measure(context, scores)
+        context.model.cache.clear()
+    of_forget, of_retain, again = trained_on
+    assert of_forget == again and len(of_retain) == 2
+    assert {row.question for row in of_retain} < {row.question for row in ROWS[4:]}
+    assert alone.values.items() <= both.values.items()
+    assert both["relearning/on_retain/probability"].count == 4
+    assert both.values["relearning/on_retain/probability"] < both.values["relearning/probability"]
+    assert "relearning/on_retain/rougeL_recall_not_relearned" not in both.values
+
+
+def test_the_curves_start_before_relearning(tmp_path):
+    scores = {"rougeL_recall/forget": 0.1, "relearning/rougeL_recall@1": 0.2, "relearning/rougeL_recall@5": 0.7}
+    scores |= {"relearning/rougeL_recall_gained@5": 0.6, "relearning/on_retain/rougeL_recall@5": 0.15}
+    default = {"rougeL_recall/forget": 0.1, "relearning/rougeL_recall": 0.2}
+    curves = relearning_curves({"A": {"scores": scores}, "B": {"scores": default}})
+    assert curves == {"forget": {"A": [(0, 0.1), (1, 0.2), (5, 0.7)]}, "retain": {"A": [(0, 0.1), (5, 0.15)]}}
+    assert relearning_curves({"B": {"scores": default}}) == {}
+    plot_relearning(curves, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -16,6 +16,7 @@ from common.data import check_apart, load_split, load_splits
 from common.errors import UserError, did_you_mean
 from evaluation.context import EvaluationContext
 from evaluation.metrics import (
+    depth,
     fluency,
     headline,
     lm_eval_harness,
@@ -64,8 +65,9 @@ METRIC_GROUPS = {
     "privacy": MetricGroup(privacy.measure, privacy.SPLITS, privacy.Privacy),
     "side_effects": MetricGroup(side_effects.measure, ["unrelated"]),
     "fluency": MetricGroup(fluency.measure, ["forget"]),
+    "depth": MetricGroup(depth.measure, ["forget"]),
     "quantization": MetricGroup(quantization.measure, headline.ROLES, quantization.Quantization),
-    "relearning": MetricGroup(relearning.measure, ["forget"], relearning.Relearning),
+    "relearning": MetricGroup(relearning.measure, ["forget", "retain"], relearning.Relearning),
 }
 PRESETS = {
     "full": [
