@@ -1,6 +1,7 @@
 """Evaluate checkpoints: measure how much of the forget set they still reproduce, and how well they answer the rest.
 
     python evaluation/main.py -cd=configs -cn=evaluate model.path=models/unlearned/PMC-unlearn-tiny/seed-0
+    python evaluation/main.py -cd=configs -cn=evaluate model=phi data=tofu model.path=microsoft/phi-1_5
     python evaluation/main.py -cd=configs -cn=evaluate metrics=full "models=[models/finetuned/tiny/seed-0,FOLDER]"
 
 The folder models/evaluated/<recipe>/<seed and overrides>/ of each model gets result.json, generations.jsonl, samples.jsonl,

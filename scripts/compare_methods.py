@@ -1,6 +1,7 @@
 """Compare unlearning methods on one model and data set, over several seeds, with one command.
 
     python scripts/compare_methods.py -cn=compare/tiny
+    python scripts/compare_methods.py -cn=compare/tiny "comparison.seeds=[0]"
     python scripts/compare_methods.py -cn=compare/smollm2-cpu data.path=FOLDER
 
 1. For each seed, the stages in `comparison.before` run first. Then every method runs: unlearning, then evaluation. All run
