@@ -1,6 +1,8 @@
 """The optimizer step: its loss and gradient are exact, whatever the micro-batches, and every parameter is trained."""
 
+import itertools
 import math
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -225,3 +227,18 @@ def test_a_saved_model_answers_as_the_trained_one(model, tokenizer, prompts, tmp
     monkeypatch.setattr("common.checkpoints.load_model", lambda *_, **__: loaded)  # as if the training had been lost
     with pytest.raises(UserError, match="the saved model does not answer as the trained one does"):
         save_trained(trainer, tmp_path / "lost", config, ids)
+
+
+def test_an_epochs_line_says_how_far_the_run_is_and_the_time_left(model, prompts, tmp_path, monkeypatch, caplog):
+    clock = itertools.count(step=10.0)
+    monkeypatch.setattr("common.trainer.time.perf_counter", lambda: next(clock))
+    trainer = unlearning_trainer(model, prompts, tmp_path, 4, 1, max_steps=-1, num_train_epochs=3)
+    trainer.evaluate_model, trainer.evaluate_every = lambda _: {"utility": 50.0}, 2
+    caplog.set_level("INFO")
+    trainer.train()
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("epoch ")]
+    assert [line.partition("  ")[0] for line in lines] == ["epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3"]
+    assert ["utility 50" in line for line in lines] == [False, True, False]
+    left = [line.rpartition("time left ")[2] for line in lines]
+    assert re.fullmatch(r"0[12]:\d\d", left[0])
+    assert left[2] == "00:00"
