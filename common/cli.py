@@ -11,6 +11,7 @@ from pathlib import Path
 
 import transformers
 from dotenv import load_dotenv
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -203,6 +204,25 @@ def replace_mapping(cfg: DictConfig, key: str) -> None:
     for override in map(parser.parse_override, HydraConfig.get().overrides.task):
         if override.key_or_group == key and isinstance(override.value(), dict):
             OmegaConf.update(cfg, key, override.value(), merge=False, force_add=True)
+
+
+def recipe_config(recipe: str, *overrides: str) -> DictConfig:
+    """The configuration that a stage's command composes, for calling the stage from Python, as docs/quickstart.ipynb does.
+
+    The run's folder is that of the command. `prepare_process` is called first.
+
+    Raises:
+        UserError: for a secret.
+        HydraException: for a recipe or an override that Hydra refuses.
+    """
+    prepare_process()
+    check_words(list(overrides))
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        cfg = compose(recipe, list(map(allow_new_key, overrides)), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)  # names the run's folder
+    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    replace_mapping(cfg, "model.new.settings")
+    return cfg
 
 
 def check_recipe(cfg: DictConfig, program: str) -> None:
