@@ -1,6 +1,7 @@
 """Time an optimizer step of PMC, and the evaluation's greedy answers: a baseline and the optimized code, interleaved.
 
     python benchmarks/step.py -cn=benchmark/tiny
+    python benchmarks/step.py -cn=benchmark/tiny-run
     python benchmarks/step.py -cn=benchmark/smollm2 training.bf16=false benchmark.steps=2
 
 1. Two processes load the same weights (random ones, or a run's), one for each trainer; each measures its own peak memory.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import transformers
 from dotenv import load_dotenv
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -21,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.errors import UserError, did_you_mean, full_disk_as_user_error
 from common.files import CONFIGS, ROOT, SURROGATE
 from common.hardware import settle_processes
+from common.recipes import deciding_key, program_of, recipe_folders, recipes_of
 from common.redaction import secret_in
 from common.sweeps import Sweep, current_sweep
 
@@ -60,11 +62,15 @@ def launch(
         after_sweep: called at the end of a sweep, also when jobs failed or Ctrl-C stopped it.
     """
     prepare_process()
+    module = sys.modules[main.__module__]
+    program = Path(module.__file__).resolve().relative_to(ROOT).as_posix()
     # Makes Hydra raise its errors. By default it prints them and exits.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         settle_processes(one_process)
         check_words(sys.argv[1:])
+        if {"--help", "-h"} & set(sys.argv):  # Hydra adds the configuration
+            print(program_help(program, module.__doc__), flush=True)
         sys.argv[1:] = [allow_new_key(word) for word in sys.argv[1:]]
         try:
             main()
@@ -72,15 +78,27 @@ def launch(
             if after_sweep and (sweep := current_sweep()):
                 after_sweep(sweep)
     except Exception as error:
-        if (message := user_message(error)) is None:
+        if (message := user_message(error, program)) is None:
             raise
         sys.exit(message)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def user_message(error: Exception) -> str | None:
-    """What is printed for an error that the user can fix; None for any other."""
+def program_help(program: str, description: str) -> str:
+    """What --help shows before the configuration: the script's docstring and the program's recipes."""
+    recipes = recipes_of(program, recipe_folders(sys.argv[1:]))
+    width = max(map(len, recipes), default=0)
+    lines = [f"  {name:{width}}  {text}" for name, text in recipes.items()]
+    return "\n".join([description, "Recipes (-cn=NAME):", "", *lines, ""])
+
+
+def user_message(error: Exception, program: str = "") -> str | None:
+    """What is printed for an error that the user can fix; None for any other.
+
+    Args:
+        program: path of the running script in the repository. Only its recipes are suggested.
+    """
     if isinstance(error, UserError):
         return f"\nError: {error}"
     if isinstance(error, OmegaConfBaseException):  # for instance of an interpolation
@@ -88,9 +106,7 @@ def user_message(error: Exception) -> str | None:
     if isinstance(error, PermissionError):
         return f"\nError: {error.filename}: {error.strerror}; change its permissions, or name another file or folder"
     if isinstance(error, MissingConfigException):
-        files = [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("benchmark/*.yaml"), *CONFIGS.glob("compare/*.yaml")]
-        recipes = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in files)
-        return f"\nError: {error}\nRecipes in {CONFIGS}: {', '.join(recipes)}"
+        return f"\nError: {_explain_missing(error, program)}"
     if isinstance(error, OverrideParseException):
         return f"\nError: {_explain_syntax(error)}"
     return f"\nError: {_explain_override(str(error))}" if isinstance(error, HydraException) else None
@@ -142,6 +158,19 @@ def quoted(key: str, value: str) -> str:
     return f'{key}="{escaped}"'
 
 
+def _explain_missing(error: MissingConfigException, program: str) -> str:
+    """The recipe, or the file that it inherits, that does not exist, with those that do."""
+    missing = str(error.missing_cfg_file)
+    if str(error).startswith("Cannot find primary config"):
+        recipes = recipes_of(program, recipe_folders(sys.argv[1:]))
+        return (
+            f"-cn={missing}: no such recipe{did_you_mean(missing, recipes)}\nRecipes of {program}: {', '.join(recipes)}"
+        )
+    options = list(error.options or [])
+    expected = f"\nExpected one of {', '.join(options)}" if options else ""
+    return f"{str(error).splitlines()[0]}{did_you_mean(missing.rpartition('/')[2], options)}{expected}"
+
+
 def _explain_syntax(error: OverrideParseException) -> str:
     """The override that Hydra's parser refused, with the quoting that it accepts."""
     typed = error.override.removeprefix("++")
@@ -185,14 +214,23 @@ def replace_mapping(cfg: DictConfig, key: str) -> None:
             OmegaConf.update(cfg, key, override.value(), merge=False, force_add=True)
 
 
-# A recipe with one of these keys belongs to this program; the first that fits counts. All others are for finetuning.
-PROGRAMS = {
-    "comparison": "scripts/compare_methods.py",
-    "benchmark": "benchmarks/step.py",
-    "metrics": "evaluation/main.py",
-    "browser": "evaluation/chat.py",
-    "method": "unlearning/main.py",
-}
+def recipe_config(recipe: str, *overrides: str) -> DictConfig:
+    """The configuration that a stage's command composes, for calling the stage from Python, as docs/quickstart.ipynb does.
+
+    The run's folder is that of the command. `prepare_process` is called first.
+
+    Raises:
+        UserError: for a secret.
+        HydraException: for a recipe or an override that Hydra refuses.
+    """
+    prepare_process()
+    check_words(list(overrides))
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        cfg = compose(recipe, list(map(allow_new_key, overrides)), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)  # names the run's folder
+    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    replace_mapping(cfg, "model.new.settings")
+    return cfg
 
 
 def check_recipe(cfg: DictConfig, program: str) -> None:
@@ -201,9 +239,8 @@ def check_recipe(cfg: DictConfig, program: str) -> None:
     Raises:
         UserError: names the program that the recipe belongs to.
     """
-    key = next((key for key in PROGRAMS if key in cfg), None)
-    belongs_to = PROGRAMS.get(key, "finetuning/main.py")
-    if belongs_to != program:
+    if (belongs_to := program_of(cfg)) != program:
+        key = deciding_key(cfg)
         name = HydraConfig.get().job.config_name
         why = f"it has the key {key}" if key else "it has neither the key method nor the key metrics"
         raise UserError(f"recipe {name} does not belong to {program}: {why}; use {belongs_to}")

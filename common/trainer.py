@@ -4,6 +4,7 @@ An `Example` (a prompt with its answer) is padded to the longest of its batch. T
 of the whole optimizer step, so splitting a step into micro-batches does not change the gradient.
 """
 
+import contextlib
 import logging
 import math
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -70,7 +73,9 @@ class ResumableTrainer(Trainer):
         self.add_callback(EpochRecords(self))
 
     def train(self, *args, **kwargs):
-        with suitable_threads(self.model):
+        # On a terminal, lines of the log go above the progress bar.
+        redirect = contextlib.nullcontext() if self.args.disable_tqdm else logging_redirect_tqdm()
+        with suitable_threads(self.model), redirect:
             return super().train(*args, **kwargs)
 
     # --- one optimizer step ---
@@ -245,6 +250,9 @@ class EpochRecords(TrainerCallback):
     def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started, self.first_step = time.perf_counter(), state.global_step
+
     def on_step_end(self, args, state, control, **kwargs):
         elapsed = time.perf_counter() - self.trainer.step_started
         self.trainer.seconds["training"] += elapsed
@@ -257,17 +265,23 @@ class EpochRecords(TrainerCallback):
         record = trainer.epoch_record(int(trainer.epoch_sums["steps"]))
         record["seconds_training"] = trainer.epoch_sum("seconds_training") / trainer.args.world_size
         trainer.epoch_sums = {}
-        log_record(epoch, record)
         if trainer.evaluate_model and epoch % trainer.evaluate_every == 0:
             started = time.perf_counter()
             scores = trainer.evaluate_model(trainer.model)
             trainer.seconds["evaluation"] = trainer.seconds.get("evaluation", 0.0) + time.perf_counter() - started
-            log_record(epoch, scores)
             record |= scores
+        log.info(
+            "epoch %d of %d  %s  time left %s", epoch, trainer.state.num_train_epochs, text_of(record), self.time_left()
+        )
         trainer.history.append({"epoch": epoch, **record})
         trainer.log(record)
 
+    def time_left(self) -> str:
+        """[hours:]minutes:seconds until the last step, if the steps take as long as those since the start or resumption."""
+        state = self.trainer.state
+        seconds = (time.perf_counter() - self.started) / (state.global_step - self.first_step)
+        return tqdm.format_interval(seconds * (state.max_steps - state.global_step))
 
-def log_record(epoch: int, values: dict[str, float]) -> None:
-    text = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
-    log.info("epoch %d  %s", epoch, text)
+
+def text_of(record: dict[str, float]) -> str:
+    return "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in record.items())

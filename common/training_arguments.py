@@ -53,6 +53,7 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
     if values.get("data_seed") is None:
         values["data_seed"] = config.seed
     values["disable_tqdm"] = values.get("disable_tqdm") or not sys.stderr.isatty()
+    values.setdefault("project", "partial-model-collapse")  # of trackio; as WANDB_PROJECT in environment.env
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
     with library_errors_as_user_error("training"):
         args = TrainingArguments(output_dir=str(output_dir), seed=config.seed, remove_unused_columns=False, **values)

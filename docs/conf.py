@@ -12,8 +12,9 @@ write_pages(HERE / "_generated")
 
 project = "Partial Model Collapse"
 copyright = "the authors of this repository, MIT license"
-extensions = ["myst_parser", "sphinx_copybutton"]
-source_suffix = {".md": "markdown"}
+extensions = ["myst_nb", "sphinx_copybutton"]
+source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
+nb_execution_mode = "off"  # the notebook has its outputs
 exclude_patterns = ["_build", "_generated"]  # generated pages are included by others
 myst_heading_anchors = 4
 html_theme = "furo"

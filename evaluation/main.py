@@ -1,6 +1,7 @@
 """Evaluate checkpoints: measure how much of the forget set they still reproduce, and how well they answer the rest.
 
     python evaluation/main.py -cd=configs -cn=evaluate model.path=models/unlearned/PMC-unlearn-tiny/seed-0
+    python evaluation/main.py -cd=configs -cn=evaluate model=phi data=tofu model.path=microsoft/phi-1_5
     python evaluation/main.py -cd=configs -cn=evaluate metrics=full "models=[models/finetuned/tiny/seed-0,FOLDER]"
 
 The folder models/evaluated/<recipe>/<seed and overrides>/ of each model gets result.json, generations.jsonl, samples.jsonl,
@@ -17,6 +18,7 @@ if __name__ == "__main__":
     import common.interrupts  # noqa: F401
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 import hydra
@@ -37,6 +39,8 @@ from evaluation.report import report_sweep
 from evaluation.tables import headline_table, score_table
 from generation.cuda_graphs import use_cuda_graphs
 
+log = logging.getLogger(__name__)
+
 
 def evaluate(cfg: DictConfig) -> dict[str, Path]:
     """Evaluate every model of the command; returns name -> folder of the result.
@@ -49,7 +53,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Path]:
     jobs = {name: Job(cfg, path, loader) for name, path in named_models(cfg).items()}
     if len(words := {job.config.data.words for job in jobs.values()}) > 1:
         raise UserError(f"data.words: the models were made with {' and '.join(sorted(words))}; give one of them")
-    folders = {name: job.run() for name, job in jobs.items()}
+    folders = {}
+    for number, (name, job) in enumerate(jobs.items(), 1):
+        log.info("model %d of %d: %s", number, len(jobs), name)
+        folders[name] = job.run()
     if is_first_process():
         job = next(iter(jobs.values()))
         table = headline_table if job.groups == ["headline"] else score_table

@@ -1,6 +1,8 @@
 """Finetune a model on questions and answers, including those that unlearning will remove.
 
     python finetuning/main.py -cd=configs -cn=tiny
+    python finetuning/main.py -cd=configs -cn=phi seed=1 training.num_epochs=3
+    python finetuning/main.py -cd=configs -cn=llama3 "model.lora={r:16,alpha:32}"
 
 Writes to models/finetuned/<recipe>/<seed and overrides>/: the checkpoint, result.json, generations.jsonl, history.jsonl,
 and in vanilla/ the results of the model before training.

@@ -1,6 +1,7 @@
 """Compare unlearning methods on one model and data set, over several seeds, with one command.
 
     python scripts/compare_methods.py -cn=compare/tiny
+    python scripts/compare_methods.py -cn=compare/tiny "comparison.seeds=[0]"
     python scripts/compare_methods.py -cn=compare/smollm2-cpu data.path=FOLDER
 
 1. For each seed, the stages in `comparison.before` run first. Then every method runs: unlearning, then evaluation. All run
@@ -28,6 +29,7 @@ import math
 import shlex
 import statistics
 import subprocess
+import time
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -35,6 +37,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from pydantic import Field, field_validator
+from tqdm.auto import tqdm
 
 from common.cli import check_recipe, check_words, job_errors, launch, quoted
 from common.config import read_section, section
@@ -61,6 +64,13 @@ class ComparisonSettings:
     """Name in the table -> arguments of unlearning/main.py."""
     metrics: Annotated[list[str], Field(min_length=1)]
     """Metric groups of evaluation/main.py."""
+
+    def commands_per_seed(self) -> int:
+        """The number of commands; each method has one of unlearning and one of evaluation."""
+        return len(self.before) + 2 * len(self.methods)
+
+    def commands(self) -> int:
+        return len(self.seeds) * self.commands_per_seed()
 
     @field_validator("seeds")
     @classmethod
@@ -121,18 +131,32 @@ class Runs:
 
     Attributes:
         shared: overrides for the commands of every method.
+        total: number of commands to run; less when some are skipped after a failure.
+        finished: number of commands that were run.
         failed: commands that failed -> their messages.
     """
 
     shared: list[str]
+    total: int
+    finished: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    def progress(self) -> str:
+        """The number of the next command, and the time left if the others take as long as those before it."""
+        text = f"command {self.finished + 1} of {self.total}"
+        if not self.finished:
+            return text
+        mean = (time.perf_counter() - self.started) / self.finished
+        return f"{text}, time left {tqdm.format_interval(mean * (self.total - self.finished))}"
 
     def run(self, stage: str, *words: str) -> bool:
         """Run the command of a stage; returns whether it succeeded."""
         command = [sys.executable, f"{stage}/main.py", "-cd=configs", *words]
         shown = shlex.join(["python", *command[1:]])
-        log.info("%s", shown)
+        log.info("%s: %s", self.progress(), shown)
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.finished += 1
         if done.returncode != 0:
             self.failed[shown] = message_of(done)
             log.error("failed:\n%s", "\n".join(done.stdout.splitlines()[-12:]))
@@ -142,6 +166,7 @@ class Runs:
         """Unlearn and evaluate; returns the scores and the minutes of unlearning, or None if a command failed."""
         of_run = [*words, f"seed={seed}", *self.shared, quoted("output_dir", str(folder))]
         if not self.run("unlearning", *of_run):
+            self.total -= 1  # its evaluation is skipped
             return None
         measured = folder / "evaluation"
         places = [quoted("model.path", str(folder)), quoted("output_dir", str(measured))]
@@ -207,7 +232,7 @@ def compare(cfg: DictConfig) -> Path:
     shared = [word for word in hydra_config.overrides.task if not word.lstrip("+~").startswith(own)]
     reshaping = [word for word in shared if word.lstrip("+~").startswith(("model.", "data."))]
     shaping = reshaping + [word for word in shared if word.startswith("models_dir=")]
-    runs = Runs(shared)
+    runs = Runs(shared, settings.commands())
     folder = Path(cfg.models_dir) / "comparisons" / Path(hydra_config.job.config_name).name
     with locked(folder):
         return report(run_all(settings, runs, reshaping, shaping, folder), settings, runs.failed, folder)
@@ -229,7 +254,9 @@ def run_all(
         if reshaping and before:
             before[-1].append(quoted("output_dir", f"{folder}/before/seed-{seed}"))
             start = [quoted("++finetuned", f"{folder}/before/seed-{seed}")]
+        last = runs.finished + settings.commands_per_seed()
         if not all(runs.run(stage, *words, f"seed={seed}", *shaping) for stage, *words in before):
+            runs.total -= last - runs.finished  # the rest of this seed is skipped
             continue
         for name, words in settings.methods.items():
             scores = runs.method([*shlex.split(words), *start], seed, folder / name / f"seed-{seed}", settings.metrics)

@@ -1,5 +1,7 @@
 """The process around a run: environment and tokens, errors of the command line, mistyped overrides."""
 
+import ast
+import importlib
 import os
 import shlex
 import signal
@@ -9,16 +11,18 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 
 from common import cli
-from common.cli import allow_new_key, check_words, job_errors, launch, prepare_process, replace_mapping
+from common.cli import allow_new_key, check_words, job_errors, launch, prepare_process, program_help, replace_mapping
 from common.errors import Interrupted, UserError
-from common.files import ROOT
+from common.files import CONFIGS, ROOT
+from common.recipes import PROGRAMS, program_of, recipes_of
 from common.redaction import without_secrets
-from tests.helpers import TOKEN
+from tests.helpers import TOKEN, run_stage
 
 # --- environment --------------------------------------------------------------------------------------------------------
 
@@ -89,10 +93,11 @@ def exit_of(monkeypatch):
     monkeypatch.setattr(cli, "prepare_process", lambda: None)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
 
-    def launched(error: BaseException):
+    def launched(error: BaseException, module: str = __name__):
         def main():
             raise error
 
+        main.__module__ = importlib.import_module(module).__name__
         with pytest.raises(SystemExit) as caught:
             launch(main)
         return caught.value.code
@@ -104,10 +109,88 @@ def test_a_users_error_is_printed_without_a_traceback(exit_of):
     assert exit_of(UserError("model.path=x: no such folder")) == "\nError: model.path=x: no such folder"
 
 
-def test_a_missing_recipe_lists_the_recipes(exit_of):
-    message = exit_of(MissingConfigException("Cannot find primary config 'tinny'"))
-    assert "Cannot find primary config 'tinny'" in message
-    assert "PMC-unlearn-tiny" in message
+def no_recipe(name: str) -> MissingConfigException:
+    return MissingConfigException(f"Cannot find primary config '{name}'. Check ...", missing_cfg_file=name)
+
+
+def test_a_mistyped_recipe_is_explained_with_those_of_the_stage_alone(exit_of, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["unlearning/main.py", "-cn=PMC-unlern-tiny"])
+    message = exit_of(no_recipe("PMC-unlern-tiny"), "unlearning.main")
+    first, second = message.strip().splitlines()
+    assert first == "Error: -cn=PMC-unlern-tiny: no such recipe; did you mean 'PMC-unlearn-tiny'?"
+    assert second.startswith("Recipes of unlearning/main.py: ")
+    names = second.partition(": ")[2].split(", ")
+    assert {"PMC-unlearn-tiny", "unlearn-phi"} <= set(names)
+    assert not {"tiny", "run", "evaluate", "benchmark/tiny", "compare/tiny", "data/tiny"} & set(names)
+
+
+@pytest.mark.parametrize("words", [["-cd={}"], ["--config-dir", "{}"], ["-cp={}"]])
+def test_a_mistyped_recipe_of_a_users_folder_is_suggested(exit_of, monkeypatch, tmp_path, words):
+    (tmp_path / "mine.yaml").write_text("defaults:\n  - /PMC-unlearn-tiny\n  - _self_\n")
+    (tmp_path / "own.yaml").write_text("defaults:\n  - run\n  - override /method@method: npo\n")
+    for name in ("run", "PMC-unlearn-tiny"):  # with -cp, the user's folder is the only one
+        (tmp_path / f"{name}.yaml").write_text("defaults: [run]\nmethod: {}\n")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    monkeypatch.setattr("sys.argv", ["main.py", *(word.format(tmp_path) for word in words), "-cn=minne"])
+    message = exit_of(no_recipe("minne"), "unlearning.main")
+    assert "did you mean 'mine'?" in message
+    assert message.count("mine") == 2
+    assert "own" in message
+    assert "broken" not in message
+
+
+def test_a_mistyped_file_of_a_group_is_explained_with_the_files_of_the_group(exit_of):
+    with pytest.raises(MissingConfigException) as caught, initialize_config_dir(str(CONFIGS), version_base=None):
+        compose("unlearn-tiny", overrides=["method=npoo"])
+    message = exit_of(caught.value, "unlearning.main").strip().splitlines()
+    assert message[0].endswith("Could not find 'method/npoo'; did you mean 'npo'?")
+    assert message[1].startswith("Expected one of altpo, ")
+    assert len(message) == 2
+
+
+PROGRAM_PATHS = ["finetuning/main.py", *PROGRAMS.values()]
+
+
+@pytest.mark.parametrize("program", PROGRAM_PATHS)
+def test_recipes_belong_to_the_program_that_takes_them_composed(program, monkeypatch):
+    monkeypatch.setenv("PMC_ROOT", str(ROOT))
+    recipes = recipes_of(program)
+    assert recipes
+    for name, description in recipes.items():
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            assert program_of(compose(name)) == program
+        assert description[0].isupper()
+        assert "python" not in description
+
+
+def test_every_file_but_the_shared_ones_is_a_recipe_of_one_program():
+    found = [name for program in PROGRAM_PATHS for name in recipes_of(program)]
+    files = [*CONFIGS.glob("*.yaml"), *CONFIGS.glob("benchmark/*.yaml"), *CONFIGS.glob("compare/*.yaml")]
+    names = [path.relative_to(CONFIGS).with_suffix("").as_posix() for path in files]
+    assert sorted(found) == sorted(set(names) - {"run", "benchmark/default"})
+
+
+@pytest.mark.parametrize("program", PROGRAM_PATHS)
+def test_help_says_what_the_program_does_with_commands_and_recipes(program):
+    docstring = ast.get_docstring(ast.parse((ROOT / program).read_text(encoding="utf-8")))
+    assert docstring.count(f"\n    python {program} ") == 3
+    text = program_help(program, docstring)
+    assert text.startswith(docstring)
+    assert [name for name in recipes_of(program) if f"\n  {name} " not in text] == []
+
+
+@pytest.mark.slow
+def test_help_comes_before_the_configuration_of_the_recipe():
+    output = run_stage("unlearning", "--help", "-cn=unlearn-tiny", "method=npo").stdout
+    parts = [
+        "Unlearn the forget rows",
+        "python unlearning/main.py",
+        "PMC-unlearn-tiny ",
+        "method: altpo",
+        "NPO\n",
+        "--hydra-help",
+    ]
+    assert sorted(parts, key=output.index) == parts
 
 
 def test_ctrl_c_and_a_stop_signal_have_their_exit_codes(exit_of):

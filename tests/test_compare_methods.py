@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -10,7 +11,7 @@ from omegaconf import OmegaConf
 from common.config import read_section
 from common.errors import UserError
 from common.files import CONFIGS, ROOT, read_json_lines
-from scripts.compare_methods import ComparisonSettings, cell, message_of, methods_table
+from scripts.compare_methods import ComparisonSettings, Runs, cell, message_of, methods_table, run_all
 from tests.helpers import TOKEN
 
 
@@ -134,3 +135,33 @@ def test_a_wrong_recipe_is_refused_with_all_that_is_wrong(tmp_path):
     done = run(written(tmp_path, [], "{NPO: method=npo}"), f"models_dir={tmp_path}")
     assert "comparison.seeds: is empty" in done.stderr
     assert "comparison.methods={'NPO': 'method=npo'}: NPO: expected arguments of a stage" in done.stderr
+
+
+def test_the_log_counts_the_commands_and_estimates_the_time_left(monkeypatch, caplog):
+    """Two seeds of one stage and two methods are ten commands; what a failure skips is not counted."""
+    clock = [0.0]
+
+    def finished(command, **_):
+        clock[0] += 60.0
+        fails = {"finetuning/main.py": "seed=0" in command, "unlearning/main.py": "method=npo" in command}
+        return subprocess.CompletedProcess(command, int(fails.get(command[1], False)), "")
+
+    monkeypatch.setattr(subprocess, "run", finished)
+    monkeypatch.setattr(
+        "scripts.compare_methods.result_of", lambda folder: {"seconds": {"unlearning": 1.0}, "scores": {}}
+    )
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    caplog.set_level("INFO")
+    methods = {"NPO": "-cn=unlearn-tiny method=npo", "PMC": "-cn=unlearn-tiny"}
+    settings = ComparisonSettings([0, 1], ["finetuning -cn=tiny"], methods, ["headline"])
+    run_all(settings, Runs([], settings.commands(), started=0.0), [], [], Path("folder"))
+    lines = [
+        record.getMessage().partition(": python")[0] for record in caplog.records if ": python" in record.getMessage()
+    ]
+    assert lines == [
+        "command 1 of 10",
+        "command 2 of 6, time left 05:00",  # the rest of seed 0 is skipped
+        "command 3 of 6, time left 04:00",
+        "command 4 of 5, time left 02:00",  # the evaluation of NPO is skipped
+        "command 5 of 5, time left 01:00",
+    ]

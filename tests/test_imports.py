@@ -157,7 +157,7 @@ def test_a_script_starts_in_any_folder(path, tmp_path):
     command = [sys.executable, str(path), "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "usage" in done.stdout.lower() or "Powered by Hydra" in done.stdout
+    assert "usage" in done.stdout.lower() or "--hydra-help" in done.stdout
 
 
 def pyproject() -> dict:

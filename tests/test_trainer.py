@@ -1,6 +1,8 @@
 """The optimizer step: its loss and gradient are exact, whatever the micro-batches, and every parameter is trained."""
 
+import itertools
 import math
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from transformers import TrainerCallback
 
 from common.checkpoints import save_trained
 from common.config import LoraSettings, ModelConfig, RunConfig
@@ -16,7 +19,7 @@ from common.files import CONFIGS
 from common.model import load_model
 from common.trainer import ExampleTrainer, check_even_split
 from common.training_arguments import training_arguments
-from tests.helpers import ROWS, arguments, gradients_of_one_step
+from tests.helpers import ROWS, arguments, gradients_of_one_step, make_trainer
 from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer
 
 
@@ -225,3 +228,50 @@ def test_a_saved_model_answers_as_the_trained_one(model, tokenizer, prompts, tmp
     monkeypatch.setattr("common.checkpoints.load_model", lambda *_, **__: loaded)  # as if the training had been lost
     with pytest.raises(UserError, match="the saved model does not answer as the trained one does"):
         save_trained(trainer, tmp_path / "lost", config, ids)
+
+
+def test_an_epochs_line_says_how_far_the_run_is_and_the_time_left(model, prompts, tmp_path, monkeypatch, caplog):
+    clock = itertools.count(step=10.0)
+    monkeypatch.setattr("common.trainer.time.perf_counter", lambda: next(clock))
+    trainer = unlearning_trainer(model, prompts, tmp_path, 4, 1, max_steps=-1, num_train_epochs=3)
+    trainer.evaluate_model, trainer.evaluate_every = lambda _: {"utility": 50.0}, 2
+    caplog.set_level("INFO")
+    trainer.train()
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("epoch ")]
+    assert [line.partition("  ")[0] for line in lines] == ["epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3"]
+    assert ["utility 50" in line for line in lines] == [False, True, False]
+    left = [line.rpartition("time left ")[2] for line in lines]
+    assert re.fullmatch(r"0[12]:\d\d", left[0])
+    assert left[2] == "00:00"
+
+
+class Tracker(TrainerCallback):
+    """Receives what wandb, tensorboard and trackio receive."""
+
+    def __init__(self):
+        self.logged = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logged.append(logs)
+
+
+@pytest.mark.parametrize("stage", ["finetuning", "unlearning"])
+def test_a_tracker_gets_the_quantities_of_the_history_by_their_names(stage, model, prompts, tmp_path):
+    more = {"max_steps": -1, "num_train_epochs": 2, "logging_strategy": "epoch", "learning_rate": 1e-3}
+    if stage == "unlearning":
+        trainer = make_trainer(model, prompts, tmp_path, **more)
+        trainer.evaluate_model = lambda _: {"unlearn_quality": 25.0, "utility": 50.0}
+    else:
+        examples = [prompts.example(row, 64) for row in ROWS]
+        trainer = ExampleTrainer(model, arguments(tmp_path, 4, 2, **more), examples, prompts.tokenizer)
+    tracker = Tracker()
+    trainer.add_callback(tracker)
+    trainer.train()
+    assert len(trainer.history) == 2
+    for record in trainer.history:
+        assert record in tracker.logged
+        # Hugging Face logs of its own at the end of the epoch; where a name is the same, so is the value.
+        (own,) = [logs for logs in tracker.logged if logs["epoch"] == record["epoch"] and "grad_norm" in logs]
+        assert [name for name in own.keys() & record.keys() if own[name] != pytest.approx(record[name], rel=1e-4)] == []
+    if stage == "unlearning":
+        assert {"unlearn_quality", "utility", "collapse_loss", "seconds_sampling"} <= trainer.history[-1].keys()

@@ -1,6 +1,7 @@
 """Unlearn the forget rows from a finetuned model, with PMC or another method of configs/method/.
 
     python unlearning/main.py -cd=configs -cn=PMC-unlearn-tiny
+    python unlearning/main.py -cd=configs -cn=unlearn-tiny method=npo
     python unlearning/main.py -m -cd=configs -cn=PMC-unlearn-tiny method.lambda_unlearning=0.5,1.5 method.num_samples=2,5
 
 Writes to models/unlearned/<recipe>/<seed and overrides>/: the checkpoint, result.json, generations.jsonl, history.jsonl

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import ListConfig
+from tqdm.auto import tqdm
 
 from common.config import RunConfig, problem_list
 from common.data import check_apart, load_split, load_splits
@@ -120,11 +121,13 @@ def measure_groups(context: EvaluationContext, groups: Sequence[str]) -> Scores:
     """
     scores, seconds = Scores(), {}
     started, earlier = time.perf_counter(), dict(context.outputs.seconds)
-    for name in groups:
+    for number, name in enumerate(groups, 1):
+        log.info("metric group %d of %d: %s", number, len(groups), name)
         before = time.perf_counter()
         METRIC_GROUPS[name].measure(context, scores)
         seconds[name] = time.perf_counter() - before
-        log.info("%s: %.1f s", name, seconds[name])
+        elapsed = tqdm.format_interval(time.perf_counter() - started)
+        log.info("%s: %.1f s, elapsed %s", name, seconds[name], elapsed)
     seconds |= {f"outputs/{name}": value - earlier.get(name, 0.0) for name, value in context.outputs.seconds.items()}
     scores.seconds = {"evaluation": time.perf_counter() - started, **seconds}
     return scores
