@@ -17,6 +17,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import write_json
@@ -75,7 +76,7 @@ class SweepCallback(Callback):
     def _time_left(self, jobs: int) -> str:
         """Words for the time that this number of jobs takes, by the median of those that were not merely skipped."""
         worked = [seconds for seconds in self.seconds if seconds > max(self.seconds) / 10]
-        return f", about {duration(jobs * statistics.median(worked))} left" if worked and jobs > 0 else ""
+        return f", time left {tqdm.format_interval(jobs * statistics.median(worked))}" if worked and jobs > 0 else ""
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
@@ -89,18 +90,6 @@ class SweepCallback(Callback):
             write_json(path, {"message": message.strip(), "overrides": list(config.hydra.overrides.task)})
         else:
             path.unlink(missing_ok=True)
-
-
-def duration(seconds: float) -> str:
-    """A time for people: "40 s", "12 min", "3 h 20 min".
-
-    >>> duration(40), duration(720), duration(12000)
-    ('40 s', '12 min', '3 h 20 min')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _jobs(config: DictConfig, overrides: list[str]) -> list[list[str]]:

@@ -127,7 +127,7 @@ def test_a_sweep_gives_every_combination_a_folder_and_survives_a_failed_job(mode
     assert not list(folders[0].glob("*.safetensors")), "save_model=false"
     assert done.returncode != 0
     assert "method.temperature=0" in done.stdout + done.stderr and "this job failed, the sweep continues" in done.stdout
-    assert "job 1 of 4: " in done.stdout and "job 4 of 4, about " in done.stdout
+    assert "job 1 of 4: " in done.stdout and "job 4 of 4, time left " in done.stdout
     report = done.stdout.partition("3 of 4 runs are finished.")[2]
     assert re.search(r"- seed-0.*method.temperature-0.*: failed: .*method.temperature", report)
     page = Path(re.search(r"^Report: (.*)$", report, re.MULTILINE)[1])
