@@ -48,6 +48,7 @@ MEANINGS = {
 def page(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
     """The whole page as HTML."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the order of runs and scores has a meaning
     shown = runs_with_texts(groups)
     data = page_data(runs, groups, shown)
     done = [run for run in runs if run.status == "done" and not run.reference]
@@ -58,7 +59,7 @@ def page(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
     )
     return environment.get_template("report.html").render(
         title=title,
-        about=f"{len(done)} finished runs, {sum(not group.reference for group in groups)} settings.",
+        about=f"Finished runs: {len(done)}. Settings: {sum(not group.reference for group in groups)}.",
         summary=summary(groups),
         missing=[{"folder": place(run), "status": run.status} for run in runs if run.status != "done"],
         several=len(groups) > 1,
@@ -126,7 +127,7 @@ def page_data(runs: Sequence[Run], groups: Sequence[Group], shown: Sequence[tupl
         "answers": [row for label, run in shown for row in answers(run, label)],
         "picks": {label: picked for label, run in shown if (picked := picks(run))},
         "distributions": distributions(groups),
-        **run_details(runs),
+        **run_details(runs, groups),
     }
 
 
@@ -326,20 +327,21 @@ def shifts(labelled: Iterable[tuple[str, Run]]) -> list[dict[str, Any]]:
 # --- details ---
 
 
-def run_details(runs: Sequence[Run]) -> dict[str, Any]:
+def run_details(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
     """A row for each run: what made it, how long that took, and on what."""
-    rows = [_details(run) for run in runs]
+    labels = {id(run): group.label for group in groups for run in group.runs}
+    rows = [_details(run, labels.get(id(run), run.name)) for run in runs]
     return {"run_columns": list(rows[0]), "run_rows": [list(row.values()) for row in rows]}
 
 
-def _details(run: Run) -> dict[str, str]:
+def _details(run: Run, label: str) -> dict[str, str]:
     result, seconds, versions = run.result, run.result.get("seconds", {}), run.result.get("versions", {})
 
     def per(value: float | None, unit: float) -> str:
         return "" if value is None else f"{value / unit:.2f}"
 
     return {
-        "run": run.name,
+        "run": label,
         "status": run.status,
         "seed": "" if run.seed is None else str(run.seed),
         "command": result.get("command") or "",

@@ -358,7 +358,9 @@ def test_the_page_sorts_filters_and_draws(models, browser, tmp_path):
     assert rows.count() == 1
     for plot in ("scatter", "knob", "curve"):
         assert page.locator(f"#{plot} .main-svg").count() > 0, plot
-    assert page.locator("#scatter .scatterlayer .trace").count() == 8, "six models, a setting, and the Pareto front"
+    assert page.locator("#scatter .scatterlayer .trace").count() == 6, "five settings and the Pareto front"
+    page.locator("#scatter-references").check()
+    assert page.locator("#scatter .scatterlayer .trace").count() == 8
     page.locator("#knob-key").select_option("method.num_samples")
     assert page.locator("#knob .scatterlayer .trace").count() == 2
     # answers: filter by run and split, search; what is in the data is text

@@ -183,8 +183,10 @@ function front(points, x, y) {
 function scatter() {
   const names = data.scores.map(score => [score.name, score.label]);
   const x = fillSelect("scatter-x", names, data.axes[0]), y = fillSelect("scatter-y", names, data.axes[1]);
+  const references = byId("scatter-references");
+  references.checked = groupColors.size < 3; // they lie far from the settings, which would look alike
   const draw = () => {
-    const known = data.groups.filter(g => g.stats[x.value] && g.stats[y.value]);
+    const known = data.groups.filter(g => g.stats[x.value] && g.stats[y.value] && (references.checked || !g.reference));
     const point = g => ({x: g.stats[x.value][0], y: g.stats[y.value][0]});
     const many = known.length > 25;
     const traces = known.map(g => {
@@ -204,7 +206,7 @@ function scatter() {
     const axis = name => ({title: {text: plain(scoreOf[name].label) + (scoreOf[name].better ? ` (better: ${scoreOf[name].better})` : "")}});
     Plotly.react("scatter", traces, layout({xaxis: axis(x.value), yaxis: axis(y.value), annotations}), config);
   };
-  x.onchange = y.onchange = draw;
+  x.onchange = y.onchange = references.onchange = draw;
   drawn("scatter", draw);
 }
 
