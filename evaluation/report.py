@@ -179,7 +179,7 @@ def as_csv(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     return text.getvalue()
 
 
-def main(words: Sequence[str]) -> None:
+def argument_parser() -> argparse.ArgumentParser:
     about, _, rest = __doc__.partition("\n\n")
     form = argparse.ArgumentParser(
         "report.py", description=about, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -187,7 +187,11 @@ def main(words: Sequence[str]) -> None:
     form.add_argument("folders", nargs="+", type=Path, help="folders with runs, in any depth")
     form.add_argument("--output", type=Path, help="folder of the report; by default report/ in the first folder")
     form.add_argument("--title", help="heading of the report; by default the folders' names")
-    given = form.parse_args(words)
+    return form
+
+
+def main(words: Sequence[str]) -> None:
+    given = argument_parser().parse_args(words)
     folders = [folder.resolve() for folder in given.folders]
     runs = read_runs(folders)
     title = given.title or ", ".join(folder.name for folder in folders)

@@ -13,6 +13,7 @@ from common.cli import allow_new_key
 from common.config import section
 from common.files import CONFIGS, ROOT, read_json_lines
 from common.runs import run_name
+from evaluation import report
 from tests.helpers import docs_generator, make_trainer, run_stage
 from unlearning.pmc_options import PMCSettings
 
@@ -51,6 +52,9 @@ def test_command_composes(command, monkeypatch):
     recipe = next((word.removeprefix("-cn=") for word in words if word.startswith("-cn=")), None)
     if words[script] == "evaluation/chat.py":
         recipe = recipe or "chat"
+    if words[script] == "evaluation/report.py":
+        assert report.argument_parser().parse_args(words[script + 1 :]).folders
+        return
     if recipe is None:  # the scripts without a configuration
         assert words[script] in ("scripts/plot_curves.py", "scripts/convert_gguf.py", "scripts/make_embedded_data.py")
         return
