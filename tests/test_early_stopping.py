@@ -123,6 +123,7 @@ def test_the_text_of_a_beginning_is_the_beginning_of_the_text(prompts):
             assert whole.startswith(complete_words(prompts.text(answer[:end])))
 
 
+@pytest.mark.slow
 def test_the_stopping_criteria_get_every_sample_of_a_window_split_into_chunks(runs):
     assert runs(early_stopping=True)[0] == runs(early_stopping=True, sampling_batch_size=4)[0]
     assert pmc.EarlyStopping is EarlyStopping

@@ -126,6 +126,7 @@ def test_greedy_answers_are_given_once_and_prefills_are_other_questions(model, p
     assert asked[1:] == [[prompts.prompt(questions[0]) + prompts.tokenizer(" The answer is:")["input_ids"]]]
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_batch_size(model, prompts):
     questions = [row.question for row in ROWS]
     found = [

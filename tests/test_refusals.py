@@ -160,6 +160,7 @@ def dotted(node: DictConfig, prefix: str = "") -> list[str]:
 MUTATIONS = [(recipe, key) for recipe, cfg in CONFIGURATIONS.items() for key in dotted(cfg)]
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(MUTATIONS), st.sampled_from(WRONG))
 def test_a_wrong_value_of_any_key_is_accepted_or_refused_by_a_message(mutation, value):

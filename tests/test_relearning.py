@@ -65,6 +65,7 @@ def test_relearning_teaches_a_bfloat16_model_as_well(context):
     assert all((one != other).float().mean() > 0.5 for one, other in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_relearning_against_itself_brings_nothing_back_and_is_done_once(context, monkeypatch):
     calls = []
     real = relearning.relearn
@@ -106,6 +107,7 @@ def weights_after(context, *num_epochs):
     return found
 
 
+@pytest.mark.slow
 def test_a_measurement_does_not_depend_on_the_epochs_that_follow(context):
     one, other = weights_after(context, 1, 2), weights_after(context, 1, 2, 4)
     assert list(one) == [1, 2] and list(other) == [1, 2, 4]
@@ -116,6 +118,7 @@ def test_a_measurement_does_not_depend_on_the_epochs_that_follow(context):
     assert not all(torch.equal(*pair) for pair in zip(one[2], decaying, strict=True))
 
 
+@pytest.mark.slow
 def test_each_number_of_epochs_has_its_scores(context):
     context.config.sections["relearning"] = Relearning(num_epochs=[1, 20], learning_rate=1e-2, batch_size=2)
     scores = Scores()
@@ -126,6 +129,7 @@ def test_each_number_of_epochs_has_its_scores(context):
     assert scores.rows["relearning/probability@1"]["values"] != scores.rows["relearning/probability@20"]["values"]
 
 
+@pytest.mark.slow
 def test_retain_rows_are_relearned_by_a_copy_of_their_own(context, monkeypatch):
     """As many as forget rows, and the forget rows are measured."""
     trained_on, real = [], relearning.relearn
