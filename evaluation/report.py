@@ -28,9 +28,10 @@ from collections.abc import Sequence
 
 from common.errors import UserError
 from common.files import write_text
+from common.runs import failure_of
 from common.sweeps import Sweep
 from evaluation.report_page import page, place
-from evaluation.run_records import Group, Run, grouped, read_runs, score_names, short, shown_value
+from evaluation.run_records import Group, Run, grouped, read_runs, result_is_in, score_names, short, shown_value
 from evaluation.summary import summary
 from evaluation.tables import COLUMNS, as_text, cell
 
@@ -67,9 +68,10 @@ def report_sweep(sweep: Sweep) -> None:
     except (UserError, OSError) as error:  # the runs themselves are safe, and the sweep's own error is printed next
         log.error("no report of the sweep: %s", error)
         return
-    done = sum(run.status == "done" and not run.reference for run in runs)
+    done = sum(result_is_in(folder) and not failure_of(folder) for folder in sweep.runs)
     print(f"\n{method_table(grouped(runs))}\n\n{chr(10).join(summary(grouped(runs)))}\n")
-    print(f"{done} of {len(sweep.runs) or done + len(missing)} runs are finished.")
+    if sweep.runs:
+        print(f"{done} of {len(sweep.runs)} runs are finished.")
     for run in missing:
         print(f"- {run.folder.name}: {run.status}")
     print(f"Report: {page_path}")
@@ -83,7 +85,7 @@ def _has_run(folder: Path) -> bool:
 
 
 def varied_keys(groups: Sequence[Group]) -> list[str]:
-    return list(dict.fromkeys(key for group in groups if not group.reference for key in group.varied))
+    return list(dict.fromkeys(key for group in groups for key in group.varied))
 
 
 def method_table(groups: Sequence[Group]) -> str:
@@ -172,9 +174,8 @@ def as_csv(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["name", "reference", "seed", "status", "folder", *keys, *scores])
     for run in runs:
-        settings = run.settings if not run.reference else {}
         values = [run.scores.get(score) for score in scores]
-        found = [shown_value(settings[key]) if key in settings else "" for key in keys]
+        found = [shown_value(run.settings[key]) if key in run.settings else "" for key in keys]
         table.writerow([run.name, run.reference, run.seed, run.status, place(run), *found, *values])
     return text.getvalue()
 

@@ -89,7 +89,7 @@ def _packed(path: Path) -> str:
 
 def page_data(runs: Sequence[Run], groups: Sequence[Group], shown: Sequence[tuple[str, Run]]) -> dict[str, Any]:
     """What the page's script reads."""
-    keys = list(dict.fromkeys(key for group in groups if not group.reference for key in group.varied))
+    keys = list(dict.fromkeys(key for group in groups for key in group.varied))
     scores = [_score(name, runs) for name in score_names(groups)]
     main = list(COLUMNS)
     scores.sort(key=lambda score: main.index(score["label"]) if score["main"] else len(main))
@@ -106,7 +106,7 @@ def page_data(runs: Sequence[Run], groups: Sequence[Group], shown: Sequence[tupl
                 "name": group.name,
                 "label": group.label,
                 "reference": group.reference,
-                "settings": {} if group.reference else group.varied,
+                "settings": group.varied,
                 "front": group.on_front,
                 "runs": len(group.runs),
                 "best": sorted(group.best),

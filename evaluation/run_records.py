@@ -70,12 +70,10 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Dotted key -> value, the same for all seeds; of a reference model only what it was made from and evaluated on."""
-        if self.reference:
-            return {
-                "model.path": without_seeds(self.config["model"].get("path")),
-                "data": without_seeds(evaluation_inputs(self.config)),
-            }
+        """Dotted key -> value, the same for all seeds; of a reference model that was only evaluated, what is known of it."""
+        if self.reference and {"method", "metrics"} & set(self.config):  # the configuration is that of the evaluation
+            model = without_seeds(self.config["model"].get("path"))
+            return {"model.path": model, "data": without_seeds(evaluation_inputs(self.config))}
         flat = {key: value for key, value in _flattened(self.config) if key not in NOT_SETTINGS}
         return {key: without_seeds(value) for key, value in flat.items()}
 
@@ -266,7 +264,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     for run in done:
         key = json.dumps([run.reference, run.name, run.settings], sort_keys=True)
         group = by_settings.setdefault(key, Group(run.name, []))
-        if not run.reference or run.seed not in [
+        if run.folder.name not in BEFORE or run.seed not in [
             other.seed for other in group.runs
         ]:  # several runs start from one model
             group.runs.append(run)

@@ -45,10 +45,10 @@ def never_trained(groups: Sequence[Group], score: str) -> Group | None:
 
 
 def summary(groups: Sequence[Group]) -> list[str]:
-    """The report's sentences."""
+    """The report's sentences; empty without a finished run of unlearning."""
     methods = measured(groups)
     if not methods:
-        return ["No finished run of unlearning is here."]
+        return []
     if problems := differences([run for group in methods for run in group.runs]):
         return [f"These runs cannot be ranked: {' and '.join(problems)}."]
     if len(methods) == 1:
@@ -77,8 +77,9 @@ def choice(chosen: Group, groups: Sequence[Group]) -> list[str]:
     allowed = [group for group in methods if group.mean("utility") >= before.mean("utility") - ALLOWED_COST]
     of_those = "all settings" if len(allowed) == len(methods) else f"the {len(allowed)} of {len(methods)} settings"
     sentences = [
-        f"Use {chosen.label}. It has the highest unlearn quality ({shown(chosen, 'unlearn_quality')}) of {of_those} that "
-        f"lose at most {ALLOWED_COST:g} points of utility ({shown(chosen, 'utility')}; {shown(before, 'utility')} before)."
+        f"Use {chosen.label}. It has the highest unlearn quality ({shown(chosen, 'unlearn_quality')}; "
+        f"{shown(before, 'unlearn_quality')} before unlearning) of {of_those} that lose at most {ALLOWED_COST:g} points of "
+        f"utility ({shown(chosen, 'utility')}; {shown(before, 'utility')} before)."
     ]
     seeds = min(len(group.runs) for group in methods)
     if seeds == 1:

@@ -117,6 +117,20 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row(models):
     assert best.mean("minutes") == 0.5
 
 
+def test_finetuned_models_with_other_settings_are_rows_of_their_own(tmp_path):
+    for epochs, quality in ((1, 70.0), (2, 60.0)):
+        identity = config(0, training={"num_epochs": epochs})
+        folder = tmp_path / "finetuned" / "tiny" / f"seed-0+{epochs}"
+        folder.mkdir(parents=True)
+        write_json(folder / "result.json", result(folder.name, identity, unlearn_quality=quality, utility=90.0))
+    groups = grouped(read_runs([tmp_path]))
+    assert [(group.varied, group.mean("unlearn_quality")) for group in groups] == [
+        ({"training.num_epochs": 1}, 70.0),
+        ({"training.num_epochs": 2}, 60.0),
+    ]
+    assert summary(groups) == []
+
+
 def test_a_setting_that_only_data_or_training_has_keeps_runs_apart(tmp_path):
     for seed, length in ((0, 256), (1, 128)):
         folder = make_run(tmp_path, seed, 90.0, 90.0, num_samples=2)
@@ -150,7 +164,7 @@ def test_the_recommended_setting_loses_little_utility(models):
     assert chosen.varied == {"method.lambda_unlearning": 2, "method.num_samples": 5}
     words = summary(groups)
     assert words[0].startswith(
-        "Use PMC, lambda_unlearning=2, num_samples=5. It has the highest unlearn quality (88.2 ± 0.2)"
+        "Use PMC, lambda_unlearning=2, num_samples=5. It has the highest unlearn quality (88.2 ± 0.2; 38.0"
     )
     assert "the 2 of 4 settings" in words[0] and "100.0 ± 0.0 before" in words[0]
     assert "Forgotten: its answers to forget questions have 12% of the words" in " ".join(words)
