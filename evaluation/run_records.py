@@ -70,11 +70,16 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Dotted key -> value, the same for all seeds; of a reference model that was only evaluated, what is known of it."""
-        if self.reference and {"method", "metrics"} & set(self.config):  # the configuration is that of the evaluation
-            model = without_seeds(self.config["model"].get("path"))
-            return {"model.path": model, "data": without_seeds(evaluation_inputs(self.config))}
-        flat = {key: value for key, value in _flattened(self.config) if key not in NOT_SETTINGS}
+        """Dotted key -> value, the same for all seeds; of a model before unlearning only what its scores depend on."""
+        values = self.config
+        if self.reference and (self.folder.name in BEFORE or {"method", "metrics"} & set(values)):
+            evaluated_only = {"method", "metrics"} & set(values)  # the settings are those of the evaluation
+            values = {
+                "model": {"path": values["model"].get("path")},
+                "data": without_seeds(evaluation_inputs(values)),
+                "training": {} if evaluated_only else values.get("training", {}),
+            }
+        flat = {key: value for key, value in _flattened(values) if key not in NOT_SETTINGS}
         return {key: without_seeds(value) for key, value in flat.items()}
 
     def files(self, name: str) -> list[dict]:
