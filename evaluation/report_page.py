@@ -309,7 +309,7 @@ def shifts(labelled: Iterable[tuple[str, Run]]) -> list[dict[str, Any]]:
     series = []
     for label, run in labelled:
         results = map(result_of, run.evaluations or [run.folder])
-        found = [result["histograms"].get("side_effects/probability_shift") for result in results]
+        found = [result.get("histograms", {}).get("side_effects/probability_shift") for result in results]
         for histogram in list(filter(None, found))[-1:]:
             edges, counts = histogram["edges"], histogram["counts"]
             middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 # Keys that differ between seeds or say the same as another key.
 NOT_SETTINGS = ("seed", "start", "save_model", "model.made_by", "training.num_train_epochs")
 
+REQUIRED = {"model", "data", "evaluation"}  # sections of a configuration that a run's result has
+
 
 @dataclass
 class Run:
@@ -72,7 +74,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Dotted key -> value, the same for all seeds; of a model before unlearning only what its scores depend on."""
         values = self.config
-        if self.reference and (self.folder.name in BEFORE or {"method", "metrics"} & set(values)):
+        if self.reference and (self.name in BEFORE or {"method", "metrics"} & set(values)):
             evaluated_only = {"method", "metrics"} & set(values)  # the settings are those of the evaluation
             values = {
                 "model": {"path": values["model"].get("path")},
@@ -109,6 +111,8 @@ class Group:
 
     Attributes:
         name: the method, or the name of a reference model.
+        runs: one for each seed.
+        repeated: further runs of one of these seeds, which do not count.
         varied: the settings in which the groups of this method differ.
         best: names of the scores in which it is the best of the methods.
         on_front: whether no other group has higher unlearn quality and utility.
@@ -116,6 +120,7 @@ class Group:
 
     name: str
     runs: list[Run]
+    repeated: list[Run] = field(default_factory=list)
     varied: dict[str, Any] = field(default_factory=dict)
     best: set[str] = field(default_factory=set)
     on_front: bool = False
@@ -186,6 +191,9 @@ def _add_evaluation(path: Path, result: dict, runs: dict[str, Run]) -> None:
     run = runs.get(made_by or model)
     if run is None:
         runs[made_by or model] = Run(path, _name_of_model(model), result, reference=True)
+    elif evaluation_inputs(result["config"]) != evaluation_inputs(run.config):
+        status = f"left out: evaluated on other data, or otherwise than its run {run.folder.name}"
+        runs[str(path)] = Run(path, run.name, result, status)
     elif path not in run.evaluations:
         run.evaluations.append(path)
 
@@ -229,11 +237,15 @@ def _read_run(path: Path, runs: dict[str, Run], evaluations: list[tuple[Path, di
         config = read_json(begun).get("config", {}) if begun.is_file() else {}
         runs.setdefault(str(path), Run(path, _name(config, path), {"config": config}, status))
         return
+    if lacking := REQUIRED - set(result["config"]):
+        status = f"left out: {RESULT} has no configuration of {', '.join(sorted(lacking))}"
+        runs[str(path)] = Run(path, path.name, result, status)
+        return
     if "metrics" in result["config"]:
         evaluations.append((path, result))
         return
     for name in BEFORE:
-        if before := result_of(path / name):
+        if (before := result_of(path / name)) and set(before["config"]) >= REQUIRED:
             runs.setdefault(before["id"], Run(path / name, name, before, reference=True))
     run = Run(path, _name(result["config"], path), result, reference="method" not in result["config"])
     if failure:
@@ -269,10 +281,10 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     for run in done:
         key = json.dumps([run.reference, run.name, run.settings], sort_keys=True)
         group = by_settings.setdefault(key, Group(run.name, []))
-        if run.folder.name not in BEFORE or run.seed not in [
-            other.seed for other in group.runs
-        ]:  # several runs start from one model
+        if run.seed not in [other.seed for other in group.runs]:
             group.runs.append(run)
+        elif run.name not in BEFORE:  # several runs start from one model
+            group.repeated.append(run)
     groups = list(by_settings.values())
     for name, reference in {(group.name, group.reference) for group in groups}:
         _name_varied([group for group in groups if group.name == name and group.reference == reference])
@@ -308,7 +320,7 @@ def direction(runs: Iterable[Run], score: str) -> tuple[bool | None, float | Non
     for run in runs:
         for result in [run.result, *map(result_of, run.evaluations)]:
             if score in result.get("higher_is_better", {}):
-                return result["higher_is_better"][score], result["ideal"].get(score)
+                return result["higher_is_better"][score], result.get("ideal", {}).get(score)
     return (False, None) if score == "minutes" else (None, None)
 
 
@@ -365,4 +377,26 @@ def differences(runs: Sequence[Run]) -> list[str]:
         starts.setdefault(run.seed, set()).add(run.config.get("start"))
     if several := [str(seed) for seed, ids in starts.items() if len(ids) > 1]:
         found.append(f"those of seed {', '.join(several)} started from different models")
+    return found
+
+
+def notices(groups: Sequence[Group]) -> list[str]:
+    """What a reader must know to compare the scores: runs that do not count, and evaluations with different settings."""
+    found = [
+        f"{run.folder.name}: {group.label} has another run of seed {run.seed}, and this one is not counted."
+        for group in groups
+        for run in group.repeated
+    ]
+    values: dict[str, set[str]] = {}
+    for run in (run for group in groups for run in group.runs):
+        for path in run.evaluations or ([run.folder] if "metrics" in run.config else []):
+            result = result_of(path)
+            for key, value in _flattened(result["config"]):
+                section = key.partition(".")[0]
+                used = any(name.startswith(f"{section}/") for name in result["scores"])
+                if section in ("retain_model", "base_model") or used:
+                    values.setdefault(key, set()).add(shown_value(without_seeds(value)))
+    differing = [f"{key} ({', '.join(sorted(of_key))})" for key, of_key in sorted(values.items()) if len(of_key) > 1]
+    if differing:
+        found.append(f"The evaluations differ in {'; '.join(differing)}: scores that depend on it cannot be compared.")
     return found

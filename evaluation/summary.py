@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from evaluation.run_records import Group, differences
+from evaluation.run_records import Group, differences, notices
 from evaluation.tables import cell
 
 ALLOWED_COST = 3.0  # points of utility that the recommended setting may lose
@@ -45,7 +45,12 @@ def never_trained(groups: Sequence[Group], score: str) -> Group | None:
 
 
 def summary(groups: Sequence[Group]) -> list[str]:
-    """The report's sentences; empty without a finished run of unlearning."""
+    """The report's sentences."""
+    return [*decision(groups), *notices(groups)]
+
+
+def decision(groups: Sequence[Group]) -> list[str]:
+    """Which setting to use, what was forgotten and what it cost; empty without a finished run of unlearning."""
     methods = measured(groups)
     if not methods:
         return []

@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.files import write_json, write_json_lines
 from common.runs import failure_file
 from evaluation.report import as_latex, main, method_table, write_reports
-from evaluation.run_records import differences, grouped, read_runs
+from evaluation.run_records import differences, grouped, notices, read_runs
 from evaluation.summary import recommended, summary
 
 BAD = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 2'> <b>bold</b> | a_b & 5%"
@@ -208,6 +208,42 @@ def test_an_evaluation_adds_its_scores_to_the_run_that_made_its_model(models):
     assert [run.folder for run in alone if not run.reference] == [folder], "the run itself is read, too"
     (group,) = [group for group in grouped(read_runs([models])) if group.values("tofu/probability/forget")]
     assert "0.50 (n=1)" in method_table([group])
+
+
+def test_an_evaluation_on_other_data_is_left_out_by_name(tmp_path):
+    folder = make_run(tmp_path, 0, 92.0, 99.0)
+    other = {"path": "./data/other", "splits": {"forget": "forget"}, "words": "latin"}
+    evaluate_run(tmp_path, folder, {"unlearn_quality": 1.0, "tofu/probability/forget": 0.5}, data=other)
+    runs = {run.folder: run for run in read_runs([tmp_path])}
+    assert runs[folder].scores["unlearn_quality"] == 92.0 and "tofu/probability/forget" not in runs[folder].scores
+    assert runs[tmp_path / "evaluated/one"].status.startswith("left out: evaluated on other data")
+
+
+def test_evaluations_with_different_settings_are_named(tmp_path):
+    for seed, rate in ((0, 1e-3), (1, 1e-5)):
+        folder = make_run(tmp_path, seed, 92.0, 99.0)
+        more = {"relearning": {"learning_rate": rate}, "sampling": {"num_samples": seed}}
+        evaluate_run(tmp_path, folder, {"relearning/rougeL_recall": 0.5}, f"evaluated/{seed}", **more)
+    (notice,) = notices(grouped(read_runs([tmp_path])))
+    assert "relearning.learning_rate (0.001, 1e-05)" in notice and "sampling" not in notice
+
+
+def test_a_seed_counts_once(tmp_path):
+    for place in ("a", "b"):
+        make_run(tmp_path / place, 0, 90.0, 99.0)
+        stored = json.loads((tmp_path / place / "unlearned/recipe/seed-0+PMC+/result.json").read_text())
+        write_json(tmp_path / place / "unlearned/recipe/seed-0+PMC+/result.json", stored | {"id": place})
+    (group,) = [group for group in grouped(read_runs([tmp_path])) if not group.reference]
+    assert len(group.runs) == 1 and group.deviation("utility") is None
+    assert "PMC has another run of seed 0, and this one is not counted" in summary([group])[-1]
+
+
+def test_results_of_something_else_are_left_out_by_name(models):
+    other = models / "unlearned" / "recipe" / "odd"
+    other.mkdir()
+    write_json(other / "result.json", {"config": {}, "id": "x"})
+    status = {run.folder: run.status for run in read_runs([models])}
+    assert status[other] == "left out: result.json has no configuration of data, evaluation, model"
 
 
 def test_answers_that_stay_likely_are_called_hidden(tmp_path):
