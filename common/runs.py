@@ -230,6 +230,7 @@ class RunFolder:
         PartialState().wait_for_everyone()  # all processes have read the same state
         if is_first_process():
             self._finish_publishing()
+        PartialState().wait_for_everyone()
         log.info("%s: the run was finished, but stopped while its files were moved; completed", self.folder)
         return True
 
@@ -295,6 +296,7 @@ class RunFolder:
         if is_first_process():
             self.work.replace(self.publishing)
             self._finish_publishing()
+        PartialState().wait_for_everyone()  # every process may read the result next
         return self.folder
 
     def _finish_publishing(self) -> None:

@@ -56,7 +56,7 @@ def test_a_run_leaves_result_generations_history_report_and_model(unlearned):
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt")), "safetensors only"
     for model in ("vanilla", "finetuned", "PMC"):
         assert f"| {model} |" in done.stdout
-    assert str(folder / "report.md") in done.stdout
+    assert f"Report: {folder / 'report.html'}" in done.stdout and (folder / "report.html").is_file()
     assert "collapse loss" in done.stdout and "seconds sampling" in done.stdout
 
 
@@ -238,7 +238,7 @@ def test_a_second_command_in_the_same_folder_is_refused(models_dir, tmp_path):
         (
             "unlearning",
             ["-cn=PMC-unlearn-tny"],
-            ["PMC-unlearn-tny", "PMC-unlearn-tiny", "benchmark/tiny", "compare/tiny"],
+            ["-cn=PMC-unlearn-tny: no such recipe; did you mean 'PMC-unlearn-tiny'?"],
         ),
         (
             "unlearning",
