@@ -54,6 +54,10 @@ class Run:
 
     @property
     def seed(self) -> int | None:
+        """The seed that the model was made with; of a model that was only evaluated, the one in its path."""
+        if "metrics" in self.config:
+            named = re.search(r"seed-(\d+)", str(self.config["model"].get("path")))
+            return int(named[1]) if named else None
         return self.config.get("seed")
 
     @cached_property
@@ -283,7 +287,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         group = by_settings.setdefault(key, Group(run.name, []))
         if run.seed not in [other.seed for other in group.runs]:
             group.runs.append(run)
-        elif run.name not in BEFORE:  # several runs start from one model
+        elif run.name not in BEFORE:  # of those there is a copy in each run that started from them
             group.repeated.append(run)
     groups = list(by_settings.values())
     for name, reference in {(group.name, group.reference) for group in groups}:

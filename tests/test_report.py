@@ -238,6 +238,17 @@ def test_a_seed_counts_once(tmp_path):
     assert "PMC has another run of seed 0, and this one is not counted" in summary([group])[-1]
 
 
+def test_models_that_were_only_evaluated_have_the_seeds_of_their_paths(tmp_path):
+    for seed, quality in ((3, 78.0), (4, 80.0)):
+        identity = config(0, metrics="tofu")  # the evaluation's own seed is 0
+        identity["model"]["path"] = f"models/finetuned/tiny-retain/seed-{seed}"
+        (tmp_path / str(seed)).mkdir()
+        write_json(tmp_path / str(seed) / "result.json", result("e", identity, unlearn_quality=quality, utility=99.0))
+    (group,) = grouped(read_runs([tmp_path]))
+    assert (group.name, group.values("unlearn_quality"), group.repeated) == ("tiny-retain", [78.0, 80.0], [])
+    assert [run.seed for run in group.runs] == [3, 4]
+
+
 def test_results_of_something_else_are_left_out_by_name(models):
     other = models / "unlearned" / "recipe" / "odd"
     other.mkdir()
