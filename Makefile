@@ -25,10 +25,10 @@ evaluation: demo
 	$(BIN)/python evaluation/main.py -cd=configs -cn=evaluate-tiny seed=$(SEED)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

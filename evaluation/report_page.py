@@ -25,7 +25,8 @@ TEXT_RUNS = 8  # runs whose answers are in the page
 TEXT_BYTES = 3_000_000  # of their texts, after the first run
 MEANINGS = {
     "unlearn quality": "100 minus the recall (ROUGE-L, percent) of the true answers in greedy answers to forget questions "
-    "and their paraphrases. It does not show fluency, nor what sampling or probabilities reveal.",
+    "and their paraphrases. A model that never saw the answers has less than 100, as guesses share words with them. It does "
+    "not show fluency, nor what sampling or probabilities reveal.",
     "utility": "Words of the true answers in greedy answers about retained authors, real authors and world facts, percent.",
     "forget recall": "Fraction of the words of the true answers in greedy answers to forget questions.",
     "retain recall": "The same for the questions to keep.",
@@ -60,7 +61,7 @@ def page(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
     return environment.get_template("report.html").render(
         title=title,
         about=f"Finished runs: {len(done)}. Settings: {sum(not group.reference for group in groups)}.",
-        summary=summary(groups),
+        summary=[sentence.replace(" ± ", "\u00a0±\u00a0") for sentence in summary(groups)],
         missing=[{"folder": place(run), "status": run.status} for run in runs if run.status != "done"],
         several=len(groups) > 1,
         seeds=data["seeds"],

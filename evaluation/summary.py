@@ -86,15 +86,27 @@ def choice(chosen: Group, groups: Sequence[Group]) -> list[str]:
         f"{shown(before, 'unlearn_quality')} before unlearning) of {of_those} that lose at most {ALLOWED_COST:g} points of "
         f"utility ({shown(chosen, 'utility')}; {shown(before, 'utility')} before)."
     ]
-    seeds = min(len(group.runs) for group in methods)
-    if seeds == 1:
-        sentences.append("Some settings have one seed only: small differences between settings may be chance.")
-        return sentences
-    near = [group for group in allowed if group is not chosen and not apart(chosen, group)]
-    if near:
-        names = "; ".join(f"{group.label} ({shown(group, 'unlearn_quality')})" for group in near[:4])
+    others = sorted(
+        (group for group in allowed if group is not chosen), key=lambda group: -group.mean("unlearn_quality")
+    )
+    if others and min(len(group.runs) for group in (chosen, *others)) > 1:
+        near = [group for group in others if not apart(chosen, group)]
+        names = "; ".join(f"{group.label} ({shown(group, 'unlearn_quality')})" for group in near[:4] or others[:1])
         more = f"; and {len(near) - 4} more" if len(near) > 4 else ""
-        sentences.append(f"The seeds do not tell it apart from {names}{more}.")
+        verdict = (
+            "The seeds do not tell it apart from"
+            if near
+            else "By more than the deviation over seeds, it is above the next,"
+        )
+        sentences.append(f"{verdict} {names}{more}.")
+    elif others:
+        sentences.append("Some settings have one seed only: small differences between settings may be chance.")
+    most = max(methods, key=lambda group: group.mean("utility"))
+    if most is not chosen:
+        sentences.append(
+            f"The highest utility ({shown(most, 'utility')}) is that of {most.label}, "
+            f"at unlearn quality {shown(most, 'unlearn_quality')}."
+        )
     return sentences
 
 
@@ -154,8 +166,9 @@ def hidden_or_removed(group: Group, groups: Sequence[Group]) -> str:
         )
     if not evidence:
         return (
-            "Whether the answers are removed or only hidden was not measured. Measure it with evaluation/main.py "
-            "metrics=[tofu,memorization,relearning], and give the report models/evaluated as well."
+            "Whether the answers are removed or only hidden was not measured. To measure it: python evaluation/main.py "
+            "-cd=configs -cn=evaluate metrics=[tofu,memorization,relearning] model.path=FOLDER (this run's, and that of a "
+            "model that never saw the answers), then python evaluation/report.py models/unlearned models/evaluated."
         )
     verdict = "Hidden rather than removed" if hidden else "Removed, as far as was measured"
     return f"{verdict}: {'; '.join(evidence)}."

@@ -1,6 +1,7 @@
 """Fixtures: small models, tokenizers and runs that tests share. Nothing is downloaded; helpers are in tests/helpers.py."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,16 @@ SLOW_FIXTURES = {"models_dir", "memorized"}  # seconds of training
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items):
-    """Tests are slow whose fixtures are, and a GPU test is skipped without a GPU."""
+    """Tests are slow whose fixtures are, and a GPU test is skipped without a GPU. Files with many slow tests come first."""
     has_gpu = torch.cuda.is_available()
     for item in items:
         if not SLOW_FIXTURES.isdisjoint(item.fixturenames):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+    # With a file for each worker, a long one at the end would leave the other workers idle.
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (-slow[item.path], str(item.path)))
 
 
 @pytest.fixture(scope="session")

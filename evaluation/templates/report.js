@@ -33,8 +33,9 @@ function layout(more) {
   const axis = {gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true};
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: text, family: "system-ui, sans-serif", size: 13},
+    showlegend: window.innerWidth > 640, // on a narrow screen it would leave no room; a tap on a point names it
     margin: {t: 20, r: 15, b: 55, l: 60}, hovermode: "closest", hoverlabel: {align: "left"},
-    legend: {orientation: "h", y: -0.22, font: {size: 12}}, ...more,
+    legend: {orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: {size: 12}}, ...more,
     xaxis: {...axis, ...more.xaxis}, yaxis: {...axis, ...more.yaxis},
   };
 }
