@@ -124,6 +124,9 @@ def test_a_sweep_gives_every_combination_a_folder_and_survives_a_failed_job(mode
     ]
     assert sorted(settings) == [(0, 1), (1.25, 1), (1.25, 2)]
     assert all(folder.name.startswith("seed-0+") for folder in folders)
+    names = [re.findall(r"(?:temperature|num_samples)-[\d.]+", folder.name) for folder in folders]
+    expected = [[f"num_samples-{n}", f"temperature-{t}"] for n in (1, 2) for t in ("0", "1.25")]
+    assert [name for name in expected if name not in names] in ([], [["num_samples-2", "temperature-0"]])
     assert not list(folders[0].glob("*.safetensors")), "save_model=false"
     assert done.returncode != 0
     assert "method.temperature=0" in done.stdout + done.stderr and "this job failed, the sweep continues" in done.stdout
@@ -139,28 +142,6 @@ def test_a_sweep_gives_every_combination_a_folder_and_survives_a_failed_job(mode
     )
     assert again.stdout.count("the result already exists") == 2
     assert "2 of 2 runs are finished." in again.stdout and ": failed: " not in again.stdout
-
-
-def test_two_by_two_sweep(models_dir):
-    run_stage(
-        "unlearning",
-        "-m",
-        "-cn=PMC-unlearn-tiny",
-        f"models_dir={models_dir}",
-        "training.num_epochs=1",
-        "evaluation.every_epochs=0",
-        "save_model=false",
-        "method.lambda_unlearning=0.5,1.5",
-        "method.num_samples=2,5",
-    )
-    folders = (models_dir / "unlearned" / "PMC-unlearn-tiny").glob("seed-0+*lambda_unlearning*")
-    names = sorted(re.findall(r"(?:lambda_unlearning|num_samples)-[\d.]+", folder.name) for folder in folders)
-    assert names == [
-        ["lambda_unlearning-0.5", "num_samples-2"],
-        ["lambda_unlearning-0.5", "num_samples-5"],
-        ["lambda_unlearning-1.5", "num_samples-2"],
-        ["lambda_unlearning-1.5", "num_samples-5"],
-    ]
 
 
 def start(folder, models_dir):
