@@ -79,16 +79,14 @@ class SweepCallback(Callback):
         return f", time left {tqdm.format_interval(jobs * statistics.median(worked))}" if worked and jobs > 0 else ""
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if config.hydra.mode != RunMode.MULTIRUN:
-            return
         self.seconds.append(time.monotonic() - self.started)
         path = failure_file(_run_folder(config, list(config.hydra.overrides.task)))
-        if job_return.status == JobStatus.FAILED:
+        if job_return.status == JobStatus.FAILED and config.hydra.mode == RunMode.MULTIRUN:
             error = job_return._return_value
             message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"message": message.strip(), "overrides": list(config.hydra.overrides.task)})
-        else:
+        elif job_return.status == JobStatus.COMPLETED:  # also by a single command after the sweep
             path.unlink(missing_ok=True)
 
 

@@ -65,7 +65,7 @@ def report_sweep(sweep: Sweep) -> None:
             return
         missing = [run for run in runs if run.status != "done"]
         page_path = write_reports(runs, sweep.folder, f"Sweep of {sweep.parent.name}")
-    except (UserError, OSError) as error:  # the runs themselves are safe, and the sweep's own error is printed next
+    except Exception as error:  # the runs themselves are safe, and the sweep's own error is printed next
         log.error("no report of the sweep: %s", error)
         return
     done = sum(result_is_in(folder) and not failure_of(folder) for folder in sweep.runs)

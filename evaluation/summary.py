@@ -40,8 +40,14 @@ def reference(groups: Sequence[Group], name: str) -> Group | None:
 
 def never_trained(groups: Sequence[Group], score: str) -> Group | None:
     """A model that never saw the forget set and has the score: a retain-only model, else the one before finetuning."""
-    known = [group for group in groups if group.reference and group.name != "finetuned" and group.values(score)]
+    known = [group for group in groups if group.reference and group.values(score) and _saw_no_forget_row(group)]
     return min(known, key=lambda group: group.name == "vanilla", default=None)
+
+
+def _saw_no_forget_row(group: Group) -> bool:
+    """Whether it is the model before finetuning, or was trained on the retain split, as its configuration says."""
+    splits = group.runs[0].config["data"].get("splits", {})
+    return group.name == "vanilla" or (splits.get("train") is not None and splits["train"] == splits.get("retain"))
 
 
 def summary(groups: Sequence[Group]) -> list[str]:

@@ -265,6 +265,20 @@ def test_answers_that_stay_likely_are_called_hidden(tmp_path):
     assert words[-1].startswith("Hidden rather than removed") and "0.45 (0.01 in vanilla" in words[-1]
 
 
+def test_a_model_that_was_trained_on_the_answers_is_no_evidence_of_removal(tmp_path):
+    folder = make_run(tmp_path, 0, 92.0, 99.0)
+    evaluate_run(tmp_path, folder, {"tofu/probability/forget": 0.45})
+    for train, probability in (("full", 0.92), ("retain", 0.01)):
+        identity = config(0, metrics="tofu")
+        identity["model"]["path"] = f"models/finetuned/{train}/seed-0"
+        identity["data"]["splits"] = {"forget": "forget", "train": train, "retain": "retain"}
+        (tmp_path / train).mkdir()
+        write_json(tmp_path / train / "result.json", result("e", identity, **{"tofu/probability/forget": probability}))
+        words = summary(grouped(read_runs([tmp_path])))[-1]
+        assert ("was not measured" in words) == (train == "full")
+    assert words.startswith("Hidden rather than removed") and "0.45 (0.01 in retain" in words
+
+
 def test_failed_unfinished_and_broken_runs_are_listed(models, tmp_path):
     parent = models / "unlearned" / "recipe"
     failed, killed, broken = (parent / name for name in ("seed-0+failed", "seed-0+killed", "seed-0+broken"))
