@@ -30,6 +30,15 @@ def library_errors_as_user_error(key: str) -> Iterator[None]:
         raise UserError(f"{key}: {reason(error)}") from error
 
 
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Begin the message of a UserError with the key that it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
 class Interrupted(SystemExit):
     """The run was stopped by SIGTERM or Ctrl-C and wrote a checkpoint. Exits with 128 + the signal's number."""
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 SURROGATE = re.compile(r"[\ud800-\udfff]")  # half of a pair; alone it is not text and cannot be written
@@ -19,6 +21,18 @@ def resolve_path(path: str) -> str:
         if candidate.exists():
             return str(candidate.resolve())
     return path
+
+
+def resolve_checkpoint(path: str, key: str) -> str:
+    """`resolve_path` of a checkpoint's folder or hub id.
+
+    Raises:
+        UserError: names the key, if the path is meant as a local folder and does not exist.
+    """
+    resolved = resolve_path(path)
+    if looks_local(path) and not Path(resolved).exists():
+        raise UserError(f"{key}={path}: no such folder")
+    return resolved
 
 
 def looks_local(path: str) -> bool:

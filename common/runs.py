@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,14 @@ def run_folder(stage: str, config: RunConfig, overrides: list[str] | None = None
     one_of_several = overrides is not None or (hydra and hydra.mode == RunMode.MULTIRUN)
     if overrides is None:
         overrides = list(hydra.overrides.task) if hydra else []
-    name = run_name(config.seed, overrides)
-    if config.output_dir:
-        return (Path(config.output_dir) / (name if one_of_several else "")).resolve()
-    return (Path(config.models_dir) / stage / (hydra.job.config_name if hydra else "") / name).resolve()
+    parent = runs_folder(stage, config, hydra.job.config_name if hydra else "")
+    has_own_name = one_of_several or not config.output_dir
+    return (parent / run_name(config.seed, overrides) if has_own_name else parent).resolve()
+
+
+def runs_folder(stage: str, config: RunConfig | DictConfig, recipe: str) -> Path:
+    """The folder in which the runs of a sweep get a folder each: output_dir, else models/<stage>/<recipe>."""
+    return Path(config.output_dir) if config.output_dir else Path(config.models_dir) / stage / recipe
 
 
 def failure_of(folder: Path) -> str | None:
@@ -143,6 +148,15 @@ def with_portable_paths(value: Any, models_dir: str) -> Any:
         if isinstance(value, str) and value.startswith(parent + "/"):
             return name + value.removeprefix(parent)
     return value
+
+
+def flattened(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of nested dictionaries, with their values."""
+    if isinstance(values, dict) and values:
+        for key, value in values.items():
+            yield from flattened(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values
 
 
 def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:

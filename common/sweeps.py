@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import write_json
-from common.runs import failure_file, run_name
+from common.runs import failure_file, run_name, runs_folder
 
 log = logging.getLogger(__name__)
 
@@ -105,5 +105,4 @@ def _run_folder(config: DictConfig, overrides: list[str]) -> Path:
     seeds = [word.rpartition("=")[2] for word in overrides if word.lstrip("+").startswith("seed=")]
     name = run_name(int(seeds[-1]) if seeds and seeds[-1].isdigit() else config.seed, overrides)
     stage = "evaluated" if "metrics" in config else "unlearned" if "method" in config else "finetuned"
-    parent = config.output_dir or Path(config.models_dir) / stage / str(config.hydra.job.config_name)
-    return (Path(parent) / name).resolve()
+    return (runs_folder(stage, config, str(config.hydra.job.config_name)) / name).resolve()

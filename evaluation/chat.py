@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
     import common.interrupts  # noqa: F401
 
-import contextlib
 import importlib
 import logging
 import os
@@ -32,8 +31,8 @@ from omegaconf import DictConfig
 from common.cli import check_recipe, job_errors, launch, quoted
 from common.config import RunConfig, fields_of, read_config, section
 from common.data import Row
-from common.errors import UserError
-from common.files import CONFIGS, SURROGATE, looks_local, resolve_path
+from common.errors import UserError, naming
+from common.files import CONFIGS, SURROGATE, resolve_checkpoint
 from common.results import result_of
 from evaluation.context import Loader
 from evaluation.inputs import fill_from_run
@@ -116,9 +115,7 @@ def read_chat(cfg: DictConfig, name: str) -> RunConfig:
         UserError: if there is no such folder, or the configuration is invalid.
     """
     cfg, path = cfg.copy(), str(cfg[name])
-    cfg.model.path = resolve_path(path)
-    if looks_local(path) and not Path(cfg.model.path).exists():
-        raise UserError(f"{name}={path}: no such folder")
+    cfg.model.path = resolve_checkpoint(path, name)
     with naming(name):
         fill_from_run(cfg, (result_of(cfg.model.path) or {}).get("config"))
         return read_config(cfg, sections=KEYS)
@@ -135,15 +132,6 @@ def load(config: RunConfig, name: str) -> ModelOutputs:
         outputs = Loader().open(config, config.model).outputs
         outputs.load()
         return outputs
-
-
-@contextlib.contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Begin the message of a UserError with the key of the checkpoint that it is about."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
 
 
 def reply(outputs: ModelOutputs, question: str, answer: str, old: str) -> Reply:

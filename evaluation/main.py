@@ -26,8 +26,8 @@ from omegaconf import DictConfig
 
 from common.cli import check_recipe, job_errors, launch
 from common.command import this_command
-from common.errors import UserError
-from common.files import CONFIGS, is_first_process, looks_local, resolve_path, write_text
+from common.errors import UserError, naming
+from common.files import CONFIGS, is_first_process, resolve_checkpoint, resolve_path, write_text
 from common.results import headline_scores, result_of, started_from, write_result
 from common.rouge import use_words
 from common.runs import RunFolder, comparable_config, run_folder, with_portable_paths
@@ -93,9 +93,7 @@ class Job:
     def __init__(self, cfg: DictConfig, path: str, loader: Loader):
         several, cfg = cfg.models is not None, cfg.copy()
         cfg.models, cfg.model.path = None, path
-        self.path = resolve_path(path)
-        if looks_local(path) and not Path(self.path).exists():
-            raise UserError(f"model.path={path}: no such folder")
+        self.path = resolve_checkpoint(path, "model.path")
         made_by = result_of(self.path) or {}
         fill_from_run(cfg, made_by.get("config"))
         self.config = read_evaluation(cfg)
@@ -108,10 +106,8 @@ class Job:
         others = {name: resolve_path(section.path) for name, section in sections.items() if section.path}
         self.context = EvaluationContext(self.config, loader, model, others)
         for name in others:
-            try:
+            with naming(name):
                 self.context.open_other(name)
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from error
         if start := started_from(self.path):
             others.setdefault("base_model", start)
         self.identity = comparable_config(cfg, made_by.get("id"))

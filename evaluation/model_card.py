@@ -16,6 +16,7 @@ from common.files import is_first_process, is_hub_id, read_json, write_text
 from common.model import ADAPTER
 from common.redaction import without_local_paths
 from common.results import CARD, result_of, started_from
+from common.runs import flattened
 from evaluation.tables import BEFORE, as_text, headline_table
 
 LIMITS = """- Unlearn quality and forget recall compare words of greedy answers. They do not show whether an answer is fluent,
@@ -153,17 +154,15 @@ def settings_table(result: dict[str, Any]) -> str:
     return "\n".join(["| setting | value |", "|---|---|", *lines])
 
 
-def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def dotted(values: dict[str, Any]) -> dict[str, str]:
     """Dotted key -> value as JSON, of nested dictionaries. Quotes around a text are kept where it has spaces at an end.
 
     >>> dotted({"a": {"b": 1, "c": None}, "d": "x", "e": " x"})
     {'a.b': '1', 'a.c': 'null', 'd': 'x', 'e': '" x"'}
     """
-    found: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= dotted(value, f"{prefix}{key}.")
-        else:
-            shown = json.dumps(value, ensure_ascii=False)
-            found[f"{prefix}{key}"] = shown[1:-1] if isinstance(value, str) and value == value.strip() else shown
-    return found
+    return {key: _as_json(value) for key, value in flattened(values) if value != {}}
+
+
+def _as_json(value: Any) -> str:
+    shown = json.dumps(value, ensure_ascii=False)
+    return shown[1:-1] if isinstance(value, str) and value == value.strip() else shown

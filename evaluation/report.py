@@ -31,7 +31,18 @@ from common.files import write_text
 from common.runs import failure_of
 from common.sweeps import Sweep
 from evaluation.report_page import page, place
-from evaluation.run_records import Group, Run, grouped, read_runs, result_is_in, score_names, short, shown_value
+from evaluation.run_records import (
+    Group,
+    Run,
+    grouped,
+    has_run,
+    read_runs,
+    result_is_in,
+    score_names,
+    short,
+    shown_value,
+    varied_keys,
+)
 from evaluation.summary import summary
 from evaluation.tables import COLUMNS, as_text, cell
 
@@ -58,34 +69,28 @@ def write_page(folders: Sequence[Path], target: Path, title: str) -> Path:
 
 def report_sweep(sweep: Sweep) -> None:
     """Print the table of a sweep's runs and the runs without a result, and write the report."""
-    folders = [folder for folder in sweep.runs or [sweep.parent] if _has_run(folder)]
     try:
-        runs = read_runs(folders)
+        runs = read_runs([folder for folder in sweep.runs or [sweep.parent] if has_run(folder)])
         if not runs:
             return
-        missing = [run for run in runs if run.status != "done"]
         page_path = write_reports(runs, sweep.folder, f"Sweep of {sweep.parent.name}")
+        text = overview(grouped(runs))
     except Exception as error:  # the runs themselves are safe, and the sweep's own error is printed next
         log.error("no report of the sweep: %s", error)
         return
-    done = sum(result_is_in(folder) and not failure_of(folder) for folder in sweep.runs)
-    print(f"\n{method_table(grouped(runs))}\n\n{chr(10).join(summary(grouped(runs)))}\n")
+    print(f"\n{text}\n")
     if sweep.runs:
+        done = sum(result_is_in(folder) and not failure_of(folder) for folder in sweep.runs)
         print(f"{done} of {len(sweep.runs)} runs are finished.")
-    for run in missing:
-        print(f"- {run.folder.name}: {run.status}")
+    for run in runs:
+        if run.status != "done":
+            print(f"- {run.folder.name}: {run.status}")
     print(f"Report: {page_path}")
 
 
-def _has_run(folder: Path) -> bool:
-    try:
-        return bool(read_runs([folder]))
-    except UserError:
-        return False
-
-
-def varied_keys(groups: Sequence[Group]) -> list[str]:
-    return list(dict.fromkeys(key for group in groups for key in group.varied))
+def overview(groups: Sequence[Group]) -> str:
+    """The table and the sentences, for the terminal."""
+    return "\n".join([method_table(groups), "", *summary(groups)])
 
 
 def method_table(groups: Sequence[Group]) -> str:
@@ -197,8 +202,7 @@ def main(words: Sequence[str]) -> None:
     runs = read_runs(folders)
     title = given.title or ", ".join(folder.name for folder in folders)
     path = write_reports(runs, given.output or folders[0] / "report", title)
-    groups = grouped(runs)
-    print(f"{method_table(groups)}\n\n{chr(10).join(summary(groups))}\n\nReport: {path}")
+    print(f"{overview(grouped(runs))}\n\nReport: {path}")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from typing import Any
 
 import jinja2
 
-from common.results import GENERATIONS, PICKS, ROWS, result_of
+from common.files import read_json_lines
+from common.results import GENERATIONS, PICKS, ROWS
 from common.rouge import rouge_tokens
-from evaluation.run_records import Group, Run, differences, direction, score_names, short
+from evaluation.run_records import Group, Run, differences, direction, score_names, short, varied_keys
 from evaluation.summary import recommended, summary
 from evaluation.tables import COLUMNS
 
@@ -90,7 +91,7 @@ def _packed(path: Path) -> str:
 
 def page_data(runs: Sequence[Run], groups: Sequence[Group], shown: Sequence[tuple[str, Run]]) -> dict[str, Any]:
     """What the page's script reads."""
-    keys = list(dict.fromkeys(key for group in groups for key in group.varied))
+    keys = varied_keys(groups)
     scores = [_score(name, runs) for name in score_names(groups)]
     main = list(COLUMNS)
     scores.sort(key=lambda score: main.index(score["label"]) if score["main"] else len(main))
@@ -190,9 +191,9 @@ def rounded(value: float | None) -> float | None:
 
 def answers(run: Run, label: str) -> list[dict[str, Any]]:
     """The run's greedy answers beside those before unlearning."""
-    before = {
-        (row["split"], row["index"]): row["answer"] for row in Run(run.folder / "finetuned", "", {}).files(GENERATIONS)
-    }
+    path = run.folder / "finetuned" / GENERATIONS
+    rows_before = read_json_lines(path) if path.is_file() else []
+    before = {(row["split"], row["index"]): row["answer"] for row in rows_before}
     rows = []
     for row in run.files(GENERATIONS):
         earlier = before.get((row["split"], row["index"]), "")
@@ -309,7 +310,7 @@ def shifts(labelled: Iterable[tuple[str, Run]]) -> list[dict[str, Any]]:
     """The histogram of the changes of token probabilities on unrelated text."""
     series = []
     for label, run in labelled:
-        results = map(result_of, run.evaluations or [run.folder])
+        results = run.evaluations.values() or [run.result]
         found = [result.get("histograms", {}).get("side_effects/probability_shift") for result in results]
         for histogram in list(filter(None, found))[-1:]:
             edges, counts = histogram["edges"], histogram["counts"]

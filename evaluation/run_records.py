@@ -18,7 +18,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import read_json, read_json_lines, resolve_path
 from common.results import HISTORY, RESULT, evaluation_inputs, result_of
-from common.runs import FAILURES, failure_of
+from common.runs import FAILURES, failure_of, flattened
 from evaluation.tables import BEFORE
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Run:
         result: its result.json; empty if it has none.
         status: "done", "failed: <why>" or "unfinished".
         reference: whether it is not an unlearned model, but one to compare with.
-        evaluations: folders of the evaluations of this model, the newest last.
+        evaluations: folder -> result.json of the evaluations of this model, the newest last.
     """
 
     folder: Path
@@ -46,7 +46,7 @@ class Run:
     result: dict[str, Any]
     status: str = "done"
     reference: bool = False
-    evaluations: list[Path] = field(default_factory=list)
+    evaluations: dict[Path, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -64,11 +64,9 @@ class Run:
     def scores(self) -> dict[str, float | None]:
         """All scores of the run and its evaluations, and the minutes of the stage that trained it."""
         scores = dict(self.result.get("scores", {}))
-        for folder in self.evaluations:
+        for result in self.evaluations.values():
             scores |= {
-                name: value
-                for name, value in result_of(folder)["scores"].items()
-                if value is not None or name not in scores
+                name: value for name, value in result["scores"].items() if value is not None or name not in scores
             }
         seconds = self.result.get("seconds", {})
         stage = seconds.get("unlearning", seconds.get("finetuning"))
@@ -85,7 +83,7 @@ class Run:
                 "data": without_seeds(evaluation_inputs(values)),
                 "training": {} if evaluated_only else values.get("training", {}),
             }
-        flat = {key: value for key, value in _flattened(values) if key not in NOT_SETTINGS}
+        flat = {key: value for key, value in flattened(values) if key not in NOT_SETTINGS}
         return {key: without_seeds(value) for key, value in flat.items()}
 
     def files(self, name: str) -> list[dict]:
@@ -95,18 +93,9 @@ class Run:
                 return read_json_lines(folder / name)
         return []
 
-    @property
+    @cached_property
     def history(self) -> list[dict]:
-        path = self.folder / HISTORY
-        return read_json_lines(path) if path.is_file() else []
-
-
-def _flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _flattened(item, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value
+        return self.files(HISTORY)
 
 
 @dataclass
@@ -199,7 +188,12 @@ def _add_evaluation(path: Path, result: dict, runs: dict[str, Run]) -> None:
         status = f"left out: evaluated on other data, or otherwise than its run {run.folder.name}"
         runs[str(path)] = Run(path, run.name, result, status)
     elif path not in run.evaluations:
-        run.evaluations.append(path)
+        run.evaluations[path] = result
+
+
+def has_run(folder: Path) -> bool:
+    """Whether `read_runs` finds a run in this folder."""
+    return next(_run_folders(folder), None) is not None
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
@@ -233,6 +227,7 @@ def _read_run(path: Path, runs: dict[str, Run], evaluations: list[tuple[Path, di
     failure = failure_of(path)
     try:
         result = result_of(path)
+        before = {name: found for name in BEFORE if (found := result_of(path / name))}
     except UserError as error:  # one broken file does not spoil the report of all others
         result, failure = None, str(error)
     if result is None:
@@ -248,9 +243,9 @@ def _read_run(path: Path, runs: dict[str, Run], evaluations: list[tuple[Path, di
     if "metrics" in result["config"]:
         evaluations.append((path, result))
         return
-    for name in BEFORE:
-        if (before := result_of(path / name)) and set(before["config"]) >= REQUIRED:
-            runs.setdefault(before["id"], Run(path / name, name, before, reference=True))
+    for name, of_model in before.items():
+        if set(of_model["config"]) >= REQUIRED:
+            runs.setdefault(of_model["id"], Run(path / name, name, of_model, reference=True))
     run = Run(path, _name(result["config"], path), result, reference="method" not in result["config"])
     if failure:
         run.status = f"failed: {failure}"  # the result is an older one
@@ -303,6 +298,11 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     return references + sorted(methods, key=lambda group: -(group.mean("unlearn_quality") or 0.0))
 
 
+def varied_keys(groups: Iterable[Group]) -> list[str]:
+    """The settings in which some groups differ."""
+    return list(dict.fromkeys(key for group in groups for key in group.varied))
+
+
 def without_seeds(value: Any) -> Any:
     """The value with the seeds in the names of folders masked; lists and dictionaries as JSON."""
     value = json.dumps(value, sort_keys=True) if isinstance(value, list | dict | tuple) else value
@@ -322,7 +322,7 @@ def _name_varied(groups: list[Group]) -> None:
 def direction(runs: Iterable[Run], score: str) -> tuple[bool | None, float | None]:
     """Whether a score is better when higher (None: neither), and its ideal value (None: it has none)."""
     for run in runs:
-        for result in [run.result, *map(result_of, run.evaluations)]:
+        for result in (run.result, *run.evaluations.values()):
             if score in result.get("higher_is_better", {}):
                 return result["higher_is_better"][score], result.get("ideal", {}).get(score)
     return (False, None) if score == "minutes" else (None, None)
@@ -393,9 +393,8 @@ def notices(groups: Sequence[Group]) -> list[str]:
     ]
     values: dict[str, set[str]] = {}
     for run in (run for group in groups for run in group.runs):
-        for path in run.evaluations or ([run.folder] if "metrics" in run.config else []):
-            result = result_of(path)
-            for key, value in _flattened(result["config"]):
+        for result in run.evaluations.values() or ([run.result] if "metrics" in run.config else []):
+            for key, value in flattened(result["config"]):
                 section = key.partition(".")[0]
                 used = any(name.startswith(f"{section}/") for name in result["scores"])
                 if section in ("retain_model", "base_model") or used:

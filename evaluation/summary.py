@@ -16,13 +16,17 @@ def recommended(groups: Sequence[Group]) -> Group | None:
 
     None if no setting does, if the scores cannot be compared, or if the finetuned model's utility is not known.
     """
-    methods = measured(groups)
-    before = reference(groups, "finetuned")
-    if not methods or before is None or differences([run for group in groups for run in group.runs]):
+    if differences([run for group in groups for run in group.runs]):
         return None
-    floor = before.mean("utility") - ALLOWED_COST
-    allowed = [group for group in methods if group.mean("utility") >= floor]
-    return max(allowed, key=lambda group: group.mean("unlearn_quality"), default=None)
+    return max(affordable(groups), key=lambda group: group.mean("unlearn_quality"), default=None)
+
+
+def affordable(groups: Sequence[Group]) -> list[Group]:
+    """The settings that lose at most ALLOWED_COST points of the finetuned model's utility; none if that is not known."""
+    before = reference(groups, "finetuned")
+    if before is None:
+        return []
+    return [group for group in measured(groups) if group.mean("utility") >= before.mean("utility") - ALLOWED_COST]
 
 
 def measured(groups: Sequence[Group]) -> list[Group]:
@@ -84,8 +88,7 @@ def decision(groups: Sequence[Group]) -> list[str]:
 def choice(chosen: Group, groups: Sequence[Group]) -> list[str]:
     """Which setting to use, and which others are as good as far as the seeds tell."""
     methods = measured(groups)
-    before = reference(groups, "finetuned")
-    allowed = [group for group in methods if group.mean("utility") >= before.mean("utility") - ALLOWED_COST]
+    before, allowed = reference(groups, "finetuned"), affordable(groups)
     of_those = "all settings" if len(allowed) == len(methods) else f"the {len(allowed)} of {len(methods)} settings"
     sentences = [
         f"Use {chosen.label}. It has the highest unlearn quality ({shown(chosen, 'unlearn_quality')}; "

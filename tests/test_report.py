@@ -286,12 +286,15 @@ def test_failed_unfinished_and_broken_runs_are_listed(models, tmp_path):
     write_json(failure_file(failed), {"message": "method.temperature=0: must be positive <b>"})
     (killed / "in_progress").mkdir(parents=True)
     write_json(killed / "in_progress" / "run.json", {"config": config(0), "overwrite": False})
-    broken.mkdir()
-    (broken / "result.json").write_text("{")
+    for folder in (broken, parent / "seed-0+broken-before" / "vanilla"):
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text("{")
+    write_json(parent / "seed-0+broken-before" / "result.json", result("b", config(0)))
     status = {run.folder.name: run.status for run in read_runs([models]) if run.status != "done"}
     assert status["seed-0+failed"] == "failed: method.temperature=0: must be positive <b>"
     assert status["seed-0+killed"] == "unfinished"
     assert "not readable as JSON" in status["seed-0+broken"]
+    assert "vanilla/result.json: not readable as JSON" in status["seed-0+broken-before"]
     page = write_reports(read_runs([models]), tmp_path / "report", "a sweep").read_text()
     assert "must be positive &lt;b&gt;" in page and "positive <b>" not in page
     text = (tmp_path / "report" / "report.md").read_text()

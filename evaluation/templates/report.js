@@ -72,23 +72,22 @@ const scoreOf = Object.fromEntries(data.scores.map(score => [score.name, score])
 const groupColors = new Map(data.groups.filter(g => !g.reference).map((g, i) => [g.id, i]));
 const colorOf = group => group.reference ? "#7f7f7f" : PALETTE[groupColors.get(group.id) % PALETTE.length];
 const symbolOf = group => group.reference ? "diamond-open" : SYMBOLS[Math.floor(groupColors.get(group.id) / PALETTE.length) % SYMBOLS.length];
-const textCell = DataTable => DataTable.render.text();
+const textCell = () => DataTable.render.text();
 
 // --- tables ---
 
 function settingsTable() {
-  const escape = DataTable.util.escapeHtml ?? (text => plain(text));
-  const columns = [{title: "method", data: g => g.name, render: (v, type, g) => type === "display" ? escape(v + (g.front ? " ★" : "")) : v}];
+  const columns = [{title: "method", data: g => g.name, render: (v, type, g) => type === "display" ? plain(v + (g.front ? " ★" : "")) : v}];
   for (const key of data.keys)
-    columns.push({title: key.short, data: g => g.settings[key.name] ?? null, render: (v, type) => type === "display" ? escape(v === null ? "" : String(v)) : v ?? ""});
+    columns.push({title: key.short, data: g => g.settings[key.name] ?? null, render: (v, type) => type === "display" ? plain(v === null ? "" : String(v)) : v ?? ""});
   if (data.seeds > 1) columns.push({title: "seeds", data: g => g.runs});
   for (const score of data.scores)
     columns.push({
-      title: escape(score.label), visible: score.main, className: "dt-right",
+      title: plain(score.label), visible: score.main, className: "dt-right",
       data: g => g.stats[score.name] ?? null,
       render: (stat, type, g) => {
         if (type !== "display" && type !== "filter") return stat ? stat[0] : null;
-        const text = escape(cellText(stat, score.digits, g.runs));
+        const text = plain(cellText(stat, score.digits, g.runs));
         return type === "display" && g.best.includes(score.name) ? `<b>${text}</b>` : text;
       },
     });
@@ -100,7 +99,7 @@ function settingsTable() {
 }
 
 function runsTable() {
-  const columns = data.run_columns.map((title, place) => ({title, data: place, render: textCell(DataTable)}));
+  const columns = data.run_columns.map((title, place) => ({title, data: place, render: textCell()}));
   new DataTable(byId("runs-table"), {
     data: data.run_rows, columns, order: [], paging: data.run_rows.length > 20, pageLength: 20, scrollX: true,
     layout: {topStart: null, topEnd: data.run_rows.length > 5 ? "search" : null},
@@ -135,9 +134,9 @@ function answersTable() {
   const table = new DataTable(byId("answers-table"), {
     data: rowsShown(), order: [], pageLength: 10, scrollX: true, layout: {topStart: "pageLength", topEnd: "search"},
     columns: [
-      {title: "split", data: "split", render: textCell(DataTable)},
-      {title: "question", data: "question", className: "text", render: textCell(DataTable)},
-      {title: "true answer", data: "truth", className: "text", render: textCell(DataTable)},
+      {title: "split", data: "split", render: textCell()},
+      {title: "question", data: "question", className: "text", render: textCell()},
+      {title: "true answer", data: "truth", className: "text", render: textCell()},
       marked("before", "before_marks"), marked("after", "after_marks"),
       {title: "recall after", data: "recall", className: "dt-right", render: (v, type) => type === "display" ? shown(v, 2) : v},
     ],
