@@ -1,5 +1,9 @@
-"""Ctrl-C ends the process without a traceback. Every main imports this first, as its other imports take seconds."""
+"""Ctrl-C and SIGTERM end the process without a traceback. Every main imports this first, as its other imports take seconds.
 
+SIGTERM exits as an error does, so that a sweep's table is still written. Training replaces both by a checkpoint.
+"""
+
+import signal
 import sys
 
 
@@ -9,3 +13,4 @@ def _quiet(kind, error, traceback):
 
 
 sys.excepthook = _quiet
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -29,6 +29,8 @@ from typing import Any
 
 from accelerate import PartialState
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -60,13 +62,13 @@ NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoint
 PUSH_KEYS = ("push_to_hub", "hub_model_id", "hub_private_repo")
 
 
-def run_name(seed: int, overrides: list[str]) -> str:
+def run_name(seed: int | str, overrides: list[str]) -> str:
     """A distinct folder name for every combination: the seed, then the overrides that influence the result.
 
     >>> run_name(0, ["method.num_samples=2", "seed=0", "overwrite=true"])
     'seed-0+method.num_samples-2'
     """
-    words = [word.lstrip("+~") for word in sorted(settings_of_the_result(overrides))]
+    words = [_normal(word.lstrip("+~")) for word in sorted(settings_of_the_result(overrides))]
     kept = [word for word in words if not re.match(r"seed([.=]|$)", word)]
     name = "+".join([f"seed-{seed}", *map(_as_file_name, kept)])
     if len(name) > 180:  # file systems allow 255 bytes
@@ -79,6 +81,15 @@ def settings_of_the_result(overrides: list[str]) -> list[str]:
     keys = [*NOT_PART_OF_THE_RUN, *(f"training.{key}" for key in PUSH_KEYS)]
     ignored = re.compile(rf"[+~]*(hydra|({'|'.join(map(re.escape, keys))})([.=]|$))")
     return [override for override in overrides if not ignored.match(override)]
+
+
+def _normal(override: str) -> str:
+    """An override with its value written in one way: a sweep passes 0.001 and False on for 1e-3 and false."""
+    try:
+        value = OverridesParser.create().parse_override(override).get_value_element_as_str()
+    except HydraException:
+        return override
+    return f"{override.partition('=')[0]}={value.lower() if value in ('True', 'False') else value}"
 
 
 def _as_file_name(override: str) -> str:
@@ -110,10 +121,27 @@ def runs_folder(stage: str, config: RunConfig | DictConfig, recipe: str) -> Path
     return Path(config.output_dir) if config.output_dir else Path(config.models_dir) / stage / recipe
 
 
+def has_result_of(folder: Path, cfg: DictConfig) -> bool:
+    """Whether the folder has the result of this composed configuration, so that its command would not repeat the run.
+
+    An evaluation's null keys are those of the run that made its model, and are not compared.
+    """
+    start = cfg.get("finetuned") or OmegaConf.select(cfg, "model.path", throw_on_missing=False)
+    start_id = (result_of(resolve_path(start)) or {}).get("id") if start else None
+    wanted, found = comparable_config(cfg, start_id), (result_of(folder) or {}).get("config")
+    if "metrics" not in wanted or not found:
+        return found == wanted
+    known = dict(flattened(found))
+    return all(value in (known.get(key), None) for key, value in flattened(wanted))
+
+
 def failure_of(folder: Path) -> str | None:
     """Why the last job of a sweep that belongs to this folder failed; None if it did not."""
     path = failure_file(folder)
-    return read_json(path)["message"] if path.is_file() else None
+    try:
+        return str(read_json(path)["message"]) if path.is_file() else None
+    except (ValueError, KeyError, TypeError):
+        return f"{path} is not readable"
 
 
 def failure_file(folder: Path) -> Path:

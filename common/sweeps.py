@@ -3,25 +3,28 @@
 Hydra calls `SweepCallback` (configs/run.yaml). `launch` then passes the sweep to the stage, which reports on all runs.
 """
 
+import hashlib
 import logging
+import re
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import write_json
-from common.runs import failure_file, run_name, runs_folder
+from common.runs import failure_file, failure_of, has_result_of, run_name, runs_folder
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +35,21 @@ class Sweep:
 
     Attributes:
         folder: of its report.
-        runs: folder -> overrides of each of its runs; empty if the sweeper chooses them while it runs.
+        runs: folder -> configuration of each of its runs; empty if the sweeper chooses them while it runs.
         parent: the folder of all runs of the recipe.
+        finished: folders of the jobs that this process has finished.
     """
 
     folder: Path
-    runs: dict[Path, list[str]]
+    runs: dict[Path, DictConfig]
     parent: Path
+    finished: set[Path] = field(default_factory=set)
+
+    def has_result(self, folder: Path) -> bool:
+        """Whether a run of this sweep is finished, in this process or before, with the configuration of this sweep."""
+        if failure_of(folder):
+            return False
+        return folder in self.finished or has_result_of(folder, self.runs[folder])
 
 
 _current: Sweep | None = None
@@ -58,11 +69,9 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global _current
-        overrides = list(config.hydra.overrides.task)
-        runs = {_run_folder(config, words): words for words in _jobs(config, overrides)}
-        swept = run_name(config.seed, overrides).partition("+")[2] or "seeds"
-        folder = Path(config.models_dir) / "sweeps" / str(config.hydra.job.config_name) / swept
-        _current = Sweep(folder.resolve(), runs, _run_folder(config, []).parent)
+        jobs = [_composed(config, words) for words in _jobs(config)]
+        runs = {_run_folder(job): OmegaConf.masked_copy(job, [key for key in job if key != "hydra"]) for job in jobs}
+        _current = Sweep(_report_folder(config, list(runs)), runs, _run_folder(config).parent)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
@@ -80,7 +89,8 @@ class SweepCallback(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         self.seconds.append(time.monotonic() - self.started)
-        path = failure_file(_run_folder(config, list(config.hydra.overrides.task)))
+        folder = _run_folder(config)
+        path = failure_file(folder)
         if job_return.status == JobStatus.FAILED and config.hydra.mode == RunMode.MULTIRUN:
             error = job_return._return_value
             message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -88,21 +98,40 @@ class SweepCallback(Callback):
             write_json(path, {"message": message.strip(), "overrides": list(config.hydra.overrides.task)})
         elif job_return.status == JobStatus.COMPLETED:  # also by a single command after the sweep
             path.unlink(missing_ok=True)
+            if _current:
+                _current.finished.add(folder)
 
 
-def _jobs(config: DictConfig, overrides: list[str]) -> list[list[str]]:
+def _jobs(config: DictConfig) -> list[list[str]]:
     """The overrides of each job, as Hydra's own sweeper combines them; empty with another sweeper."""
     if config.hydra.sweeper._target_.rpartition(".")[2] != BasicSweeper.__name__:
         return []
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    batches = BasicSweeper.split_arguments(parser.parse_overrides([*params, *overrides]), None)
+    typed = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # ${seed} is that of each job
+    batches = BasicSweeper.split_arguments(parser.parse_overrides([*params, *typed]), None)
     return [job for batch in batches for job in batch]
 
 
-def _run_folder(config: DictConfig, overrides: list[str]) -> Path:
-    """The folder of the run with these overrides, as `common.runs.run_folder` names it."""
-    seeds = [word.rpartition("=")[2] for word in overrides if word.lstrip("+").startswith("seed=")]
-    name = run_name(int(seeds[-1]) if seeds and seeds[-1].isdigit() else config.seed, overrides)
+def _composed(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """The configuration of the sweep's job with these overrides."""
+    job = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
+    HydraConfig.instance().set_config(job)  # resolves ${hydra:...}
+    return job
+
+
+def _run_folder(config: DictConfig) -> Path:
+    """The folder of a job's run, as `common.runs.run_folder` names it."""
     stage = "evaluated" if "metrics" in config else "unlearned" if "method" in config else "finetuned"
+    name = run_name(config.seed, list(config.hydra.overrides.task))
     return (runs_folder(stage, config, str(config.hydra.job.config_name)) / name).resolve()
+
+
+def _report_folder(config: DictConfig, runs: list[Path]) -> Path:
+    """The folder of the sweep's report: named by its overrides, the seeds included, and by the folders of its runs."""
+    overrides = list(config.hydra.overrides.task)
+    seeds = [word.partition("=")[2] for word in overrides if word.lstrip("+").startswith("seed=")]
+    seeds = re.sub(r"[^\w,.-]+", "-", seeds[-1]) if seeds else str(config.seed)
+    folders = hashlib.sha256("\n".join(map(str, runs)).encode()).hexdigest()[:6]
+    name = f"{run_name(0, overrides).replace('seed-0', f'seed-{seeds}', 1)}+{folders}"
+    return (Path(config.models_dir) / "sweeps" / str(config.hydra.job.config_name) / name).resolve()

@@ -1,6 +1,7 @@
 """The inputs of an evaluation: the models, their configuration, and the models that they are compared to."""
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from common.config import RunConfig, read_config, section
@@ -38,6 +39,8 @@ def named_models(cfg: DictConfig) -> dict[str, str]:
         if one is None:
             raise UserError("model.path: missing; name a folder or a hub id, as in model.path=models/unlearned/...")
         return {str(one): str(one)}
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise UserError(f"models={cfg.models}: not in a sweep (-m); sweep over the models instead, model.path=A,B")
     if one is not None:
         raise UserError(f"model.path={one}: models is set as well; give only one of the two")
     plain = OmegaConf.to_container(cfg.models, resolve=True) if OmegaConf.is_config(cfg.models) else cfg.models

@@ -27,8 +27,7 @@ import re
 from collections.abc import Sequence
 
 from common.errors import UserError
-from common.files import write_text
-from common.runs import failure_of
+from common.files import is_first_process, write_text
 from common.sweeps import Sweep
 from evaluation.report_page import page, place
 from evaluation.run_records import (
@@ -36,8 +35,8 @@ from evaluation.run_records import (
     Run,
     grouped,
     has_run,
+    read_evaluations,
     read_runs,
-    result_is_in,
     score_names,
     short,
     shown_value,
@@ -69,10 +68,10 @@ def write_page(folders: Sequence[Path], target: Path, title: str) -> Path:
 
 def report_sweep(sweep: Sweep) -> None:
     """Print the table of a sweep's runs and the runs without a result, and write the report."""
+    if not is_first_process():
+        return
     try:
-        runs = read_runs([folder for folder in sweep.runs or [sweep.parent] if has_run(folder)])
-        if not runs:
-            return
+        runs = runs_of_sweep(sweep)
         page_path = write_reports(runs, sweep.folder, f"Sweep of {sweep.parent.name}")
         text = overview(grouped(runs))
     except Exception as error:  # the runs themselves are safe, and the sweep's own error is printed next
@@ -80,16 +79,33 @@ def report_sweep(sweep: Sweep) -> None:
         return
     print(f"\n{text}\n")
     if sweep.runs:
-        done = sum(result_is_in(folder) and not failure_of(folder) for folder in sweep.runs)
-        print(f"{done} of {len(sweep.runs)} runs are finished.")
+        print(f"{sum(map(sweep.has_result, sweep.runs))} of {len(sweep.runs)} runs are finished.")
     for run in runs:
         if run.status != "done":
             print(f"- {run.folder.name}: {run.status}")
     print(f"Report: {page_path}")
 
 
+def runs_of_sweep(sweep: Sweep) -> list[Run]:
+    """The runs of a sweep, those without a result of the sweep's configuration by name and with the reason.
+
+    In a sweep of evaluations each one is a run, as they differ in settings of the evaluation.
+    """
+    if not sweep.runs:
+        return read_runs([sweep.parent]) if has_run(sweep.parent) else []
+    of_evaluation = all("metrics" in cfg for cfg in sweep.runs.values())
+    begun = [folder for folder in sweep.runs if has_run(folder)]
+    runs = read_evaluations(begun) if of_evaluation else read_runs(begun)
+    for run in runs:
+        if run.folder in sweep.runs and run.status == "done" and not sweep.has_result(run.folder):
+            run.status = "not begun: its folder has the result of an earlier configuration or model"
+    return runs + [Run(folder, folder.name, {}, "not begun") for folder in sweep.runs if folder not in begun]
+
+
 def overview(groups: Sequence[Group]) -> str:
     """The table and the sentences, for the terminal."""
+    if not groups:
+        return "No run is finished."
     return "\n".join([method_table(groups), "", *summary(groups)])
 
 
@@ -125,7 +141,7 @@ def _measured(groups: Sequence[Group]) -> dict[str, tuple[str, int]]:
 
 
 def markdown(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
-    parts = [f"# {as_text(title)}", *map(as_text, summary(groups)), method_table(groups)]
+    parts = [f"# {as_text(title)}", *map(as_text, summary(groups)), *([method_table(groups)] if groups else [])]
     if missing := [run for run in runs if run.status != "done"]:
         lines = [f"- {as_text(str(run.folder.name))}: {as_text(run.status)}" for run in missing]
         parts += ["## Without a result", "\n".join(lines)]

@@ -14,10 +14,9 @@ from typing import Any
 
 import jinja2
 
-from common.files import read_json_lines
 from common.results import GENERATIONS, PICKS, ROWS
 from common.rouge import rouge_tokens
-from evaluation.run_records import Group, Run, differences, direction, score_names, short, varied_keys
+from evaluation.run_records import Group, Run, differences, direction, rows_of, score_names, short, varied_keys
 from evaluation.summary import recommended, summary
 from evaluation.tables import COLUMNS
 
@@ -191,8 +190,7 @@ def rounded(value: float | None) -> float | None:
 
 def answers(run: Run, label: str) -> list[dict[str, Any]]:
     """The run's greedy answers beside those before unlearning."""
-    path = run.folder / "finetuned" / GENERATIONS
-    rows_before = read_json_lines(path) if path.is_file() else []
+    rows_before = rows_of(run.folder / "finetuned" / GENERATIONS)
     before = {(row["split"], row["index"]): row["answer"] for row in rows_before}
     rows = []
     for row in run.files(GENERATIONS):

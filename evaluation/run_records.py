@@ -4,6 +4,7 @@ A run of finetuning or unlearning is a folder with result.json. Evaluations of i
 subfolder) add their scores to it: they have recorded its `id`.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -15,15 +16,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, StrictFloat, StrictInt, ValidationError
+
 from common.errors import UserError
 from common.files import read_json, read_json_lines, resolve_path
-from common.results import HISTORY, RESULT, evaluation_inputs, result_of
+from common.results import HISTORY, PUBLISHING, RESULT, evaluation_inputs, result_of
 from common.runs import FAILURES, failure_of, flattened
 from evaluation.tables import BEFORE
 
 log = logging.getLogger(__name__)
-# Keys that differ between seeds or say the same as another key.
-NOT_SETTINGS = ("seed", "start", "save_model", "model.made_by", "training.num_train_epochs")
+# Keys that differ between seeds, say the same as another key or do not change the model.
+NOT_SETTINGS = (
+    "seed",
+    "start",
+    "save_model",
+    "model.made_by",
+    "training.num_train_epochs",
+    "evaluation.every_epochs",
+    "evaluation.start",
+)
 
 REQUIRED = {"model", "data", "evaluation"}  # sections of a configuration that a run's result has
 
@@ -39,6 +50,7 @@ class Run:
         status: "done", "failed: <why>" or "unfinished".
         reference: whether it is not an unlearned model, but one to compare with.
         evaluations: folder -> result.json of the evaluations of this model, the newest last.
+        of_evaluation: whether it stands for one evaluation of a sweep, with the settings of that evaluation.
     """
 
     folder: Path
@@ -47,6 +59,7 @@ class Run:
     status: str = "done"
     reference: bool = False
     evaluations: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    of_evaluation: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -54,7 +67,7 @@ class Run:
 
     @property
     def seed(self) -> int | None:
-        """The seed that the model was made with; of a model that was only evaluated, the one in its path."""
+        """The seed that the model was made with; of a model that was only evaluated, the one in its path, if it has one."""
         if "metrics" in self.config:
             named = re.search(r"seed-(\d+)", str(self.config["model"].get("path")))
             return int(named[1]) if named else None
@@ -76,7 +89,11 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Dotted key -> value, the same for all seeds; of a model before unlearning only what its scores depend on."""
         values = self.config
-        if self.reference and (self.name in BEFORE or {"method", "metrics"} & set(values)):
+        if self.of_evaluation:
+            values = {
+                key: value for key, value in values.items() if key != "compared_to"
+            }  # its ids differ between seeds
+        elif self.reference and (self.name in BEFORE or {"method", "metrics"} & set(values)):
             evaluated_only = {"method", "metrics"} & set(values)  # the settings are those of the evaluation
             values = {
                 "model": {"path": values["model"].get("path")},
@@ -89,9 +106,26 @@ class Run:
     def files(self, name: str) -> list[dict]:
         """The rows of a file of the newest evaluation that has it, else of the run itself; empty if there is none."""
         for folder in [*reversed(self.evaluations), self.folder]:
-            if (folder / name).is_file():
-                return read_json_lines(folder / name)
+            if rows := rows_of(folder / name):
+                return rows
         return []
+
+    @property
+    def contradictions(self) -> dict[str, list[float]]:
+        """The scores that the run and its evaluations do not agree on, each with all its values, the newest last."""
+        values: dict[str, list[float]] = {}
+        for result in (self.result, *self.evaluations.values()):
+            for name, value in result["scores"].items():
+                if value is not None and not any(
+                    math.isclose(value, other, rel_tol=1e-6) for other in values.get(name, [])
+                ):
+                    values.setdefault(name, []).append(value)
+        return {name: found for name, found in values.items() if len(found) > 1}
+
+    @property
+    def begun_again(self) -> bool:
+        """Whether another run was begun in the folder after the one with the result."""
+        return (self.folder / "in_progress" / "run.json").is_file()
 
     @cached_property
     def history(self) -> list[dict]:
@@ -142,6 +176,15 @@ class Group:
         return statistics.stdev(values) if len(values) > 1 else None
 
 
+def rows_of(path: Path) -> list[dict]:
+    """The rows of a JSON lines file; empty, with a warning, if it cannot be read; empty if there is none."""
+    try:
+        return read_json_lines(path) if path.is_file() else []
+    except ValueError as error:
+        log.warning("%s: not readable (%s); it is left out of the report", path, error)
+        return []
+
+
 def short(key: str) -> str:
     """A dotted key without its section: "method.num_samples" -> "num_samples"."""
     return key.split(".", 1)[-1]
@@ -152,6 +195,48 @@ def shown_value(value: Any) -> str:
 
 
 # --- reading ---
+
+
+class _ModelSection(BaseModel):
+    prompt: dict[str, Any]
+
+
+class _DataSection(BaseModel):
+    path: str | None
+    splits: dict[str, Any]
+
+
+class _Configuration(BaseModel):
+    model: _ModelSection
+    data: _DataSection
+    evaluation: dict[str, Any]
+
+
+class _Result(BaseModel):
+    """What a report reads of a result.json."""
+
+    id: str
+    scores: dict[str, StrictFloat | StrictInt | None]
+    seconds: dict[str, float] = {}
+    config: _Configuration
+
+
+def checked_result(folder: Path) -> dict[str, Any] | None:
+    """The result in a folder; None if there is none from this program.
+
+    Raises:
+        UserError: if it is damaged: not JSON, or without a value that a report reads.
+    """
+    result = result_of(folder)
+    if result is None or (isinstance(result["config"], dict) and not set(result["config"]) >= REQUIRED):
+        return result  # of a program of its own, which is left out by name
+    try:
+        _Result.model_validate(result)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{folder / RESULT}: {key}: {first['msg']}; repeat the run, or move the file away") from error
+    return result
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
@@ -179,16 +264,38 @@ def _add_evaluation(path: Path, result: dict, runs: dict[str, Run]) -> None:
     """Add an evaluation to the run that made its model, which is added as well; without one it is a reference model."""
     made_by, model = result["config"].get("start"), str(result["config"]["model"].get("path"))
     folder = Path(resolve_path(model))
-    if made_by and made_by not in runs and (result_of(folder) or {}).get("id") == made_by:
+    if made_by and made_by not in runs and _id_in(folder) == made_by:
         _read_run(folder, runs, [])
     run = runs.get(made_by or model)
-    if run is None:
+    if run is None and made_by:
+        status = f"left out: {model} was trained again or removed after this evaluation"
+        runs[str(path)] = Run(path, _name_of_model(model), result, status)
+    elif run is None:
         runs[made_by or model] = Run(path, _name_of_model(model), result, reference=True)
     elif evaluation_inputs(result["config"]) != evaluation_inputs(run.config):
         status = f"left out: evaluated on other data, or otherwise than its run {run.folder.name}"
         runs[str(path)] = Run(path, run.name, result, status)
     elif path not in run.evaluations:
         run.evaluations[path] = result
+
+
+def _id_in(folder: Path) -> str | None:
+    """The id of the result in a folder; None if there is none that can be read."""
+    with contextlib.suppress(UserError):
+        return (result_of(folder) or {}).get("id")
+
+
+def read_evaluations(folders: Iterable[Path]) -> list[Run]:
+    """A run for each evaluation in these folders: the rows of a sweep over settings of the evaluation."""
+    runs = []
+    for folder in folders:
+        run = _unfinished(folder)
+        if run is None:
+            result = checked_result(folder)
+            name = _name_of_model(str(result["config"]["model"].get("path")))
+            run = Run(folder, name, result, reference=True, of_evaluation=True)
+        runs.append(run)
+    return runs
 
 
 def has_run(folder: Path) -> bool:
@@ -211,7 +318,7 @@ def _run_folders(folder: Path) -> Iterator[Path]:
             continue
         if path.name in BEFORE and result_is_in(path.parent):
             continue
-        if result_is_in(path) or (path / "in_progress" / "run.json").is_file():
+        if result_is_in(path) or (path / "in_progress" / "run.json").is_file() or (path / PUBLISHING).is_dir():
             yield path
         for failure in sorted((path / FAILURES).glob("*.json")):
             if not result_is_in(path / failure.stem):
@@ -224,18 +331,10 @@ def result_is_in(folder: Path) -> bool:
 
 def _read_run(path: Path, runs: dict[str, Run], evaluations: list[tuple[Path, dict]]) -> None:
     """Add the run in a folder, and the models before it."""
-    failure = failure_of(path)
-    try:
-        result = result_of(path)
-        before = {name: found for name in BEFORE if (found := result_of(path / name))}
-    except UserError as error:  # one broken file does not spoil the report of all others
-        result, failure = None, str(error)
-    if result is None:
-        status = f"failed: {failure}" if failure else "unfinished"
-        begun = path / "in_progress" / "run.json"
-        config = read_json(begun).get("config", {}) if begun.is_file() else {}
-        runs.setdefault(str(path), Run(path, _name(config, path), {"config": config}, status))
+    if unfinished := _unfinished(path):
+        runs.setdefault(str(path), unfinished)
         return
+    result = checked_result(path)
     if lacking := REQUIRED - set(result["config"]):
         status = f"left out: {RESULT} has no configuration of {', '.join(sorted(lacking))}"
         runs[str(path)] = Run(path, path.name, result, status)
@@ -243,11 +342,12 @@ def _read_run(path: Path, runs: dict[str, Run], evaluations: list[tuple[Path, di
     if "metrics" in result["config"]:
         evaluations.append((path, result))
         return
-    for name, of_model in before.items():
-        if set(of_model["config"]) >= REQUIRED:
+    for name in BEFORE:
+        of_model = checked_result(path / name)
+        if of_model and set(of_model["config"]) >= REQUIRED:
             runs.setdefault(of_model["id"], Run(path / name, name, of_model, reference=True))
     run = Run(path, _name(result["config"], path), result, reference="method" not in result["config"])
-    if failure:
+    if failure := failure_of(path):
         run.status = f"failed: {failure}"  # the result is an older one
     known = runs.get(result["id"])
     if known is None or known.folder.name in BEFORE:  # the run itself, not the copy of its result in an unlearning run
@@ -256,8 +356,29 @@ def _read_run(path: Path, runs: dict[str, Run], evaluations: list[tuple[Path, di
         runs[result["id"]] = run
 
 
+def _unfinished(path: Path) -> Run | None:
+    """The run in a folder if it has no readable result, with the reason as its status; else None."""
+    try:
+        results = [checked_result(folder) for folder in (path, *(path / name for name in BEFORE))]
+        status = "unfinished" if results[0] is None else None
+    except UserError as error:  # one broken file does not spoil the report of all others
+        status = f"failed: {error}"
+    if (path / PUBLISHING).is_dir():
+        status = "unfinished: its files were not all moved up; the command of the run completes it"
+    elif status and (failure := failure_of(path)):
+        status = f"failed: {failure}"
+    if status is None:
+        return None
+    config: Any = {}
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # none was begun, or its file is damaged
+        config = read_json(path / "in_progress" / "run.json").get("config")
+    config = config if isinstance(config, dict) else {}
+    return Run(path, _name(config, path), {"config": config, "scores": {}}, status)
+
+
 def _name(config: dict, path: Path) -> str:
-    target = config.get("method", {}).get("_target_")
+    method = config.get("method")
+    target = method.get("_target_") if isinstance(method, dict) else None
     return target.rpartition(".")[2] if target else path.parent.name
 
 
@@ -280,7 +401,8 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     for run in done:
         key = json.dumps([run.reference, run.name, run.settings], sort_keys=True)
         group = by_settings.setdefault(key, Group(run.name, []))
-        if run.seed not in [other.seed for other in group.runs]:
+        seeds = [(other.seed, other.config.get("seed")) for other in group.runs]
+        if (run.seed, run.config.get("seed")) not in seeds:
             group.runs.append(run)
         elif run.name not in BEFORE:  # of those there is a copy in each run that started from them
             group.repeated.append(run)
@@ -391,8 +513,26 @@ def notices(groups: Sequence[Group]) -> list[str]:
         for group in groups
         for run in group.repeated
     ]
+    runs = [run for group in groups for run in group.runs]
+    for run in runs:
+        lacking = [name for name in ("unlearn_quality", "utility") if run.scores.get(name) is None]
+        if lacking and not run.reference:
+            found.append(f"{run.folder.name}: its result has no {' and no '.join(lacking)}.")
+        if run.begun_again:
+            found.append(
+                f"{run.folder.name}: a newer run was begun here and is unfinished; the scores are of the older one."
+            )
+        if disagreeing := run.contradictions:
+            texts = [
+                f"{name} ({' and '.join(f'{value:.4g}' for value in values)})" for name, values in disagreeing.items()
+            ]
+            more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+            found.append(
+                f"{run.folder.name}: its evaluations do not agree on {', '.join(texts[:3])}{more}; the newest ones count. "
+                "They differ in a seed, a data type or another setting."
+            )
     values: dict[str, set[str]] = {}
-    for run in (run for group in groups for run in group.runs):
+    for run in runs:
         for result in run.evaluations.values() or ([run.result] if "metrics" in run.config else []):
             for key, value in flattened(result["config"]):
                 section = key.partition(".")[0]

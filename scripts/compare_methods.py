@@ -64,10 +64,14 @@ class ComparisonSettings:
     """Name in the table -> arguments of unlearning/main.py."""
     metrics: Annotated[list[str], Field(min_length=1)]
     """Metric groups of evaluation/main.py."""
+    evaluation: str = ""
+    """Further arguments of evaluation/main.py; {seed} stands for the seed."""
+    references: dict[str, str] = field(default_factory=dict)
+    """Name in the table -> folder of a model to compare with; {seed} stands for the seed."""
 
     def commands_per_seed(self) -> int:
-        """The number of commands; each method has one of unlearning and one of evaluation."""
-        return len(self.before) + 2 * len(self.methods)
+        """The number of commands; each method has one of unlearning and one of evaluation, a reference one of evaluation."""
+        return len(self.before) + len(self.references) + 2 * len(self.methods)
 
     def commands(self) -> int:
         return len(self.seeds) * self.commands_per_seed()
@@ -162,19 +166,23 @@ class Runs:
             log.error("failed:\n%s", "\n".join(done.stdout.splitlines()[-12:]))
         return done.returncode == 0
 
-    def method(self, words: list[str], seed: int, folder: Path, metrics: list[str]) -> dict[str, float] | None:
+    def method(
+        self, words: list[str], seed: int, folder: Path, settings: ComparisonSettings
+    ) -> dict[str, float] | None:
         """Unlearn and evaluate; returns the scores and the minutes of unlearning, or None if a command failed."""
         of_run = [*words, f"seed={seed}", *self.shared, quoted("output_dir", str(folder))]
         if not self.run("unlearning", *of_run):
             self.total -= 1  # its evaluation is skipped
             return None
-        measured = folder / "evaluation"
-        places = [quoted("model.path", str(folder)), quoted("output_dir", str(measured))]
-        places += [f"metrics=[{','.join(metrics)}]", f"seed={seed}"]
-        if not self.run("evaluation", "-cn=evaluate", *places):
-            return None
-        seconds = result_of(folder)["seconds"]["unlearning"]
-        return {**result_of(measured)["scores"], "minutes": seconds / 60}
+        scores = self.evaluate(str(folder), seed, folder / "evaluation", settings)
+        return scores and {**scores, "minutes": result_of(folder)["seconds"]["unlearning"] / 60}
+
+    def evaluate(self, model: str, seed: int, folder: Path, settings: ComparisonSettings) -> dict[str, float] | None:
+        """Evaluate a checkpoint, with the result in a folder; returns the scores, or None if the command failed."""
+        words = [quoted("model.path", model), quoted("output_dir", str(folder))]
+        words += [f"metrics=[{','.join(settings.metrics)}]", f"seed={seed}"]
+        words += shlex.split(settings.evaluation.replace("{seed}", str(seed)))
+        return result_of(folder)["scores"] if self.run("evaluation", "-cn=evaluate", *words) else None
 
 
 def message_of(done: subprocess.CompletedProcess) -> str:
@@ -247,7 +255,7 @@ def run_all(
         reshaping: overrides of model and data, with which the comparison's folder gets its own finetuned model.
         shaping: overrides for the stages before unlearning.
     """
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in settings.methods}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in [*settings.references, *settings.methods]}
     for seed in settings.seeds:
         before, start = [shlex.split(words) for words in settings.before], []
         # The overrides change the name of the last stage's folder, so that it differs from the one in the recipes.
@@ -258,10 +266,12 @@ def run_all(
         if not all(runs.run(stage, *words, f"seed={seed}", *shaping) for stage, *words in before):
             runs.total -= last - runs.finished  # the rest of this seed is skipped
             continue
+        for name, path in settings.references.items():
+            scores = runs.evaluate(path.replace("{seed}", str(seed)), seed, folder / name / f"seed-{seed}", settings)
+            results[name] += [scores] if scores else []
         for name, words in settings.methods.items():
-            scores = runs.method([*shlex.split(words), *start], seed, folder / name / f"seed-{seed}", settings.metrics)
-            if scores:
-                results[name].append(scores)
+            scores = runs.method([*shlex.split(words), *start], seed, folder / name / f"seed-{seed}", settings)
+            results[name] += [scores] if scores else []
     return results
 
 

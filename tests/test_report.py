@@ -228,6 +228,81 @@ def test_evaluations_with_different_settings_are_named(tmp_path):
     assert "relearning.learning_rate (0.001, 1e-05)" in notice and "sampling" not in notice
 
 
+def test_evaluations_that_do_not_agree_are_named(tmp_path):
+    folder = make_run(tmp_path, 0, 92.0, 99.0)
+    evaluate_run(tmp_path, folder, {"unlearn_quality": 92.0 + 1e-9, "utility": 95.0})
+    (notice,) = notices(grouped(read_runs([tmp_path])))
+    assert "do not agree on utility (99 and 95); the newest ones count" in notice
+
+
+def test_an_evaluation_of_a_model_that_was_trained_again_is_left_out(tmp_path):
+    folder = make_run(tmp_path, 0, 92.0, 99.0)
+    evaluate_run(tmp_path, folder, {"tofu/probability/forget": 0.5})
+    stored = json.loads((folder / "result.json").read_text())
+    write_json(folder / "result.json", stored | {"id": "trained again"})
+    runs = {run.folder: run for run in read_runs([tmp_path])}
+    assert "was trained again or removed" in runs[tmp_path / "evaluated/one"].status
+    assert not runs[folder].evaluations
+
+
+def test_results_without_a_headline_score_and_runs_begun_again_are_named(tmp_path):
+    folder = make_run(tmp_path, 0, 92.0, None)
+    (folder / "in_progress").mkdir()
+    write_json(folder / "in_progress" / "run.json", {"config": {}, "overwrite": True})
+    lacking, again = notices(grouped(read_runs([tmp_path])))
+    assert lacking.endswith("its result has no utility.") and "a newer run was begun here and is unfinished" in again
+
+
+def test_a_run_whose_publishing_broke_off_is_unfinished(tmp_path):
+    folder = make_run(tmp_path, 0, 92.0, 99.0)
+    (folder / "in_progress.publishing").mkdir()
+    (folder / "result.json").rename(folder / "in_progress.publishing" / "result.json")
+    status = [run.status for run in read_runs([tmp_path]) if not run.reference]
+    assert status == ["unfinished: its files were not all moved up; the command of the run completes it"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "named"),
+    [
+        ("result.json", '{"id": "x", "scores": {}, "config": null}', "config"),
+        ("result.json", "[]", "unfinished"),
+        (
+            "result.json",
+            '{"id": "x", "config": {"model": {}, "data": {}, "evaluation": {}}, "scores": {}}',
+            "model.prompt",
+        ),
+        (
+            "vanilla/result.json",
+            '{"id": "x", "config": {"model": 1, "data": 2, "evaluation": 3}}',
+            "vanilla/result.json",
+        ),
+        ("result.json", "scores", "scores.utility"),
+        ("result.json", "id", "id"),
+        ("in_progress/run.json", "", None),
+        ("../.failed/other.json", "{", "not readable"),
+        ("history.jsonl", '{"epoch": 1}\n{"epo', None),
+        ("generations.jsonl", '{"spl', None),
+        ("finetuned/generations.jsonl", '{"spl', None),
+        ("picks.jsonl", "{", None),
+    ],
+)
+def test_a_damaged_file_does_not_end_the_report(tmp_path, file, text, named):
+    folder = make_run(tmp_path, 0, 92.0, 99.0)
+    make_run(tmp_path, 1, 91.0, 98.0)
+    path = folder / file
+    path.parent.mkdir(exist_ok=True)
+    if text in ("scores", "id"):
+        stored = json.loads(path.read_text())
+        stored["scores"]["utility"] = "99" if text == "scores" else 99.0
+        text = json.dumps({key: value for key, value in stored.items() if key != text or text == "scores"})
+    path.write_text(text)
+    runs = read_runs([tmp_path])
+    page = write_reports(runs, tmp_path / "report", "damaged").read_text()
+    wrong = [run.status for run in runs if run.status != "done"]
+    assert len(wrong) == (named is not None) and all(named in status for status in wrong)
+    assert all(status.replace("'", "&#39;") in page for status in wrong)
+
+
 def test_a_seed_counts_once(tmp_path):
     for place in ("a", "b"):
         make_run(tmp_path / place, 0, 90.0, 99.0)
