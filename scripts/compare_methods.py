@@ -6,8 +6,8 @@
 
 1. For each seed, the stages in `comparison.before` run first. Then every method runs: unlearning, then evaluation. All run
    one after the other, as the usual commands of the stages. Finished runs are not repeated.
-2. A table (means over the seeds, with standard deviations) and a plot of unlearn quality against utility are written to
-   models/comparisons/<recipe>/, which also contains the runs.
+2. A table (means over the seeds, with standard deviations), a plot of unlearn quality against utility, and report.html are
+   written to models/comparisons/<recipe>/, which also contains the runs.
 
 If a method's run fails, the error is logged, the table has no value for that run, and the other runs continue. If a stage in
 `comparison.before` fails, its seed is skipped. Overrides on the command line are passed to every method's run, except those
@@ -25,9 +25,7 @@ if __name__ == "__main__":
     import common.interrupts  # noqa: F401
 
 import logging
-import math
 import shlex
-import statistics
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -47,7 +45,9 @@ from common.lock import locked
 from common.results import result_of
 from evaluation.metrics.registry import chosen_groups
 from evaluation.plots import RED, new_figure
-from evaluation.tables import COLUMNS, as_text, cell
+from evaluation.report import method_table, write_reports
+from evaluation.run_records import Group, Run, grouped
+from evaluation.tables import as_text
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def check_commands(commands: list[tuple[str, list[str]]]) -> None:
 
 
 @dataclass
-class Runs:
+class Commands:
     """Runs the commands of the stages and records those that failed.
 
     Attributes:
@@ -166,23 +166,28 @@ class Runs:
             log.error("failed:\n%s", "\n".join(done.stdout.splitlines()[-12:]))
         return done.returncode == 0
 
-    def method(
-        self, words: list[str], seed: int, folder: Path, settings: ComparisonSettings
-    ) -> dict[str, float] | None:
-        """Unlearn and evaluate; returns the scores and the minutes of unlearning, or None if a command failed."""
+    def method(self, name: str, words: list[str], seed: int, folder: Path, settings: ComparisonSettings) -> Run | None:
+        """Unlearn and evaluate; None if a command failed."""
         of_run = [*words, f"seed={seed}", *self.shared, quoted("output_dir", str(folder))]
         if not self.run("unlearning", *of_run):
             self.total -= 1  # its evaluation is skipped
             return None
-        scores = self.evaluate(str(folder), seed, folder / "evaluation", settings)
-        return scores and {**scores, "minutes": result_of(folder)["seconds"]["unlearning"] / 60}
+        measured = folder / "evaluation"
+        if not self.evaluate(str(folder), seed, measured, settings):
+            return None
+        return Run(folder, name, result_of(folder), evaluations={measured: result_of(measured)})
 
-    def evaluate(self, model: str, seed: int, folder: Path, settings: ComparisonSettings) -> dict[str, float] | None:
-        """Evaluate a checkpoint, with the result in a folder; returns the scores, or None if the command failed."""
+    def reference(self, name: str, model: str, seed: int, folder: Path, settings: ComparisonSettings) -> Run | None:
+        """Evaluate a model to compare with; None if the command failed."""
+        done = self.evaluate(model, seed, folder, settings)
+        return Run(folder, name, result_of(folder), reference=True) if done else None
+
+    def evaluate(self, model: str, seed: int, folder: Path, settings: ComparisonSettings) -> bool:
+        """Evaluate a checkpoint, with the result in a folder; returns whether the command succeeded."""
         words = [quoted("model.path", model), quoted("output_dir", str(folder))]
         words += [f"metrics=[{','.join(settings.metrics)}]", f"seed={seed}"]
         words += shlex.split(settings.evaluation.replace("{seed}", str(seed)))
-        return result_of(folder)["scores"] if self.run("evaluation", "-cn=evaluate", *words) else None
+        return self.run("evaluation", "-cn=evaluate", *words)
 
 
 def message_of(done: subprocess.CompletedProcess) -> str:
@@ -193,43 +198,26 @@ def message_of(done: subprocess.CompletedProcess) -> str:
     return message.strip() if error else (done.stdout.strip().splitlines() or ["no output"])[-1]
 
 
-def methods_table(results: dict[str, list[dict[str, float]]]) -> str:
-    """A row per method, by descending unlearn quality: means over the seeds, with standard deviations."""
-    measured = {score for runs in results.values() for run in runs for score in run}
-    columns = {title: column for title, column in COLUMNS.items() if column[0] in measured}
-    lines = [f"| method | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    for name in by_quality(results):
-        cells = [cell([run.get(score) for run in results[name]], digits) for score, digits in columns.values()]
-        lines.append(f"| {as_text(name)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def as_code(words: str) -> str:
     """A code span of Markdown; a backtick in it needs two around it."""
     return f"`` {words} ``" if "`" in words else f"`{words}`"
 
 
-def by_quality(results: dict[str, list[dict[str, float]]]) -> list[str]:
-    """The methods by descending unlearn quality; those without a result come last."""
-    quality = {name: [run["unlearn_quality"] for run in runs] or [-math.inf] for name, runs in results.items()}
-    return sorted(results, key=lambda name: statistics.fmean(quality[name]), reverse=True)
-
-
-def plot_methods(results: dict[str, list[dict[str, float]]], path: Path) -> None:
+def plot_methods(groups: list[Group], path: Path) -> None:
     """Plot unlearn quality against utility: a point per run, a color and a marker per method."""
     figure, (axes,) = new_figure(8, 5.5)
     markers = "osD^vP*X<>ph8d"
-    for index, name in enumerate(name for name in by_quality(results) if results[name]):
-        x, y = ([run[score] for run in results[name]] for score in ("unlearn_quality", "utility"))
-        color = RED if name == "PMC" else f"C{index % 10}"
-        axes.scatter(x, y, s=36, color=color, marker=markers[index % len(markers)], label=name, alpha=0.8)
+    for index, group in enumerate(group for group in groups if not group.reference):
+        x, y = ([run.scores[score] for run in group.runs] for score in ("unlearn_quality", "utility"))
+        color = RED if group.name == "PMC" else f"C{index % 10}"
+        axes.scatter(x, y, s=36, color=color, marker=markers[index % len(markers)], label=group.name, alpha=0.8)
     axes.set(xlabel="unlearn quality, percent", ylabel="utility, percent")
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path)
 
 
 def compare(cfg: DictConfig) -> Path:
-    """Run all stages and methods, and write the table; returns its file.
+    """Run all stages and methods, and write the table and the report; returns the table's file.
 
     Raises:
         UserError: when the recipe is invalid or, after the table is written, when a command failed.
@@ -240,54 +228,60 @@ def compare(cfg: DictConfig) -> Path:
     shared = [word for word in hydra_config.overrides.task if not word.lstrip("+~").startswith(own)]
     reshaping = [word for word in shared if word.lstrip("+~").startswith(("model.", "data."))]
     shaping = reshaping + [word for word in shared if word.startswith("models_dir=")]
-    runs = Runs(shared, settings.commands())
+    if reshaping and (settings.references or settings.evaluation):
+        raise UserError(
+            f"{reshaping[0]}: this recipe names models of its own data (comparison.references, comparison.evaluation); "
+            "add comparison.references={} comparison.evaluation='' to compare without them"
+        )
+    commands = Commands(shared, settings.commands())
     folder = Path(cfg.models_dir) / "comparisons" / Path(hydra_config.job.config_name).name
     with locked(folder):
-        return report(run_all(settings, runs, reshaping, shaping, folder), settings, runs.failed, folder)
+        return report(run_all(settings, commands, reshaping, shaping, folder), settings, commands.failed, folder)
 
 
 def run_all(
-    settings: ComparisonSettings, runs: Runs, reshaping: list[str], shaping: list[str], folder: Path
-) -> dict[str, list[dict[str, float]]]:
-    """Run the stages before unlearning and every method, for each seed; returns the scores of each method's runs.
+    settings: ComparisonSettings, commands: Commands, reshaping: list[str], shaping: list[str], folder: Path
+) -> list[Run]:
+    """Run the stages before unlearning and every method, for each seed; returns the runs that succeeded.
 
     Args:
         reshaping: overrides of model and data, with which the comparison's folder gets its own finetuned model.
         shaping: overrides for the stages before unlearning.
     """
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in [*settings.references, *settings.methods]}
+    found: list[Run | None] = []
     for seed in settings.seeds:
         before, start = [shlex.split(words) for words in settings.before], []
         # The overrides change the name of the last stage's folder, so that it differs from the one in the recipes.
         if reshaping and before:
             before[-1].append(quoted("output_dir", f"{folder}/before/seed-{seed}"))
             start = [quoted("++finetuned", f"{folder}/before/seed-{seed}")]
-        last = runs.finished + settings.commands_per_seed()
-        if not all(runs.run(stage, *words, f"seed={seed}", *shaping) for stage, *words in before):
-            runs.total -= last - runs.finished  # the rest of this seed is skipped
+        last = commands.finished + settings.commands_per_seed()
+        if not all(commands.run(stage, *words, f"seed={seed}", *shaping) for stage, *words in before):
+            commands.total -= last - commands.finished  # the rest of this seed is skipped
             continue
         for name, path in settings.references.items():
-            scores = runs.evaluate(path.replace("{seed}", str(seed)), seed, folder / name / f"seed-{seed}", settings)
-            results[name] += [scores] if scores else []
+            model = path.replace("{seed}", str(seed))
+            found.append(commands.reference(name, model, seed, folder / name / f"seed-{seed}", settings))
         for name, words in settings.methods.items():
-            scores = runs.method([*shlex.split(words), *start], seed, folder / name / f"seed-{seed}", settings)
-            results[name] += [scores] if scores else []
-    return results
+            words_of_run = [*shlex.split(words), *start]
+            found.append(commands.method(name, words_of_run, seed, folder / name / f"seed-{seed}", settings))
+    return list(filter(None, found))
 
 
-def report(
-    results: dict[str, list[dict[str, float]]], settings: ComparisonSettings, failed: dict[str, str], folder: Path
-) -> Path:
-    """Write the plot; write and print the table and the arguments of each method."""
-    plot_methods(results, folder / "comparison.png")
+def report(found: list[Run], settings: ComparisonSettings, failed: dict[str, str], folder: Path) -> Path:
+    """Write the plot and report.html; write and print the table and the arguments of each method."""
+    groups = grouped(found)
+    plot_methods(groups, folder / "comparison.png")
+    write_reports(found, folder, f"Comparison {folder.name}")
     arguments = "\n".join(f"- {as_text(name)}: {as_code(words)}" for name, words in settings.methods.items())
     seeds = ", ".join(map(str, settings.seeds))
-    text = f"{methods_table(results)}\n\nSeeds {seeds}. Arguments of unlearning/main.py:\n\n{arguments}\n"
+    table = method_table(groups) if groups else "No run succeeded."
+    text = f"{table}\n\nSeeds {seeds}. Arguments of unlearning/main.py:\n\n{arguments}\n"
     if failed:
         text += "\nFailed, and not in the table:\n\n" + "".join(f"- {as_code(command)}\n" for command in failed)
     path = folder / "comparison.md"
     write_text(path, f"# Unlearning methods\n\n![Unlearn quality and utility](comparison.png)\n\n{text}")
-    print(f"\n{text}\nWritten to {path} and comparison.png")
+    print(f"\n{text}\nWritten to {path}, comparison.png and report.html")
     if failed:
         commands = "\n".join(f"{command}\n  {message}" for command, message in failed.items())
         raise UserError(f"these commands failed; the table has the other runs:\n{commands}")

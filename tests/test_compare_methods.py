@@ -1,5 +1,6 @@
 """The comparison of methods: its table, and that a failed run leaves the others alone."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -11,23 +12,9 @@ from omegaconf import OmegaConf
 from common.config import read_section
 from common.errors import UserError
 from common.files import CONFIGS, ROOT, read_json_lines
-from scripts.compare_methods import ComparisonSettings, Runs, cell, message_of, methods_table, run_all
+from evaluation.tables import cell
+from scripts.compare_methods import Commands, ComparisonSettings, message_of, run_all
 from tests.helpers import TOKEN
-
-
-def scores(quality, utility=90.0, **more):
-    return {"unlearn_quality": quality, "utility": utility, "minutes": 0.5, **more}
-
-
-def test_the_table_has_means_with_deviations_the_best_first():
-    results = {"A": [scores(50.0), scores(60.0)], "none": [], "B": [scores(80.0, forget_answers_empty=0.5)]}
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in methods_table(results).splitlines()]
-    assert [row[0] for row in rows] == ["method", "---", "B", "A", "none"]
-    columns = rows[0]
-    quality, empty = columns.index("unlearn quality"), columns.index("empty")
-    assert (rows[2][quality], rows[3][quality], rows[4][quality]) == ("80.0", "55.0 ± 7.1", "-")
-    assert (rows[2][empty], rows[3][empty]) == ("0.50", "-")
-    assert "perplexity of forget answers" not in columns, "measured for none"
 
 
 def test_a_missing_value_of_one_seed_leaves_the_others():
@@ -66,9 +53,10 @@ def test_a_method_that_fails_leaves_a_gap_and_an_error(tmp_path, models_dir):
     folder = models_dir / "comparisons/small"
     lines = (folder / "comparison.md").read_text().splitlines()
     (good,) = [line for line in lines if line.startswith("| Good")]
-    (bad,) = [line for line in lines if line.startswith("| Bad")]
     assert "-" not in good.split("|")[2]
-    assert set(bad.split("|")[2:-1]) == {" - "}
+    assert not [line for line in lines if line.startswith("| Bad")]
+    assert "method.beta=-1" in "\n".join(lines).partition("Failed, and not in the table:")[2]
+    assert [row["name"] for row in csv.DictReader((folder / "results.csv").open())] == ["Good"]
     assert len(read_json_lines(folder / "Good/seed-0/history.jsonl")) == 1
     assert (folder / "comparison.png").stat().st_size > 5000
 
@@ -114,7 +102,31 @@ def test_what_no_stage_could_run_is_named_before_the_first_one(key, value, messa
 @pytest.mark.parametrize("name", ["tiny", "smollm2-cpu"])
 def test_the_recipes_pass(name):
     recipe = OmegaConf.load(CONFIGS / f"compare/{name}.yaml")
+    recipe.models_dir = "models"
     assert read_section("comparison", ComparisonSettings, recipe.comparison).methods
+
+
+def test_references_are_evaluated_as_the_methods_are(monkeypatch):
+    commands = []
+    monkeypatch.setattr(Commands, "run", lambda self, stage, *words: commands.append((stage, *words)) or True)
+    monkeypatch.setattr("scripts.compare_methods.result_of", lambda folder: {"scores": {}})
+    more = {"evaluation": "retain_model.path=m/seed-{seed}", "references": {"vanilla": "v/seed-{seed}"}}
+    settings = ComparisonSettings([3], [], {"PMC": "-cn=unlearn-tiny"}, ["headline"], **more)
+    found = run_all(settings, Commands([], settings.commands()), [], [], Path("folder"))
+    assert len(commands) == settings.commands() == 3
+    of_reference, unlearn, of_method = commands
+    assert of_reference[0] == of_method[0] == "evaluation" and of_reference[4:] == of_method[4:]
+    assert 'model.path="v/seed-3"' in of_reference and "retain_model.path=m/seed-3" in of_method
+    assert [(run.name, run.reference) for run in found] == [("vanilla", True), ("PMC", False)]
+
+
+def test_other_data_is_refused_where_the_recipe_names_models_of_its_own(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/compare_methods.py"), "-cn=compare/tiny", f"data.path={tmp_path}"],
+        capture_output=True,
+        text=True,
+    )
+    assert "add comparison.references={} comparison.evaluation=''" in done.stderr and done.returncode == 1
 
 
 @pytest.mark.parametrize(
@@ -148,13 +160,14 @@ def test_the_log_counts_the_commands_and_estimates_the_time_left(monkeypatch, ca
 
     monkeypatch.setattr(subprocess, "run", finished)
     monkeypatch.setattr(
-        "scripts.compare_methods.result_of", lambda folder: {"seconds": {"unlearning": 1.0}, "scores": {}}
+        "scripts.compare_methods.result_of", lambda folder: {"seconds": {"unlearning": 1.0}, "scores": {"utility": 1.0}}
     )
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     caplog.set_level("INFO")
     methods = {"NPO": "-cn=unlearn-tiny method=npo", "PMC": "-cn=unlearn-tiny"}
     settings = ComparisonSettings([0, 1], ["finetuning -cn=tiny"], methods, ["headline"])
-    run_all(settings, Runs([], settings.commands(), started=0.0), [], [], Path("folder"))
+    (run,) = run_all(settings, Commands([], settings.commands(), started=0.0), [], [], Path("folder"))
+    assert (run.name, run.folder, run.scores["minutes"]) == ("PMC", Path("folder/PMC/seed-1"), 1 / 60)
     lines = [
         record.getMessage().partition(": python")[0] for record in caplog.records if ": python" in record.getMessage()
     ]
