@@ -1,9 +1,12 @@
 """What several test files share: rows and settings of tiny models, trainers, hand-written models, stages as commands."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -107,15 +110,43 @@ def shouting(reference, samples):
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
+@cache
+def stage_server() -> subprocess.Popen:
+    """The process that runs stages of this test session; it ends with the session, when its input ends."""
+    command = [sys.executable, str(ROOT / "tests" / "stage_server.py")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
 def run_stage(stage: str, *overrides: str, cwd: Path = ROOT, check: bool = True, **env: str):
-    """Run a stage's command line as a user does; returns the finished process with its output as text."""
+    """Run a stage's command line as a user does; returns the finished process.
+
+    Without further environment variables it is run by the `stage_server`, in which the stage's modules are imported.
+    """
     script = ROOT / stage / "main.py"
-    command = [sys.executable, "main.py" if cwd == script.parent else str(script), *overrides]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300)
+    argv = ["main.py" if cwd == script.parent else str(script), *overrides]
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
+    run = run_anew if env else run_in_server
+    done = run(script, argv, cwd, environ)
     if check and done.returncode != 0:
-        raise AssertionError(f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}")
+        raise AssertionError(f"{' '.join(done.args)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def run_anew(script: Path, argv: list[str], cwd: Path, environ: dict[str, str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, *argv]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environ, timeout=300)
+
+
+def run_in_server(script: Path, argv: list[str], cwd: Path, environ: dict[str, str]) -> subprocess.CompletedProcess:
+    server = stage_server()
+    with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
+        command = {"script": str(script), "argv": argv, "cwd": str(cwd), "stdout": stdout.name, "stderr": stderr.name}
+        server.stdin.write(json.dumps({**command, "environ": environ}) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        texts = [Path(file.name).read_text(encoding="utf-8") for file in (stdout, stderr)]
+    return subprocess.CompletedProcess([sys.executable, *argv], code, *texts)
 
 
 def docs_generator() -> ModuleType:
