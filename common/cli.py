@@ -48,6 +48,7 @@ def prepare_process() -> None:
     transformers.utils.logging.set_verbosity_error()
     # Hydra logs an error that importing a name raises. The stage prints it as well.
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it logs each file of a checkpoint
     # Hides the progress bars for reading and writing files, which would clutter the output of training.
     transformers.utils.logging.disable_progress_bar()
 
