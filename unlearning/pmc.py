@@ -26,6 +26,7 @@ from hydra.utils import instantiate
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.data import Row
+from common.errors import UserError
 from common.model import eos_token_ids
 from common.prompts import Example
 from common.results import PICKS
@@ -56,6 +57,11 @@ class PMC(UnlearningTrainer):
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: PMCSettings):
         self.needs_reference = settings.fluency_weight > 0
         super().__init__(model, args, data, settings)
+        if self.needs_reference and self.is_fsdp_enabled:
+            raise UserError(
+                f"FSDP: method.fluency_weight={settings.fluency_weight:g} runs the reference model for a different number of "
+                "samples in each process, and with sharded weights they would wait for each other; use fluency_weight=0"
+            )
         # A model that is already in bfloat16 needs no copy; FSDP2 gathers one.
         in_bf16 = args.bf16 and model.dtype != torch.bfloat16 and not self.is_fsdp_enabled
         self.replica = Replica(model, torch.bfloat16) if in_bf16 else None
