@@ -180,9 +180,10 @@ def relearn(
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(replace(context.config, training=training), Path(folder), len(examples))
         trainer = ExampleTrainer(copy, args, examples, model.tokenizer)
-        trainer.add_callback(
-            AfterEpochs(
-                settings.num_epochs, lambda epoch: measure_epoch(epoch, model.outputs.with_weights(trainer.model))
-            )
-        )
+
+        def after_epoch(epoch: int) -> None:
+            with trainer.whole_model() as whole:
+                measure_epoch(epoch, model.outputs.with_weights(whole))
+
+        trainer.add_callback(AfterEpochs(settings.num_epochs, after_epoch))
         trainer.train()
