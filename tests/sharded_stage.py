@@ -33,7 +33,7 @@ def signaled_step(trainer, *args, **kwargs):
     return training_step(trainer, *args, **kwargs)
 
 
-if any("fsdp" in word for word in sys.argv):
+if "+training=fsdp" in sys.argv or "ACCELERATE_USE_FSDP" in os.environ:
     PartialState.__init__ = start_as_gpus
 if "SIGNAL" in os.environ and os.environ["RANK"] == "1":
     Trainer.training_step = signaled_step

@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
 
 from common.collate import IGNORED
@@ -384,13 +385,18 @@ def test_an_error_inside_leaves_the_present_weights_in_place(learned, prompts):
 @pytest.mark.parametrize(
     ("fsdp", "zero_stage", "method", "message"),
     [
-        (True, None, "grad_diff", "FSDP: answers are generated from whole weights"),
+        (
+            True,
+            None,
+            "grad_diff",
+            "FSDP with cpu_offload=true, cpu_ram_efficient_loading=true: the weights cannot be gathered",
+        ),
         (False, 3, "grad_diff", "ZeRO-3: answers are generated from whole weights"),
         (False, 2, "npo", "NPO needs the model before unlearning"),
         (False, 2, "grad_diff", None),
     ],
 )
-def test_sharded_weights_are_refused_however_they_were_turned_on(
+def test_weights_that_cannot_be_gathered_are_refused_however_they_were_turned_on(
     fsdp, zero_stage, method, message, learned, prompts, tmp_path, monkeypatch
 ):
     """Accelerate's environment turns them on as well. Then the training arguments say nothing."""
@@ -400,6 +406,9 @@ def test_sharded_weights_are_refused_however_they_were_turned_on(
         original(trainer)
         trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = fsdp, zero_stage is not None
         monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", SimpleNamespace(zero_stage=zero_stage))
+        offloaded = {"cpu_offload": CPUOffloadPolicy(), "cpu_ram_efficient_loading": True}
+        plugin = SimpleNamespace(fsdp_version=2, state_dict_type="FULL_STATE_DICT", **offloaded)
+        monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create)
     found, settings = method_named(method)

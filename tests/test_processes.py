@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.files import ROOT
+from common.results import result_of
 
 FORGET_ROWS_PER_STEP = 10
 QUICK = ("evaluation.every_epochs=0", "evaluation.start=false", "save_model=false")
@@ -86,6 +87,21 @@ def test_sharded_weights_train_as_whole_ones_and_survive_a_signal_and_a_kill(mod
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, two))
     assert ours.keys() == theirs.keys()  # no second copy of a tied weight
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
+
+
+def test_two_processes_evaluate_as_one_does(models_dir, tmp_path):
+    """Quantized copies, and a copy that is finetuned; its weights are sharded, as accelerate's environment says."""
+    words = ["-cn=evaluate", f"models_dir={models_dir}", f"model.path={models_dir}/finetuned/tiny/seed-0"]
+    words += ["metrics=[quantization,relearning]", "relearning.batch_size=10", "relearning.learning_rate=1e-3"]
+    sharding = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    values = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        done = start(processes, "evaluation", [*words, f"output_dir={folder}"], **(sharding if processes > 1 else {}))
+        assert done.returncode == 0, done.stdout + done.stderr
+        values.append(result_of(folder)["scores"])
+    assert "relearning/rougeL_recall" in values[0]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", [("method=npo", "model.lora={r:8,alpha:16}"), ("method=rmu",)])
