@@ -15,7 +15,7 @@ from common.files import ROOT
 from common.results import result_of
 
 FORGET_ROWS_PER_STEP = 10
-QUICK = ("evaluation.every_epochs=0", "evaluation.start=false", "save_model=false")
+QUICK = ("evaluation.every_epochs=0", "evaluation.start=false")
 
 
 def start(processes, stage, words, **env):
@@ -53,10 +53,17 @@ def assert_equal_histories(ones, others, tolerance=1e-5):
         assert one == {name: pytest.approx(value, rel=tolerance, abs=tolerance) for name, value in other.items()}
 
 
+def assert_equal_weights(*folders):
+    one, other = (load_file(folder / "model.safetensors") for folder in folders)
+    assert one.keys() == other.keys()  # no second copy of a tied weight
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+
+
 def test_two_processes_draw_remember_and_weigh_as_one_does(models_dir, tmp_path):
     """Three epochs: a shuffled question goes from one process to the other, and its pick with it."""
     words = ("-cn=PMC-unlearn-tiny", "training.learning_rate=1e-9", *QUICK)
     assert_equal_histories(*(run(n, tmp_path / str(n), models_dir, *words) for n in (1, 2)))
+    assert_equal_weights(tmp_path / "1", tmp_path / "2")
 
 
 def test_two_processes_compare_with_the_model_before_unlearning_as_one_does(models_dir, tmp_path):
@@ -81,12 +88,9 @@ def test_sharded_weights_train_as_whole_ones_and_survive_a_signal_and_a_kill(mod
     assert "Signal 9 (SIGKILL)" in killed.stderr
     stopped = start(2, "unlearning", sharded, SIGNAL=f"{int(signal.SIGTERM)}@2")
     assert "stopped by signal 15 after step 5 of 9" in stopped.stdout, stopped.stdout + stopped.stderr
-
     assert_equal_histories(expected, run(2, two, models_dir, *words, "+training=fsdp"))
     assert (one / "generations.jsonl").read_text() == (two / "generations.jsonl").read_text()
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, two))
-    assert ours.keys() == theirs.keys()  # no second copy of a tied weight
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in ours)
+    assert_equal_weights(one, two)
 
 
 def test_two_processes_evaluate_as_one_does(models_dir, tmp_path):
@@ -104,8 +108,18 @@ def test_two_processes_evaluate_as_one_does(models_dir, tmp_path):
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("method", [("method=npo", "model.lora={r:8,alpha:16}"), ("method=rmu",)])
-def test_with_sharded_weights_the_reference_model_is_a_second_one(models_dir, tmp_path, method):
-    words = ("-cn=unlearn-tiny", *method, *QUICK)
+def test_sharded_weights_are_finetuned_as_whole_ones(models_dir, tmp_path):
+    for processes in (1, 2):
+        words = [f"models_dir={models_dir}", f"output_dir={tmp_path / str(processes)}", "training.num_epochs=1"]
+        words += [f"training.per_device_train_batch_size={10 // processes}", "+training=fsdp"][:processes]
+        done = start(processes, "finetuning", ["-cn=tiny", *words, "evaluation.start=false"])
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert_equal_histories(history(tmp_path / "1"), history(tmp_path / "2"))
+    assert_equal_weights(tmp_path / "1", tmp_path / "2")
+
+
+def test_with_sharded_weights_the_reference_model_is_a_second_one(models_dir, tmp_path):
+    """RMU finds its layer in both; only LoRA adapters are trained."""
+    words = ("-cn=unlearn-tiny", "method=rmu", "model.lora={r:8,alpha:16}", "training.learning_rate=1e-2", *QUICK)
     expected = run(1, tmp_path / "1", models_dir, *words)
     assert_equal_histories(expected, run(2, tmp_path / "2", models_dir, *words, "+training=fsdp"))
