@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from transformers import Trainer
 
 from common.collate import IGNORED
@@ -29,6 +29,8 @@ from tests.helpers import NEW, ROWS, arguments, run_stage
 from unlearning.methods.altpo import AltPO
 from unlearning.methods.refusals import read_refusals
 from unlearning.methods.rmu import RMUSettings, steered_layers, trained_parameters
+from unlearning.pmc import PMC
+from unlearning.pmc_options import PMCSettings
 from unlearning.reference_model import ReferenceModel
 from unlearning.trainer import UnlearningData
 
@@ -415,6 +417,29 @@ def test_weights_that_cannot_be_gathered_are_refused_however_they_were_turned_on
     data = UnlearningData(ROWS, ROWS, prompts, 64)
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
         found(copy.deepcopy(learned), arguments(tmp_path, 2, 1), data, settings)
+
+
+def test_a_fluency_weight_is_refused_with_sharded_weights(learned, prompts, tmp_path, monkeypatch):
+    original = Trainer.create_accelerator_and_postprocess
+
+    def create(trainer):
+        original(trainer)
+        trainer.is_fsdp_enabled = True
+        usable = {"cpu_offload": OffloadPolicy(), "cpu_ram_efficient_loading": False}
+        plugin = SimpleNamespace(fsdp_version=2, state_dict_type="FULL_STATE_DICT", **usable)
+        monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create)
+    data = UnlearningData(ROWS, ROWS, prompts, 64)
+    with pytest.raises(UserError, match=r"FSDP: method.fluency_weight=0.5 runs the reference model"):
+        PMC(copy.deepcopy(learned), arguments(tmp_path, 2, 1), data, PMCSettings(fluency_weight=0.5))
+
+
+def test_sharding_is_refused_without_a_gpu(learned, prompts, tmp_path):
+    trainer = make("grad_diff", learned, prompts, tmp_path)
+    trainer.args.fsdp = True
+    with pytest.raises(UserError, match="training.fsdp: there is no GPU here"):
+        trainer.check_sharding()
 
 
 def test_a_method_that_did_not_ask_for_it_cannot_use_it(learned, prompts, tmp_path):

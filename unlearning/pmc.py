@@ -36,6 +36,7 @@ from generation.token_sampling import SamplingSettings
 from unlearning import pmc_log
 from unlearning.early_stopping import EarlyStopping
 from unlearning.pmc_options import Contrast, FluencyPenalty, PMCSettings, StalledTemperature
+from unlearning.reference_model import ReferenceModel, ShardedReferenceModel
 from unlearning.rewards import Scorer
 from unlearning.selection import Candidate, select
 from unlearning.token_losses import TokenLosses
@@ -57,11 +58,6 @@ class PMC(UnlearningTrainer):
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: PMCSettings):
         self.needs_reference = settings.fluency_weight > 0
         super().__init__(model, args, data, settings)
-        if self.needs_reference and self.is_fsdp_enabled:
-            raise UserError(
-                f"FSDP: method.fluency_weight={settings.fluency_weight:g} runs the reference model for a different number of "
-                "samples in each process, and with sharded weights they would wait for each other; use fluency_weight=0"
-            )
         # A model that is already in bfloat16 needs no copy; FSDP2 gathers one.
         in_bf16 = args.bf16 and model.dtype != torch.bfloat16 and not self.is_fsdp_enabled
         self.replica = Replica(model, torch.bfloat16) if in_bf16 else None
@@ -79,6 +75,14 @@ class PMC(UnlearningTrainer):
         self.best: dict[int, Candidate] = {}
         self.picks: list[dict[str, Any]] = []
         self.seconds["sampling"] = 0.0
+
+    def new_reference(self) -> ReferenceModel | ShardedReferenceModel:
+        if self.is_fsdp_enabled:
+            raise UserError(
+                f"FSDP: method.fluency_weight={self.settings.fluency_weight:g} runs the reference model for a different number "
+                "of samples in each process, and with sharded weights they would wait for each other; use fluency_weight=0"
+            )
+        return super().new_reference()
 
     def before_training(self) -> None:
         """Step 1: the initial responses."""
