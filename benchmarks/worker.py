@@ -183,7 +183,8 @@ class Worker:
         if lengths[0]:
             draw = partial(generate_lengths, [[length] for some in lengths for length in some])
         settings = SamplingSettings(self.config.evaluation.max_length)
-        answers = draw(self.trainer.sampled_model(), ids, settings, self.trainer.eos_token_ids)
+        with self.trainer.sampled_model() as model:
+            answers = draw(model, ids, settings, self.trainer.eos_token_ids)
         return [self.prompts.text(answer[0]) for answer in answers]
 
     def baseline_texts(self, splits: list[list[tuple[str, str]]], lengths: list[list[int] | None]) -> list[str]:

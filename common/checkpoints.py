@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from accelerate.utils import gather
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from common.config import ModelConfig
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import is_first_process, read_json, write_json
 from common.forward import evaluation_mode, own_forward
 from common.model import load_model
 
@@ -94,51 +95,62 @@ class StopSignals:
 
 
 class SaveAndStop(TrainerCallback):
-    """After a signal, end training with a checkpoint when the current optimizer step is done."""
+    """After a signal to any process, end training in all of them with a checkpoint when the current optimizer step is done."""
 
     def __init__(self, stop: StopSignals):
         self.stop = stop
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            received = torch.tensor([self.stop.received], device=args.device)
+            self.stop.received = int(gather(received).max())
         if self.stop.received:
             control.should_save = control.should_training_stop = True
 
 
-def save_trained(trainer: Trainer, folder: Path, config: ModelConfig, prompts: Sequence[list[int]]) -> None:
+def save_trained(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    config: ModelConfig,
+    prompts: Sequence[list[int]],
+) -> None:
     """Save an ordinary Hugging Face folder: safetensors, tokenizer with its chat template, generation config.
 
+    Only the first process saves.
+
     Args:
+        model: the trained model, with whole weights.
         config: the run's `model` section; with `lora.merge`, the adapter is merged into the weights first.
         prompts: token ids; the saved model must continue them as the trained one does.
     Raises:
         UserError: if it does not.
     """
-    trained = next_token_probabilities(trainer.model, prompts) if trainer.is_world_process_zero() else []
-    if not (config.lora and config.lora.merge):
-        trainer.save_model(str(folder))
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the configuration is in result.json
-    elif trainer.is_world_process_zero():
-        trainer.model.merge_and_unload().save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
-    if trainer.is_world_process_zero():
-        # On the CPU, where other implementations of attention cannot run.
-        loaded = replace(config, path=str(folder), new=None, revision=None, gguf_file=None, attn_implementation="eager")
-        reloaded = load_model(loaded, trainer.processing_class, trainable=False)
-        try:
-            saved = next_token_probabilities(reloaded, prompts)
-        except Exception as error:  # a kernel that runs on a GPU only
-            log.warning(
-                "%s: the saved model was not compared with the trained one: it does not run here (%s)", folder, error
-            )
-            return
-        # Total variation distances, the largest of all positions. Merging an adapter rounds in 16 bits.
-        distance = max(float((a - b).abs().sum(-1).max()) / 2 for a, b in zip(trained, saved, strict=True))
-        if not distance <= (0.005 if config.dtype == "float32" else 0.05):
-            raise UserError(
-                f"{folder}: the saved model does not answer as the trained one does (probabilities of the next token differ by "
-                f"up to {distance:.2g}), so no result is written. The last checkpoint is beside it; "
-                + ("try other model.lora.target_modules or model.lora.merge" if config.lora else "use save_model=false")
-            )
+    if not is_first_process():
+        return
+    trained = next_token_probabilities(model, prompts)
+    if config.lora and config.lora.merge:
+        model = model.merge_and_unload()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # On the CPU, where other implementations of attention cannot run.
+    loaded = replace(config, path=str(folder), new=None, revision=None, gguf_file=None, attn_implementation="eager")
+    reloaded = load_model(loaded, tokenizer, trainable=False)
+    try:
+        saved = next_token_probabilities(reloaded, prompts)
+    except Exception as error:  # a kernel that runs on a GPU only
+        log.warning(
+            "%s: the saved model was not compared with the trained one: it does not run here (%s)", folder, error
+        )
+        return
+    # Total variation distances, the largest of all positions. Merging an adapter rounds in 16 bits.
+    distance = max(float((a - b).abs().sum(-1).max()) / 2 for a, b in zip(trained, saved, strict=True))
+    if not distance <= (0.005 if config.dtype == "float32" else 0.05):
+        raise UserError(
+            f"{folder}: the saved model does not answer as the trained one does (probabilities of the next token differ by "
+            f"up to {distance:.2g}), so no result is written. The last checkpoint is beside it; "
+            + ("try other model.lora.target_modules or model.lora.merge" if config.lora else "use save_model=false")
+        )
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ def prepare_process() -> None:
     transformers.utils.logging.set_verbosity_error()
     # Hydra logs an error that importing a name raises. The stage prints it as well.
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it logs each file of a checkpoint
     # Hides the progress bars for reading and writing files, which would clutter the output of training.
     transformers.utils.logging.disable_progress_bar()
 
@@ -77,6 +79,9 @@ def launch(
         finally:
             if after_sweep and (sweep := current_sweep()):
                 after_sweep(sweep)
+    except BrokenPipeError:  # whatever read the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         if (message := user_message(error, program)) is None:
             raise

@@ -472,6 +472,7 @@ def _training_schema() -> type:
             "data_seed": (Annotated[int | None, Field(ge=0, lt=2**32)], None),
             "neftune_noise_alpha": (Annotated[float | None, Field(gt=0)], None),
             "bf16": (Literal[False, True, "auto"], None),
+            "fsdp": (bool | str | None, None),  # transformers documents true, and annotates a string
             "report_to": (Annotated[str | list[str], AfterValidator(_installed)], None),
             "use_liger_kernel": (Annotated[bool, AfterValidator(_has_liger_kernel)], None),
         },

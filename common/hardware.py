@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 
 from common.errors import UserError
+from common.files import is_first_process
 
 log = logging.getLogger(__name__)
 TINY = 2_000_000  # a model with fewer parameters runs on one CPU thread
@@ -42,6 +43,8 @@ def settle_processes(one_only: bool = False) -> None:
             f"WORLD_SIZE={processes}: {processes} processes are announced, but they do not find each other (missing: "
             f"{', '.join(missing) or 'none'}); start them with torchrun or accelerate launch, or unset WORLD_SIZE"
         )
+    if not is_first_process():
+        logging.disable(logging.INFO)  # the first process logs the same
 
 
 def device_name() -> str:

@@ -9,11 +9,12 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
@@ -27,6 +28,7 @@ from common.files import read_json, write_json
 from common.hardware import suitable_threads
 from common.losses import answer_losses
 from common.results import HISTORY
+from common.whole_model import WholeModel
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +58,8 @@ class ResumableTrainer(Trainer):
         check_even_split(len(rows), args.per_device_train_batch_size, args.world_size)
         with library_errors_as_user_error("training"):
             super().__init__(model=model, args=args, train_dataset=rows, data_collator=list, processing_class=tokenizer)
-        # As accelerate says: training.fsdp and training.deepspeed are not the only ways to turn them on.
-        zero = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
-        if self.is_fsdp_enabled or zero == 3:
-            raise UserError(
-                f"{'FSDP' if self.is_fsdp_enabled else 'DeepSpeed ZeRO-3'}: answers are generated from whole weights, and here "
-                "each process has a part of them. Use plain processes (torchrun), DeepSpeed ZeRO-2 or model.lora, and leave "
-                "out training.fsdp, training.deepspeed and accelerate's settings for them"
-            )
+        self.check_sharding()
+        self.whole = WholeModel(model) if self.is_fsdp_enabled else None
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ProgressBar())
@@ -77,6 +73,53 @@ class ResumableTrainer(Trainer):
         redirect = contextlib.nullcontext() if self.args.disable_tqdm else logging_redirect_tqdm()
         with suitable_threads(self.model), redirect:
             return super().train(*args, **kwargs)
+
+    # --- sharded weights ---
+
+    def check_sharding(self) -> None:
+        """Check that weights that are sharded over processes can be gathered. Only those of FSDP2 on GPUs can.
+
+        Accelerate's settings are read, since training.fsdp and training.deepspeed are not the only ways to turn it on.
+
+        Raises:
+            UserError: names the setting.
+        """
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise UserError(
+                "DeepSpeed ZeRO-3: answers are generated from whole weights, and here each process has a part of them; leave "
+                "out training.deepspeed and accelerate's settings for it, and use +sharding=fsdp, ZeRO-2 or model.lora"
+            )
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise UserError("training.fsdp: there is no GPU here, and the weights would not be sharded; leave it out")
+        if not self.is_fsdp_enabled:
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        unusable = {
+            "version=1": plugin.fsdp_version != 2,
+            "cpu_offload=true": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+            "cpu_ram_efficient_loading=true": plugin.cpu_ram_efficient_loading,
+            "state_dict_type=SHARDED_STATE_DICT": "FULL_STATE_DICT" not in str(plugin.state_dict_type),
+        }
+        if found := [name for name, is_set in unusable.items() if is_set]:
+            raise UserError(
+                f"FSDP with {', '.join(found)}: the weights cannot be gathered for generating answers; leave it out of "
+                "training.fsdp_config and of accelerate's settings"
+            )
+
+    @contextlib.contextmanager
+    def whole_model(self, dtype: torch.dtype | None = None) -> Iterator[Any]:
+        """A context with the model to generate from, to evaluate and to save: it has all weights in every process.
+
+        All processes must enter it. Without FSDP it is the trained model itself.
+
+        Args:
+            dtype: of the weights that FSDP2 gathers; None: that of training.
+        """
+        if self.whole is None:
+            yield self.model
+        else:
+            with self.whole.gathered(self.args.device, dtype) as model:
+                yield model
 
     # --- one optimizer step ---
 
@@ -137,7 +180,8 @@ class ResumableTrainer(Trainer):
 
     def state_to_save(self) -> dict[str, Any]:
         """The state to save in addition to the Trainer's, as JSON values."""
-        sums = {name: float(value) for name, value in self.epoch_sums.items()}
+        # The mean over processes: each of them continues with it, and their sum is as before.
+        sums = {name: self.epoch_sum(name) / self.args.world_size for name in self.epoch_sums}
         return {"history": self.history, "seconds": self.seconds, "epoch_sums": sums}
 
     def row_files(self) -> dict[str, list[dict]]:
@@ -267,7 +311,8 @@ class EpochRecords(TrainerCallback):
         trainer.epoch_sums = {}
         if trainer.evaluate_model and epoch % trainer.evaluate_every == 0:
             started = time.perf_counter()
-            scores = trainer.evaluate_model(trainer.model)
+            with trainer.whole_model() as model:
+                scores = trainer.evaluate_model(model)
             trainer.seconds["evaluation"] = trainer.seconds.get("evaluation", 0.0) + time.perf_counter() - started
             record |= scores
         log.info(

@@ -71,9 +71,11 @@ class Evaluator:
 
     def finish(self, trainer: ExampleTrainer, folder: Path, stage: str) -> None:
         """Evaluate the trained model; write weights, history, result and model card to `folder`."""
-        scores = self.evaluate(trainer.model)
-        if self.config.save_model:
-            save_trained(trainer, folder, self.config.model, self.prompt_ids[:CHECKED_PROMPTS])
+        with trainer.whole_model() as model:
+            scores = self.evaluate(model)
+            if self.config.save_model:
+                checked = self.prompt_ids[:CHECKED_PROMPTS]
+                save_trained(model, trainer.processing_class, folder, self.config.model, checked)
         for name, rows in trainer.row_files().items():
             write_json_lines(folder / name, rows)
         spent = trainer.seconds

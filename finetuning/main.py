@@ -70,7 +70,8 @@ def train(run: RunFolder, config: RunConfig) -> None:
     work = run.open()
     trainer = ExampleTrainer(model, args, examples, tokenizer)
     if config.evaluation.start:
-        evaluator.start(work / "vanilla", run.start, trainer.model)
+        with trainer.whole_model() as model:
+            evaluator.start(work / "vanilla", run.start, model)
     trainer.train_or_resume()
     evaluator.finish(trainer, work, stage="finetuning")
     run.publish()

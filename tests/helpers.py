@@ -1,11 +1,13 @@
 """What several test files share: rows and settings of tiny models, trainers, hand-written models, stages as commands."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -111,8 +113,8 @@ def shouting(reference, samples):
 
 
 @cache
-def stage_server() -> subprocess.Popen:
-    """The process that runs stages of this test session; it ends with the session, when its input ends."""
+def stage_server(rank: int) -> subprocess.Popen:
+    """A process that runs stages of this test session; it ends with the session, when its input ends."""
     command = [sys.executable, str(ROOT / "tests" / "stage_server.py")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -125,28 +127,36 @@ def run_stage(stage: str, *overrides: str, cwd: Path = ROOT, check: bool = True,
     """
     script = ROOT / stage / "main.py"
     argv = ["main.py" if cwd == script.parent else str(script), *overrides]
-    environ = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
-    run = run_anew if env else run_in_server
-    done = run(script, argv, cwd, environ)
+    if env:
+        environ = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
+        command = [sys.executable, *argv]
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environ, timeout=300)
+    else:
+        (done,) = run_imported(script, argv, cwd)
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(done.args)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
 
 
-def run_anew(script: Path, argv: list[str], cwd: Path, environ: dict[str, str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, *argv]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environ, timeout=300)
-
-
-def run_in_server(script: Path, argv: list[str], cwd: Path, environ: dict[str, str]) -> subprocess.CompletedProcess:
-    server = stage_server()
-    with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
-        command = {"script": str(script), "argv": argv, "cwd": str(cwd), "stdout": stdout.name, "stderr": stderr.name}
-        server.stdin.write(json.dumps({**command, "environ": environ}) + "\n")
-        server.stdin.flush()
-        code = int(server.stdout.readline())
-        texts = [Path(file.name).read_text(encoding="utf-8") for file in (stdout, stderr)]
-    return subprocess.CompletedProcess([sys.executable, *argv], code, *texts)
+def run_imported(
+    script: Path, argv: list[str], cwd: Path = ROOT, environments: Sequence[dict[str, str]] = ({},)
+) -> list[subprocess.CompletedProcess]:
+    """Run a script in forks of the stage servers, at once one for each of the environments; returns the finished processes."""
+    with contextlib.ExitStack() as files:
+        outputs = []
+        for rank, environment in enumerate(environments):
+            names = {kind: files.enter_context(tempfile.NamedTemporaryFile()).name for kind in ("stdout", "stderr")}
+            environ = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+            command = {"script": str(script), "argv": argv, "cwd": str(cwd), "environ": environ, **names}
+            stage_server(rank).stdin.write(json.dumps(command) + "\n")
+            stage_server(rank).stdin.flush()
+            outputs.append(names)
+        codes = [int(stage_server(rank).stdout.readline()) for rank in range(len(environments))]
+        texts = [{kind: Path(name).read_text(encoding="utf-8") for kind, name in names.items()} for names in outputs]
+    return [
+        subprocess.CompletedProcess([sys.executable, *argv], code, **text)
+        for code, text in zip(codes, texts, strict=True)
+    ]
 
 
 def docs_generator() -> ModuleType:

@@ -320,6 +320,21 @@ def test_other_errors_keep_their_traceback(monkeypatch):
         launch(main)
 
 
+def test_a_reader_that_ends_early_is_no_error(monkeypatch):
+    """As in `--help | head`: what is printed at the exit goes nowhere."""
+
+    def main():
+        raise BrokenPipeError
+
+    moved = []
+    monkeypatch.setattr(cli, "prepare_process", lambda: None)
+    monkeypatch.setattr(cli.sys, "stdout", SimpleNamespace(fileno=lambda: 77))
+    monkeypatch.setattr(cli.os, "dup2", lambda source, target: moved.append(target))
+    with pytest.raises(SystemExit) as ended:
+        launch(main)
+    assert (ended.value.code, moved) == (141, [77])
+
+
 @pytest.mark.parametrize("program", ["finetuning/main.py", "unlearning/main.py", "evaluation/main.py"])
 def test_ctrl_c_while_importing_has_no_traceback(program):
     process = subprocess.Popen(

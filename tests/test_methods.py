@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from transformers import Trainer
 
 from common.collate import IGNORED
@@ -28,6 +29,8 @@ from tests.helpers import NEW, ROWS, arguments, run_stage
 from unlearning.methods.altpo import AltPO
 from unlearning.methods.refusals import read_refusals
 from unlearning.methods.rmu import RMUSettings, steered_layers, trained_parameters
+from unlearning.pmc import PMC
+from unlearning.pmc_options import PMCSettings
 from unlearning.reference_model import ReferenceModel
 from unlearning.trainer import UnlearningData
 
@@ -384,13 +387,18 @@ def test_an_error_inside_leaves_the_present_weights_in_place(learned, prompts):
 @pytest.mark.parametrize(
     ("fsdp", "zero_stage", "method", "message"),
     [
-        (True, None, "grad_diff", "FSDP: answers are generated from whole weights"),
+        (
+            True,
+            None,
+            "grad_diff",
+            "FSDP with cpu_offload=true, cpu_ram_efficient_loading=true: the weights cannot be gathered",
+        ),
         (False, 3, "grad_diff", "ZeRO-3: answers are generated from whole weights"),
         (False, 2, "npo", "NPO needs the model before unlearning"),
         (False, 2, "grad_diff", None),
     ],
 )
-def test_sharded_weights_are_refused_however_they_were_turned_on(
+def test_weights_that_cannot_be_gathered_are_refused_however_they_were_turned_on(
     fsdp, zero_stage, method, message, learned, prompts, tmp_path, monkeypatch
 ):
     """Accelerate's environment turns them on as well. Then the training arguments say nothing."""
@@ -400,12 +408,38 @@ def test_sharded_weights_are_refused_however_they_were_turned_on(
         original(trainer)
         trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = fsdp, zero_stage is not None
         monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", SimpleNamespace(zero_stage=zero_stage))
+        offloaded = {"cpu_offload": CPUOffloadPolicy(), "cpu_ram_efficient_loading": True}
+        plugin = SimpleNamespace(fsdp_version=2, state_dict_type="FULL_STATE_DICT", **offloaded)
+        monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create)
     found, settings = method_named(method)
     data = UnlearningData(ROWS, ROWS, prompts, 64)
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
         found(copy.deepcopy(learned), arguments(tmp_path, 2, 1), data, settings)
+
+
+def test_a_fluency_weight_is_refused_with_sharded_weights(learned, prompts, tmp_path, monkeypatch):
+    original = Trainer.create_accelerator_and_postprocess
+
+    def create(trainer):
+        original(trainer)
+        trainer.is_fsdp_enabled = True
+        usable = {"cpu_offload": OffloadPolicy(), "cpu_ram_efficient_loading": False}
+        plugin = SimpleNamespace(fsdp_version=2, state_dict_type="FULL_STATE_DICT", **usable)
+        monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create)
+    data = UnlearningData(ROWS, ROWS, prompts, 64)
+    with pytest.raises(UserError, match=r"FSDP: method.fluency_weight=0.5 runs the reference model"):
+        PMC(copy.deepcopy(learned), arguments(tmp_path, 2, 1), data, PMCSettings(fluency_weight=0.5))
+
+
+def test_sharding_is_refused_without_a_gpu(learned, prompts, tmp_path):
+    trainer = make("grad_diff", learned, prompts, tmp_path)
+    trainer.args.fsdp = True
+    with pytest.raises(UserError, match="training.fsdp: there is no GPU here"):
+        trainer.check_sharding()
 
 
 def test_a_method_that_did_not_ask_for_it_cannot_use_it(learned, prompts, tmp_path):

@@ -1,41 +1,134 @@
-"""Two processes do what one does: the same samples, the same gradient, one writer."""
+"""Two processes do what one does: the same samples, gradients and scores, one writer; also with sharded weights."""
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
+from safetensors.torch import load_file
 
 from common.files import ROOT
+from common.results import result_of
+from tests.helpers import run_imported, run_stage
+
+FORGET_ROWS_PER_STEP = 10
+SCRIPT = ROOT / "tests" / "sharded_stage.py"
+QUICK = ("evaluation.every_epochs=0", "evaluation.start=false")
+
+
+def start(processes, stage, words, **env):
+    """Run a stage's command in this many processes; returns the finished (first) process with its output as text."""
+    if processes == 1:
+        return run_stage(stage, *words, check=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    of_all = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **env}
+    ranks = [{**of_all, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return run_imported(SCRIPT, [str(SCRIPT), stage, *words], environments=ranks)[0]
+
+
+def torchrun(stage, words, **env):
+    """Run a stage's command in two processes with torchrun, which ends both when one is killed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(SCRIPT)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
+    return subprocess.run([*command, stage, *words], capture_output=True, text=True, timeout=300, env=environment)
+
+
+def unlearning_words(processes, folder, models_dir, *overrides):
+    batch_size = FORGET_ROWS_PER_STEP // processes
+    where = (f"models_dir={models_dir}", f"output_dir={folder}", f"training.per_device_train_batch_size={batch_size}")
+    return (*overrides, *where, "training.num_epochs=3")
 
 
 def run(processes, folder, models_dir, *overrides):
-    launcher = (
-        ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"] if processes > 1 else []
-    )
-    command = [sys.executable, *launcher, str(ROOT / "unlearning" / "main.py"), *overrides]
-    command += [f"models_dir={models_dir}", f"output_dir={folder}", "training.num_epochs=3"]
-    command += [f"training.per_device_train_batch_size={10 // processes}"]
-    command += ["evaluation.every_epochs=0", "evaluation.start=false", "save_model=false"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT
-    )
+    done = start(processes, "unlearning", unlearning_words(processes, folder, models_dir, *overrides))
     assert done.returncode == 0, done.stdout + done.stderr
+    return history(folder)
+
+
+def history(folder):
+    """The rows of history.jsonl without times."""
     records = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if not key.startswith("seconds")} for record in records]
 
 
+def assert_equal_histories(ones, others, tolerance=1e-5):
+    for one, other in zip(ones, others, strict=True):
+        assert one == {name: pytest.approx(value, rel=tolerance, abs=tolerance) for name, value in other.items()}
+
+
+def assert_equal_weights(*folders):
+    one, other = (load_file(folder / "model.safetensors") for folder in folders)
+    assert one.keys() == other.keys()  # no second copy of a tied weight
+    # The mean: AdamW turns the rounding of a gradient near 0 into a larger step of a single weight.
+    assert all((one[name] - other[name]).abs().mean() < 1e-6 for name in one)
+
+
 def test_two_processes_draw_remember_and_weigh_as_one_does(models_dir, tmp_path):
     """Three epochs: a shuffled question goes from one process to the other, and its pick with it."""
-    words = ("-cn=PMC-unlearn-tiny", "training.learning_rate=1e-9")
-    for one, two in zip(*(run(n, tmp_path / str(n), models_dir, *words) for n in (1, 2)), strict=True):
-        assert one.keys() == two.keys()
-        for name, value in one.items():
-            assert abs(two[name] - value) <= 1e-5 * max(1.0, abs(value)), name
+    words = ("-cn=PMC-unlearn-tiny", "training.learning_rate=1e-9", *QUICK)
+    assert_equal_histories(*(run(n, tmp_path / str(n), models_dir, *words) for n in (1, 2)))
+    assert_equal_weights(tmp_path / "1", tmp_path / "2")
 
 
 def test_two_processes_compare_with_the_model_before_unlearning_as_one_does(models_dir, tmp_path):
-    words = ("-cn=unlearn-tiny", "method=dpo", "training.learning_rate=1e-4")
-    for one, two in zip(*(run(n, tmp_path / str(n), models_dir, *words) for n in (1, 2)), strict=True):
-        assert one == {name: pytest.approx(value, rel=1e-3, abs=1e-3) for name, value in two.items()}
+    """The second process alone gets a signal in the middle of an epoch: both stop, and the same command continues."""
+    words = ("-cn=unlearn-tiny", "method=dpo", "training.learning_rate=1e-4", *QUICK)
+    two = unlearning_words(2, tmp_path / "2", models_dir, *words)
+    stopped = start(2, "unlearning", two, SIGNAL=f"{int(signal.SIGTERM)}@4")
+    assert "stopped by signal 15 after step 4 of 9" in stopped.stdout, stopped.stdout + stopped.stderr
+    assert_equal_histories(*(run(n, tmp_path / str(n), models_dir, *words) for n in (1, 2)), tolerance=1e-3)
+
+
+def test_sharded_weights_train_as_whole_ones_and_survive_a_kill(models_dir, tmp_path):
+    """PMC with FSDP2: samples, scores during and after training, saved weights. One process alone is killed."""
+    words = ("-cn=PMC-unlearn-tiny", "evaluation.every_epochs=2")
+    one, two = tmp_path / "1", tmp_path / "2"
+    expected = run(1, one, models_dir, *words)
+    sharded = unlearning_words(2, two, models_dir, *words, "+sharding=fsdp")
+    started = time.monotonic()
+    killed = torchrun("unlearning", sharded, SIGNAL=f"{int(signal.SIGKILL)}@4")
+    assert killed.returncode != 0
+    assert time.monotonic() - started < 60
+    assert "Signal 9 (SIGKILL)" in killed.stderr
+    assert_equal_histories(expected, run(2, two, models_dir, *words, "+sharding=fsdp"))
+    assert (one / "generations.jsonl").read_text() == (two / "generations.jsonl").read_text()
+    assert_equal_weights(one, two)
+
+
+def test_two_processes_evaluate_as_one_does(models_dir, tmp_path):
+    """Quantized copies, and a copy that is finetuned; its weights are sharded, as accelerate's environment says."""
+    words = ["-cn=evaluate", f"models_dir={models_dir}", f"model.path={models_dir}/finetuned/tiny/seed-0"]
+    words += ["metrics=[quantization,relearning]", "relearning.batch_size=10", "relearning.learning_rate=1e-3"]
+    sharding = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    values = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        done = start(processes, "evaluation", [*words, f"output_dir={folder}"], **(sharding if processes > 1 else {}))
+        assert done.returncode == 0, done.stdout + done.stderr
+        scores = result_of(folder)["scores"]
+        values.append({name: value for name, value in scores.items() if value is not None})
+    assert "relearning/rougeL_recall" in values[0]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_sharded_weights_are_finetuned_as_whole_ones(models_dir, tmp_path):
+    for processes in (1, 2):
+        words = [f"models_dir={models_dir}", f"output_dir={tmp_path / str(processes)}", "training.num_epochs=1"]
+        words += [f"training.per_device_train_batch_size={10 // processes}", "+sharding=fsdp"][:processes]
+        done = start(processes, "finetuning", ["-cn=tiny", *words, "evaluation.start=false"])
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert_equal_histories(history(tmp_path / "1"), history(tmp_path / "2"))
+    assert_equal_weights(tmp_path / "1", tmp_path / "2")
+
+
+def test_with_sharded_weights_the_reference_model_is_a_second_one(models_dir, tmp_path):
+    """RMU finds its layer in both; only LoRA adapters are trained."""
+    words = ("-cn=unlearn-tiny", "method=rmu", "model.lora={r:8,alpha:16}", "training.learning_rate=1e-2", *QUICK)
+    expected = run(1, tmp_path / "1", models_dir, *words)
+    assert_equal_histories(expected, run(2, tmp_path / "2", models_dir, *words, "+sharding=fsdp"))

@@ -223,11 +223,11 @@ def test_a_saved_model_answers_as_the_trained_one(model, tokenizer, prompts, tmp
     trainer = ExampleTrainer(model, args, [prompts.example(row, 64) for row in ROWS], tokenizer)
     trainer.train()
     ids = [prompts.prompt(row.question) for row in ROWS[:4]]
-    save_trained(trainer, tmp_path / "saved", config, ids)
+    save_trained(trainer.model, tokenizer, tmp_path / "saved", config, ids)
     loaded = load_model(replace(config, path=str(tmp_path / "start")), tokenizer, trainable=False)
     monkeypatch.setattr("common.checkpoints.load_model", lambda *_, **__: loaded)  # as if the training had been lost
     with pytest.raises(UserError, match="the saved model does not answer as the trained one does"):
-        save_trained(trainer, tmp_path / "lost", config, ids)
+        save_trained(trainer.model, tokenizer, tmp_path / "lost", config, ids)
 
 
 def test_an_epochs_line_says_how_far_the_run_is_and_the_time_left(model, prompts, tmp_path, monkeypatch, caplog):

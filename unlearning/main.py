@@ -87,7 +87,8 @@ def train(run: RunFolder, method: type[UnlearningTrainer], config: RunConfig) ->
         vanilla = Path(run.start) / "vanilla"
         if stored_result(vanilla, run.configuration):
             copy_result(vanilla, work / "vanilla")
-        evaluator.start(work / "finetuned", run.start, trainer.model)
+        with trainer.whole_model() as model:
+            evaluator.start(work / "finetuned", run.start, model)
     if config.evaluation.every_epochs:
         trainer.evaluate_model, trainer.evaluate_every = evaluator.headline, config.evaluation.every_epochs
     trainer.train_or_resume()

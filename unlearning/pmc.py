@@ -13,8 +13,10 @@ The forget answers of the data set are never read. Options that are off by defau
 Samples that can no longer be selected are stopped while they are drawn (`unlearning.early_stopping`).
 """
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +26,7 @@ from hydra.utils import instantiate
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.data import Row
+from common.errors import UserError
 from common.model import eos_token_ids
 from common.prompts import Example
 from common.results import PICKS
@@ -33,6 +36,7 @@ from generation.token_sampling import SamplingSettings
 from unlearning import pmc_log
 from unlearning.early_stopping import EarlyStopping
 from unlearning.pmc_options import Contrast, FluencyPenalty, PMCSettings, StalledTemperature
+from unlearning.reference_model import ReferenceModel, ShardedReferenceModel
 from unlearning.rewards import Scorer
 from unlearning.selection import Candidate, select
 from unlearning.token_losses import TokenLosses
@@ -52,10 +56,11 @@ class PMC(UnlearningTrainer):
     Settings = PMCSettings
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: PMCSettings):
-        # Copied before super() wraps the model. A model that is already in bfloat16 needs no copy.
-        self.replica = Replica(model, torch.bfloat16) if args.bf16 and model.dtype != torch.bfloat16 else None
         self.needs_reference = settings.fluency_weight > 0
         super().__init__(model, args, data, settings)
+        # A model that is already in bfloat16 needs no copy; FSDP2 gathers one.
+        in_bf16 = args.bf16 and model.dtype != torch.bfloat16 and not self.is_fsdp_enabled
+        self.replica = Replica(model, torch.bfloat16) if in_bf16 else None
         reward = instantiate(settings.reward, _partial_=True)
         self.scorer = Scorer(reward, data.prompts.text, settings.min_len)
         self.stops_early = settings.early_stopping and self.scorer.is_monotone
@@ -71,13 +76,22 @@ class PMC(UnlearningTrainer):
         self.picks: list[dict[str, Any]] = []
         self.seconds["sampling"] = 0.0
 
+    def new_reference(self) -> ReferenceModel | ShardedReferenceModel:
+        if self.is_fsdp_enabled:
+            raise UserError(
+                f"FSDP: method.fluency_weight={self.settings.fluency_weight:g} runs the reference model for a different number "
+                "of samples in each process, and with sharded weights they would wait for each other; use fluency_weight=0"
+            )
+        return super().new_reference()
+
     def before_training(self) -> None:
         """Step 1: the initial responses."""
         started = time.perf_counter()
         s, rows = self.settings, self.data.forget
         greedy = SamplingSettings(s.max_length, batch_size=s.sampling_batch_size)
         prompts = [self.prompt_ids[row.index] for row in rows]
-        answers = generate(self.sampled_model(), prompts, greedy, self.eos_token_ids, description="initial responses")
+        with self.sampled_model() as model:
+            answers = generate(model, prompts, greedy, self.eos_token_ids, description="initial responses")
         for row, answer in zip(rows, answers, strict=True):
             self.initial_tokens[row.index] = answer[0]
             self.initial_responses[row.index] = self.data.prompts.text(answer[0])
@@ -116,20 +130,17 @@ class PMC(UnlearningTrainer):
 
     def sample(self, rows: list[Row], early_stopping: EarlyStopping | None) -> list[list[list[int]]]:
         """Step 2: `num_samples` answers of the current model to each row's question, as token ids."""
-        if not rows:
-            return []
         s = self.settings
         settings = SamplingSettings(s.max_length, s.num_samples, s.temperature, s.top_k, s.top_p, s.sampling_batch_size)
-        return generate(
-            self.sampled_model(),
-            [self.prompt_ids[row.index] for row in rows],
-            settings,
-            self.eos_token_ids,
-            [(self.args.seed, self.state.global_step, row.index) for row in rows],
-            description="sampling",
-            stopping_criteria=early_stopping,
-            temperatures=self.temperature.of_rows(rows),
-        )
+        prompts = [self.prompt_ids[row.index] for row in rows]
+        rng_keys = [(self.args.seed, self.state.global_step, row.index) for row in rows]
+        temperatures = self.temperature.of_rows(rows)
+        with self.sampled_model() as model:  # also without rows, as the other processes may have some
+            if not rows:
+                return []
+            return generate(
+                model, prompts, settings, self.eos_token_ids, rng_keys, "sampling", early_stopping, temperatures
+            )
 
     def score(
         self, rows: list[Row], samples: list[list[list[int]]], early_stopping: EarlyStopping | None
@@ -157,9 +168,14 @@ class PMC(UnlearningTrainer):
         # Penalties are computed after all samples are drawn, so until then no sample can rule out another.
         return EarlyStopping(best, references, self.scorer, among_samples=not self.fluency)
 
-    def sampled_model(self) -> PreTrainedModel:
-        """The current model, in the dtype that it is sampled in."""
-        return self.replica.refresh() if self.replica else self.model
+    @contextlib.contextmanager
+    def sampled_model(self) -> Iterator[PreTrainedModel]:
+        """A context with the current model, in the dtype that it is sampled in."""
+        if self.replica:
+            yield self.replica.refresh()
+        else:
+            with self.whole_model(torch.bfloat16 if self.args.bf16 else None) as model:
+                yield model
 
     def gather_selected(self, rows: list[Row]) -> None:
         """Send the selected samples to all processes, since shuffling moves questions between processes."""

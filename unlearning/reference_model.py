@@ -1,9 +1,12 @@
 """The reference model: the model before unlearning. Many losses compare the current model with it."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
 from transformers import PreTrainedModel
 
 from common.forward import evaluation_mode
@@ -39,3 +42,24 @@ class ReferenceModel:
         for parameter, value in zip(self.trained, values, strict=True):
             parameter.data = value
         torch.clear_autocast_cache()  # its keys are the parameters, which stay the same when their data changes
+
+
+class ShardedReferenceModel:
+    """A second model with the weights that training starts from, sharded over processes like the trained one.
+
+    Each forward pass gathers weights, so all processes must run the same number of them.
+
+    Args:
+        model: the model to be trained, before its weights are sharded.
+        accelerator: that of the trainer, with FSDP2.
+    """
+
+    def __init__(self, model: PreTrainedModel, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.model = fsdp2_prepare_model(accelerator, copy.deepcopy(model).requires_grad_(False).eval())
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[PreTrainedModel]:
+        """Inside, the reference model can be used; no gradients are computed."""
+        with torch.no_grad(), self.accelerator.autocast():
+            yield self.model

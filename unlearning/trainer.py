@@ -27,7 +27,7 @@ from common.errors import UserError
 from common.losses import answer_logits
 from common.prompts import Example, PromptFormat
 from common.trainer import ResumableTrainer
-from unlearning.reference_model import ReferenceModel
+from unlearning.reference_model import ReferenceModel, ShardedReferenceModel
 from unlearning.token_losses import TokenLosses
 
 RETAIN_KEY = 1  # rng key of retain rows; PMC's sampling uses (seed, step, index) without a further key
@@ -99,7 +99,12 @@ class UnlearningTrainer(ResumableTrainer):
         self.data = data
         self.settings = settings
         self.retain_examples = [self.example(row) for row in data.retain]
-        self.reference = ReferenceModel(self.model) if self.needs_reference else None
+        self.reference = self.new_reference() if self.needs_reference else None
+
+    def new_reference(self) -> ReferenceModel | ShardedReferenceModel:
+        return (
+            ShardedReferenceModel(self.model, self.accelerator) if self.is_fsdp_enabled else ReferenceModel(self.model)
+        )
 
     # --- what a method defines ---
 

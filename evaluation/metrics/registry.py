@@ -110,6 +110,10 @@ def check_inputs(config: RunConfig, groups: Sequence[str]) -> None:
     roles = dict.fromkeys(role for name in groups for role in METRIC_GROUPS[name].roles)
     given = [role for role in roles if config.data.splits.get(role) is not None]
     others = load_splits(config.data, tuple(role for role in given if role not in headline.ROLES))
+    if "relearning" in groups and "forget" in given:
+        settings = config.sections["relearning"]
+        rows = relearning.select_relearn_rows(load_split(config.data, "forget"), settings.fraction, config.seed)
+        relearning.check_batches(settings, len(rows))
     if "privacy" in groups and "holdout" in others:
         check_apart(load_split(config.data, "forget"), others["holdout"], "holdout")
 

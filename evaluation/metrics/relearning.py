@@ -113,6 +113,20 @@ def select_relearn_rows(rows: list[Row], fraction: float, seed: int) -> list[Row
     return [rows[i] for i in sorted(drawn)]
 
 
+def check_batches(settings: Relearning, rows: int) -> None:
+    """Check that the processes get equal shares of every batch of the rows to finetune on.
+
+    Raises:
+        UserError: names the batch size.
+    """
+    processes = PartialState().num_processes
+    if processes > 1 and (settings.batch_size % processes or rows % settings.batch_size):
+        raise UserError(
+            f"relearning.batch_size={settings.batch_size}: {rows} rows cannot be split evenly into such batches "
+            f"over {processes} processes; choose another size, or evaluate in one process"
+        )
+
+
 def relearned(
     context: EvaluationContext, model: EvaluatedModel, role: str, relearn_rows: list[Row]
 ) -> dict[int, dict[str, list]]:
@@ -155,13 +169,8 @@ def relearn(
         UserError: when the batch cannot be split evenly over the processes.
     """
     settings: Relearning = context.config.sections["relearning"]
+    check_batches(settings, len(relearn_rows))
     processes = PartialState().num_processes
-    uneven = settings.batch_size % processes or len(relearn_rows) % settings.batch_size
-    if processes > 1 and uneven:
-        raise UserError(
-            f"relearning.batch_size={settings.batch_size}: {len(relearn_rows)} rows cannot be split evenly into such batches "
-            f"over {processes} processes; choose another size, or evaluate in one process"
-        )
     training = {  # no mixed precision: with it, the result would depend on how batches are split
         "num_train_epochs": max(settings.num_epochs),
         "learning_rate": settings.learning_rate,
@@ -180,9 +189,10 @@ def relearn(
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(replace(context.config, training=training), Path(folder), len(examples))
         trainer = ExampleTrainer(copy, args, examples, model.tokenizer)
-        trainer.add_callback(
-            AfterEpochs(
-                settings.num_epochs, lambda epoch: measure_epoch(epoch, model.outputs.with_weights(trainer.model))
-            )
-        )
+
+        def after_epoch(epoch: int) -> None:
+            with trainer.whole_model() as whole:
+                measure_epoch(epoch, model.outputs.with_weights(whole))
+
+        trainer.add_callback(AfterEpochs(settings.num_epochs, after_epoch))
         trainer.train()

@@ -85,7 +85,8 @@ class AltPO(DPO):
         prompts = [self.data.prompts.prompt(row.question) for row in rows]
         keys = [(self.args.seed, attempt, row.index, SAMPLING_KEY) for row in rows]
         eos = eos_token_ids(self.model, self.data.prompts.eos_token_id)
-        return generate(self.model, prompts, settings, eos, keys, description="alternatives")
+        with self.whole_model() as model:
+            return generate(model, prompts, settings, eos, keys, description="alternatives")
 
     def is_alternative(self, row: Row, answer: list[int]) -> bool:
         """Whether an answer is neither empty nor too close to the forget answer."""

@@ -76,7 +76,7 @@ class RMU(UnlearningTrainer):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
         super().__init__(model, args, data, settings)
-        self.layer = self.model.get_submodule(names[-1])
+        self.layer_name = names[-1]
         hidden_size = model.config.get_text_config().hidden_size
         direction = torch.rand(hidden_size, generator=torch.Generator().manual_seed(args.seed))
         self.target = (settings.steering_coeff * direction / direction.norm()).to(args.device)
@@ -102,8 +102,11 @@ class RMU(UnlearningTrainer):
 
     def output_of_layer(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The steered layer's output, shape (rows, length, hidden)."""
+        owner = model if model is self.reference.model else self.model  # with FSDP2 the reference is a second model
         outputs = []
-        handle = self.layer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        handle = owner.get_submodule(self.layer_name).register_forward_hook(
+            lambda _module, _inputs, output: outputs.append(output)
+        )
         try:
             ids, mask = batch["input_ids"], batch["attention_mask"]
             model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
