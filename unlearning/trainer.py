@@ -195,12 +195,15 @@ class UnlearningTrainer(ResumableTrainer):
         return self.retain_examples[self.draw_index(RETAIN_KEY, row, len(self.retain_examples))]
 
     def draw_index(self, rng_key: int, row: Row, size: int) -> int:
-        """A random index below `size`, keyed by (seed, optimizer step, row, rng_key).
+        """A random index below `size`, see `rng`."""
+        return int(self.rng(rng_key, row).integers(size))
 
-        It does not depend on the order of the data or the number of processes.
+    def rng(self, rng_key: int, row: Row) -> np.random.Generator:
+        """Random numbers keyed by (seed, optimizer step, row, rng_key).
+
+        They depend neither on the order of the data nor on the number of processes, and are the same after a resume.
         """
-        key = (self.args.seed, self.state.global_step, row.index, rng_key)
-        return int(np.random.default_rng(key).integers(size))
+        return np.random.default_rng((self.args.seed, self.state.global_step, row.index, rng_key))
 
     # --- the epoch's record ---
 
