@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from hydra.utils import get_method
@@ -33,8 +33,7 @@ log = logging.getLogger(__name__)
 class PMCSettings(MethodSettings):
     gamma: PositiveFloat = 1.0
     """Weight of the collapse loss."""
-    lambda_unlearning: NonNegativeFloat = 1.5
-    """Weight of the retain loss; 0: retain rows are not used."""
+    lambda_unlearning: NonNegativeFloat | Literal["auto"] = 1.5
     num_samples: PositiveInt = 5
     """Samples drawn for each forget question and step."""
     temperature: NonNegativeFloat = 1.25
