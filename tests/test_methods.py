@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from common.collate import IGNORED
 from common.config import LoraSettings, NewModelConfig
@@ -345,6 +345,81 @@ def test_idk_and_dpo_raise_a_refusal(learned, prompts, tmp_path):
         trainer = make(name, learned, prompts, tmp_path, rows=ROWS[:4], learning_rate=1e-3, max_steps=8)
         trainer.train()
         assert likelihood(trainer.model, prompts, refusals) > likelihood(learned, prompts, refusals), name
+
+
+# --- lambda_unlearning=auto ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pdu", "grad_diff"])
+def test_the_dual_variable_follows_the_retain_loss(name, learned, prompts, tmp_path):
+    """Three steps by hand: lambda + step size * (retain loss - bound), and the bound is relative to the start."""
+    settings = {"lambda_unlearning": "auto", "retain_tolerance": 0.2, "dual_step_size": 3.0}
+    trainer = make(
+        name,
+        learned,
+        prompts,
+        tmp_path,
+        ROWS[:4],
+        settings=settings,
+        learning_rate=3e-3,
+        max_steps=3,
+        num_train_epochs=3,
+    )
+    trainer.train()
+    before = Plain(learned)
+    retain = [prompts.example(row, 64) for row in ROWS[4:]]
+    bound = 1.2 * cross_entropy(before, [(example.prompt + example.answer, len(example.prompt)) for example in retain])
+    assert trainer.dual.bound == pytest.approx(bound, rel=1e-4)
+    assert len(trainer.history) == 3
+    weight = 1.0
+    for record in trainer.history:
+        assert record["lambda_unlearning"] == pytest.approx(weight, rel=1e-4)
+        weight = max(0.0, weight + 3.0 * (record["retain_loss"] - bound))
+    assert trainer.dual.value == pytest.approx(weight, rel=1e-4)
+    assert weight != 1.0
+
+
+def test_a_weight_of_0_rises_again_when_the_retain_loss_is_above_its_bound(learned, prompts, tmp_path):
+    settings = {"lambda_unlearning": "auto"}
+    trainer = make("grad_diff", learned, prompts, tmp_path, ROWS[:4], settings=settings, learning_rate=1e-3)
+    trainer.dual.value, trainer.dual.bound = 0.0, 0.01
+    trainer.train()
+    assert trainer.dual.value == pytest.approx(trainer.history[0]["retain_loss"] - 0.01, rel=1e-4)
+    assert trainer.dual.value > 0
+
+
+def test_a_resumed_run_continues_with_the_dual_variable_of_its_checkpoint(learned, prompts, tmp_path):
+    def trainer_in(folder):
+        settings = {"lambda_unlearning": "auto"}
+        more = {"learning_rate": 3e-3, "max_steps": 4, "num_train_epochs": 4, "save_strategy": "epoch"}
+        return make("npo", learned, prompts, folder, ROWS[:4], settings=settings, **more)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    whole = trainer_in(tmp_path / "whole")
+    whole.train_or_resume()
+    begun = trainer_in(tmp_path / "parts")
+    begun.add_callback(Stop())
+    begun.train_or_resume()
+    resumed = trainer_in(tmp_path / "parts")
+    resumed.train_or_resume()
+    assert len(resumed.history) == 4
+    assert resumed.dual.state_to_save() == whole.dual.state_to_save()
+    assert begun.dual.value != whole.dual.value
+
+
+@pytest.mark.parametrize("name", ["kl_min", "rmu", "jensun"])
+def test_a_bound_relative_to_a_loss_of_0_is_refused(name, learned, prompts, tmp_path):
+    with pytest.raises(UserError, match="method.lambda_unlearning=auto: .* has another retain loss"):
+        make(name, learned, prompts, tmp_path, settings={"lambda_unlearning": "auto"})
+
+
+@pytest.mark.parametrize("refusal", ["", " "])
+def test_a_refusal_without_tokens_is_refused(refusal, learned, prompts, tmp_path):
+    with pytest.raises(UserError, match="method.refusal="):
+        make("jensun", learned, prompts, tmp_path, settings={"refusal": refusal})
 
 
 # --- the model before unlearning -----------------------------------------------------------------------------------------
