@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from common.collate import IGNORED
 from common.config import LoraSettings, NewModelConfig
@@ -36,7 +36,9 @@ from unlearning.trainer import UnlearningData
 
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
 OTHERS = [name for name in METHODS if name != "pmc"]
-RETAIN_ANSWERS_ARE_TRAINED = [name for name in OTHERS if name not in ("grad_ascent", "kl_min", "rmu")]
+RETAIN_ANSWERS_ARE_TRAINED = [
+    name for name in OTHERS if name not in ("grad_ascent", "kl_min", "rmu", "jensun", "shred")
+]
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,13 @@ def log_sigmoid(x):
     return -math.log1p(math.exp(-x))
 
 
+def jensen_shannon(p, q):
+    def kl(a, b):
+        return np.where(a > 0, a * np.log(np.where(a > 0, a, 1) / b), 0).sum(-1)
+
+    return (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2
+
+
 def token_mean(rows):
     """The mean over all tokens of several rows."""
     return np.concatenate(rows).mean()
@@ -174,6 +183,44 @@ def by_hand(name, now, before, forget, retain, s):
         return token_mean(losses), kept
     if name == "wga":
         return -token_mean([some**s.beta * -np.log(some) for some in p]), kept
+    if name == "jensun":
+        losses = []
+        for example in forget:
+            p = np.exp(log_softmax(now.logits(example)[0]))
+            target = np.zeros_like(p)
+            for position in range(len(p)):
+                target[position, s.refusal_ids[position % len(s.refusal_ids)]] = 1
+            losses.append(jensen_shannon(p, target))
+        both = [[np.exp(log_softmax(model.logits(e)[0])) for model in (now, before)] for e in retain]
+        return token_mean(losses), token_mean([jensen_shannon(*pair) for pair in both])
+    if name == "ceu":
+        losses = []
+        for example in forget:
+            logits, targets = now.logits(example)
+            log_p = log_softmax(logits)
+            for position in range(1, len(targets)):  # without the first token
+                others = np.delete(np.exp(log_p[position]), targets[position])
+                others_log_p = np.delete(log_p[position], targets[position])
+                losses.append([-(others / others.sum() * others_log_p).sum()])
+        return token_mean(losses), kept
+    if name == "pdu":
+        logits = [now.logits(example)[0] for example in forget]
+        return token_mean([(some.max(-1) - some.mean(-1)) ** 2 for some in logits]), kept
+    if name == "shred":
+        losses = []
+        for example in forget:
+            logits, targets = before.logits(example)
+            p0 = np.exp(before.log_p(example))
+            for position in sorted(range(len(p0)), key=lambda index: p0[index])[
+                : math.ceil(s.forget_fraction * len(p0))
+            ]:
+                logits[position, targets[position]] -= s.beta
+            log_p = log_softmax(now.logits(example)[0])
+            for own, log_q in zip(logits, log_p, strict=True):
+                highest = np.argsort(own)[-s.top_k :]
+                target = np.exp(log_softmax(own[highest]))
+                losses.append([(target * (np.log(target) - log_q[highest])).sum()])
+        return token_mean(losses), 0.0
     assert name == "satimp"
     return -token_mean([some**s.beta1 * (1 - some) ** s.beta2 * -np.log(some) for some in p]), kept
 
@@ -186,8 +233,9 @@ def test_the_loss_is_that_of_the_paper(name, learned, prompts, tmp_path):
     now, before = Plain(trainer.model), Plain(learned)
     loss, forget, retain = loss_of_step(trainer)
     assert len({len(ids) for ids, _ in [*forget, *retain]}) > 1
-    gamma, weight = {"grad_ascent": (1, 0), "retain_only": (0, 1)}.get(name, (0.7, 1.9))
-    forget_loss, retain_loss = by_hand(name, now, before, forget, retain, trainer.settings)
+    gamma, weight = {"grad_ascent": (1, 0), "shred": (1, 0), "retain_only": (0, 1)}.get(name, (0.7, 1.9))
+    s = SimpleNamespace(**vars(trainer.settings), refusal_ids=getattr(trainer, "refusal_ids", None))
+    forget_loss, retain_loss = by_hand(name, now, before, forget, retain, s)
     assert loss.item() == pytest.approx(gamma * forget_loss + weight * retain_loss, rel=1e-4, abs=1e-5)
     for part, expected, weight_of_part in (("forget", forget_loss, gamma), ("retain", retain_loss, weight)):
         if weight_of_part:
@@ -302,6 +350,81 @@ def test_idk_and_dpo_raise_a_refusal(learned, prompts, tmp_path):
         assert likelihood(trainer.model, prompts, refusals) > likelihood(learned, prompts, refusals), name
 
 
+# --- lambda_unlearning=auto ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pdu", "grad_diff"])
+def test_the_dual_variable_follows_the_retain_loss(name, learned, prompts, tmp_path):
+    """Three steps by hand: lambda + step size * (retain loss - bound), and the bound is relative to the start."""
+    settings = {"lambda_unlearning": "auto", "retain_tolerance": 0.2, "dual_step_size": 3.0}
+    trainer = make(
+        name,
+        learned,
+        prompts,
+        tmp_path,
+        ROWS[:4],
+        settings=settings,
+        learning_rate=3e-3,
+        max_steps=3,
+        num_train_epochs=3,
+    )
+    trainer.train()
+    before = Plain(learned)
+    retain = [prompts.example(row, 64) for row in ROWS[4:]]
+    bound = 1.2 * cross_entropy(before, [(example.prompt + example.answer, len(example.prompt)) for example in retain])
+    assert trainer.dual.bound == pytest.approx(bound, rel=1e-4)
+    assert len(trainer.history) == 3
+    weight = 1.0
+    for record in trainer.history:
+        assert record["lambda_unlearning"] == pytest.approx(weight, rel=1e-4)
+        weight = max(0.0, weight + 3.0 * (record["retain_loss"] - bound))
+    assert trainer.dual.value == pytest.approx(weight, rel=1e-4)
+    assert weight != 1.0
+
+
+def test_a_weight_of_0_rises_again_when_the_retain_loss_is_above_its_bound(learned, prompts, tmp_path):
+    settings = {"lambda_unlearning": "auto"}
+    trainer = make("grad_diff", learned, prompts, tmp_path, ROWS[:4], settings=settings, learning_rate=1e-3)
+    trainer.dual.value, trainer.dual.bound = 0.0, 0.01
+    trainer.train()
+    assert trainer.dual.value == pytest.approx(trainer.history[0]["retain_loss"] - 0.01, rel=1e-4)
+    assert trainer.dual.value > 0
+
+
+def test_a_resumed_run_continues_with_the_dual_variable_of_its_checkpoint(learned, prompts, tmp_path):
+    def trainer_in(folder):
+        settings = {"lambda_unlearning": "auto"}
+        more = {"learning_rate": 3e-3, "max_steps": 4, "num_train_epochs": 4, "save_strategy": "epoch"}
+        return make("npo", learned, prompts, folder, ROWS[:4], settings=settings, **more)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    whole = trainer_in(tmp_path / "whole")
+    whole.train_or_resume()
+    begun = trainer_in(tmp_path / "parts")
+    begun.add_callback(Stop())
+    begun.train_or_resume()
+    resumed = trainer_in(tmp_path / "parts")
+    resumed.train_or_resume()
+    assert len(resumed.history) == 4
+    assert resumed.dual.state_to_save() == whole.dual.state_to_save()
+    assert begun.dual.value != whole.dual.value
+
+
+@pytest.mark.parametrize("name", ["kl_min", "rmu", "jensun"])
+def test_a_bound_relative_to_a_loss_of_0_is_refused(name, learned, prompts, tmp_path):
+    with pytest.raises(UserError, match="method.lambda_unlearning=auto: .* has another retain loss"):
+        make(name, learned, prompts, tmp_path, settings={"lambda_unlearning": "auto"})
+
+
+@pytest.mark.parametrize("refusal", ["", " "])
+def test_a_refusal_without_tokens_is_refused(refusal, learned, prompts, tmp_path):
+    with pytest.raises(UserError, match="method.refusal="):
+        make("jensun", learned, prompts, tmp_path, settings={"refusal": refusal})
+
+
 # --- the model before unlearning -----------------------------------------------------------------------------------------
 
 
@@ -310,7 +433,7 @@ def outputs(model, prompts):
         return model(torch.tensor([prompts.prompt(ROWS[0].question)])).logits
 
 
-@pytest.mark.parametrize("name", ["kl_min", "npo", "dpo", "undial", "rmu", "altpo"])
+@pytest.mark.parametrize("name", ["kl_min", "npo", "dpo", "undial", "rmu", "altpo", "jensun", "shred"])
 def test_the_model_before_unlearning_stays_as_it_was(name, learned, prompts, tmp_path):
     trainer = make(name, learned, prompts, tmp_path, rows=ROWS[:4], learning_rate=1e-2, max_steps=3)
     trainer.train()

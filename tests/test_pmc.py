@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -15,7 +16,7 @@ from tests.helpers import ROWS, arguments, gradients_of_one_step, make_trainer
 from unlearning.pmc import PMC
 from unlearning.pmc_options import PMCSettings, StalledTemperature
 from unlearning.rewards import Scorer, penalize_short, rouge_l
-from unlearning.selection import Candidate, select
+from unlearning.selection import Candidate, draw, select
 from unlearning.trainer import UnlearningData
 
 
@@ -58,6 +59,47 @@ def test_a_penalty_decides_between_rewards_that_are_close():
     assert select(None, [gibberish, fluent]) == fluent
     assert select(fluent, [gibberish]) == fluent, "the best so far is compared by its net reward, too"
     assert select(fluent, []) == fluent, "all candidates may have been stopped"
+
+
+def test_a_sample_is_drawn_with_the_probability_of_the_bradley_terry_model():
+    candidates = [Candidate(0.5, [0]), Candidate(1.0, [1], penalty=0.25), Candidate(0.0, [2])]
+    rng = np.random.default_rng(0)
+    drawn = [draw(candidates, 0.5, rng).answer[0] for _ in range(4000)]
+    weights = [math.exp(net / 0.5) for net in (0.5, 0.75, 0.0)]
+    for index, weight in enumerate(weights):
+        assert drawn.count(index) / 4000 == pytest.approx(weight / sum(weights), abs=0.03)
+    assert draw(candidates, 1e-4, rng) == candidates[1], "near 0 the highest reward, without overflow"
+
+
+def test_with_a_selection_temperature_the_best_so_far_never_worsens_and_no_sample_is_stopped(
+    memorized, prompts, tmp_path
+):
+    picked = []
+    for selection, rows, batch_size in ((1.0, ROWS, 4), (1.0, ROWS[::-1], 1), (0.0, ROWS, 4)):
+        settings = PMCSettings(num_samples=3, max_length=48, temperature=3.0, selection_temperature=selection)
+        trainer = make_trainer(memorized, prompts, tmp_path, rows, batch_size, 8 // batch_size, settings)
+        assert trainer.stops_early == (selection == 0)
+        trainer.best = {row.index: Candidate(0.0, [9, 2]) for row in ROWS}
+        trainer.train()
+        picked.append(trainer.best)
+    assert picked[0] == picked[1], "the draw is keyed by (seed, step, row), so it does not depend on the order"
+    rewards = [[best[row.index].reward for row in ROWS] for best in picked]
+    assert all(drawn <= highest for drawn, highest in zip(rewards[0], rewards[2], strict=True))
+    assert rewards[0] != rewards[2], "for some question another sample than the best was drawn"
+    trainer = make_trainer(memorized, prompts, tmp_path, settings=replace(settings, selection_temperature=1.0))
+    trainer.best[0] = Candidate(0.5, [9, 2])
+    for reward, expected in ((0.25, [9, 2]), (0.5, [8, 2])):
+        trainer.select(ROWS[:1], [[Candidate(reward, [8, 2])]])
+        assert trainer.best[0].answer == expected, "an equal sample replaces the best so far, a worse one does not"
+
+
+def test_a_drawn_selection_has_the_penalty_of_every_candidate(model, prompts, tmp_path):
+    settings = PMCSettings(num_samples=2, max_length=48, fluency_weight=0.1, selection_temperature=1.0)
+    trainer = make_trainer(model, prompts, tmp_path, settings=settings)
+    candidates = [[Candidate(0.0, [5, 2]), Candidate(1.0, [6, 2])]]
+    penalized = trainer.fluency.penalize([prompts.prompt(ROWS[0].question)], [None], candidates, all_of_them=True)
+    assert [c.answer for c in penalized[0]] == [[5, 2], [6, 2]]
+    assert all(c.penalty > 0 for c in penalized[0])
 
 
 def test_a_sample_that_was_cut_is_trained_with_an_end_token(model, prompts, tmp_path):

@@ -6,7 +6,7 @@
 2. Sample: for each forget question of an optimizer step, draw `num_samples` answers from the current model.
 3. Score: the reward of a sample is 1 - its ROUGE-L recall against the initial response.
 4. Select: keep for each question the sample with the highest reward so far. A question whose best reward is 1 is solved:
-   it is not sampled again.
+   it is not sampled again. (With `selection_temperature`, the sample of a step that competes is drawn by its reward.)
 5. Train: loss = CE(selected samples) + lambda_unlearning * CE(retain answers).
 
 The forget answers of the data set are never read. Options that are off by default are in `unlearning.pmc_options`.
@@ -38,9 +38,11 @@ from unlearning.early_stopping import EarlyStopping
 from unlearning.pmc_options import Contrast, FluencyPenalty, PMCSettings, StalledTemperature
 from unlearning.reference_model import ReferenceModel, ShardedReferenceModel
 from unlearning.rewards import Scorer
-from unlearning.selection import Candidate, select
+from unlearning.selection import Candidate, draw, select
 from unlearning.token_losses import TokenLosses
 from unlearning.trainer import UnlearningData, UnlearningTrainer
+
+SELECTION_KEY = 6  # rng key of `UnlearningTrainer.rng`
 
 
 class PMC(UnlearningTrainer):
@@ -63,7 +65,8 @@ class PMC(UnlearningTrainer):
         self.replica = Replica(model, torch.bfloat16) if in_bf16 else None
         reward = instantiate(settings.reward, _partial_=True)
         self.scorer = Scorer(reward, data.prompts.text, settings.min_len)
-        self.stops_early = settings.early_stopping and self.scorer.is_monotone
+        # A drawn selection needs the reward of every sample, as each has a probability.
+        self.stops_early = settings.early_stopping and self.scorer.is_monotone and not settings.selection_temperature
         self.fluency = FluencyPenalty(self, settings.fluency_weight) if self.needs_reference else None
         self.temperature = StalledTemperature(settings)
         self.contrast = Contrast(self, settings) if settings.contrast_weight else None
@@ -139,7 +142,14 @@ class PMC(UnlearningTrainer):
             if not rows:
                 return []
             return generate(
-                model, prompts, settings, self.eos_token_ids, rng_keys, "sampling", early_stopping, temperatures
+                model,
+                prompts,
+                settings,
+                self.eos_token_ids,
+                rng_keys,
+                description="sampling",
+                stopping_criteria=early_stopping,
+                temperatures=temperatures,
             )
 
     def score(
@@ -157,10 +167,14 @@ class PMC(UnlearningTrainer):
         """Step 4: update the best sample so far of each question."""
         best = [self.best.get(row.index) for row in rows]
         prompts = [self.prompt_ids[row.index] for row in rows]
-        selectable = self.fluency.penalize(prompts, best, candidates) if self.fluency else candidates
+        drawn = self.settings.selection_temperature > 0
+        selectable = self.fluency.penalize(prompts, best, candidates, all_of_them=drawn) if self.fluency else candidates
         for row, best_so_far, sampled, allowed in zip(rows, best, candidates, selectable, strict=True):
-            self.best[row.index] = select(best_so_far, allowed)
+            self.best[row.index] = select(best_so_far, [self.draw(row, allowed)] if drawn else allowed)
             self.temperature.update(row, [self.best[row.index], *sampled])
+
+    def draw(self, row: Row, candidates: list[Candidate]) -> Candidate:
+        return draw(candidates, self.settings.selection_temperature, self.rng(SELECTION_KEY, row))
 
     def new_early_stopping(self, rows: list[Row]) -> EarlyStopping:
         best = [self.best[row.index].net_reward if row.index in self.best else -math.inf for row in rows]

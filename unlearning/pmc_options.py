@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from hydra.utils import get_method
@@ -33,8 +33,7 @@ log = logging.getLogger(__name__)
 class PMCSettings(MethodSettings):
     gamma: PositiveFloat = 1.0
     """Weight of the collapse loss."""
-    lambda_unlearning: NonNegativeFloat = 1.5
-    """Weight of the retain loss; 0: retain rows are not used."""
+    lambda_unlearning: NonNegativeFloat | Literal["auto"] = 1.5
     num_samples: PositiveInt = 5
     """Samples drawn for each forget question and step."""
     temperature: NonNegativeFloat = 1.25
@@ -52,12 +51,16 @@ class PMCSettings(MethodSettings):
     """Minimum number of words; exp(-words) is subtracted from the reward of shorter samples; 0: off."""
     fluency_weight: NonNegativeFloat = 0.0
     """Weight of a sample's mean NLL per token under the model before unlearning, subtracted from its reward; 0: off."""
+    selection_temperature: NonNegativeFloat = 0.0
+    """0: the sample with the highest reward is selected; else one is drawn with probability
+    softmax(reward / selection_temperature), and replaces the best so far unless its reward is lower."""
     contrast_weight: NonNegativeFloat = 0.0
     """Weight of a loss that makes the initial responses unlikely; 0: off."""
     contrast_beta: PositiveFloat = 1.0
     """The larger, the earlier the contrast loss ends: its gradient fades where the mean NLL per token exceeds 1 / beta."""
     early_stopping: bool = True
-    """Stop samples that can no longer be selected; only for rewards that never rise as a sample grows."""
+    """Stop samples that can no longer be selected; only for rewards that never rise as a sample grows,
+    and with selection_temperature=0."""
     sampling_batch_size: int | None = Field(None, gt=0)
     """Maximum number of samples in a batch; null: as many as fit in a tenth of the memory."""
     reward: Any = Field(default_factory=lambda: {"_target_": "unlearning.rewards.rouge_l"})
@@ -108,7 +111,11 @@ class FluencyPenalty:
         self.trainer, self.weight = trainer, weight
 
     def penalize(
-        self, prompts: list[list[int]], best: list[Candidate | None], candidates: list[list[Candidate]]
+        self,
+        prompts: list[list[int]],
+        best: list[Candidate | None],
+        candidates: list[list[Candidate]],
+        all_of_them: bool = False,
     ) -> list[list[Candidate]]:
         """The candidates that can still be selected, with their penalties.
 
@@ -119,7 +126,10 @@ class FluencyPenalty:
             prompts: token ids of each question.
             best: the best sample so far of each question.
             candidates: the samples of each question, without penalties.
+            all_of_them: return also those that cannot be selected; for a selection that is drawn.
         """
+        if all_of_them:
+            return self.with_penalties(prompts, candidates, [-math.inf] * len(candidates))
         floor = [candidate.net_reward if candidate else -math.inf for candidate in best]
         top = [max(of_question, key=lambda candidate: candidate.reward) for of_question in candidates]
         first = self.with_penalties(prompts, [[candidate] for candidate in top], floor)

@@ -76,6 +76,12 @@ class TokenLosses(MicroBatchPart):
         """Number of tokens of each example's answer, shape (size,)."""
         return torch.bincount(self.rows, minlength=self.size)
 
+    @cached_property
+    def positions_in_answer(self) -> torch.Tensor:
+        """Position of each token in its answer, from 0, shape (tokens,). The tokens of an example are consecutive."""
+        starts = self.lengths.cumsum(0) - self.lengths
+        return torch.arange(len(self.rows), device=self.rows.device) - starts[self.rows]
+
     @property
     def cross_entropy(self) -> torch.Tensor:
         """-log p, the mean over tokens."""

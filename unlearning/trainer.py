@@ -12,11 +12,11 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat, ValidationInfo, field_validator
+from pydantic import NonNegativeFloat, PositiveFloat, ValidationInfo, field_validator
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -27,6 +27,7 @@ from common.errors import UserError
 from common.losses import answer_logits
 from common.prompts import Example, PromptFormat
 from common.trainer import ResumableTrainer
+from unlearning.dual_variable import DualVariable
 from unlearning.reference_model import ReferenceModel, ShardedReferenceModel
 from unlearning.token_losses import TokenLosses
 
@@ -39,12 +40,16 @@ class MethodSettings:
 
     gamma: NonNegativeFloat = 1.0
     """Weight of the forget loss."""
-    lambda_unlearning: NonNegativeFloat = 1.0
-    """Weight of the retain loss; 0: retain rows are not used."""
+    lambda_unlearning: NonNegativeFloat | Literal["auto"] = 1.0
+    """Weight of the retain loss; 0: retain rows are not used; auto: changed at each step to bound the retain loss."""
+    retain_tolerance: NonNegativeFloat = 0.1
+    """lambda_unlearning=auto: the retain loss may be this fraction above that of the model before unlearning."""
+    dual_step_size: PositiveFloat = 1.0
+    """lambda_unlearning=auto: the weight changes at each step by this times the retain loss above its bound."""
 
     @field_validator("lambda_unlearning")
     @classmethod
-    def trains_something(cls, weight: float, info: ValidationInfo) -> float:
+    def trains_something(cls, weight: float | str, info: ValidationInfo) -> float | str:
         if weight == 0 == info.data.get("gamma"):
             raise ValueError("with gamma=0 nothing would be trained; give one of them a weight")
         return weight
@@ -81,7 +86,8 @@ class UnlearningTrainer(ResumableTrainer):
         data: the forget and retain rows.
         settings: an instance of the class's `Settings`.
     Raises:
-        UserError: when the method needs the reference model and the weights are sharded.
+        UserError: when the method needs the reference model and the weights are sharded, or when `lambda_unlearning` is
+            auto and the retain loss is not the cross-entropy.
     """
 
     Settings: type = MethodSettings
@@ -100,17 +106,31 @@ class UnlearningTrainer(ResumableTrainer):
         self.settings = settings
         self.retain_examples = [self.example(row) for row in data.retain]
         self.reference = self.new_reference() if self.needs_reference else None
+        self.dual = self.new_dual_variable()
 
     def new_reference(self) -> ReferenceModel | ShardedReferenceModel:
         return (
             ShardedReferenceModel(self.model, self.accelerator) if self.is_fsdp_enabled else ReferenceModel(self.model)
         )
 
+    def new_dual_variable(self) -> DualVariable | None:
+        """What sets the weight of the retain loss where `lambda_unlearning` is auto."""
+        if getattr(self.settings, "lambda_unlearning", None) != "auto":
+            return None
+        if type(self).retain_loss is not UnlearningTrainer.retain_loss:
+            raise UserError(
+                f"method.lambda_unlearning=auto: {type(self).__name__} has another retain loss than the cross-entropy; it is 0 "
+                "before unlearning, so no bound can be set relative to it. Give it a number"
+            )
+        dual = DualVariable(self)
+        self.add_callback(dual)
+        return dual
+
     # --- what a method defines ---
 
     def loss_weights(self) -> tuple[float, float]:
-        """gamma and lambda_unlearning. A loss of weight 0 is not computed."""
-        return self.settings.gamma, self.settings.lambda_unlearning
+        """gamma and lambda_unlearning. A loss of weight 0 is not computed, unless the weight may rise again."""
+        return self.settings.gamma, self.dual.start_step() if self.dual else self.settings.lambda_unlearning
 
     def forget_examples(self, rows: list[Row]) -> list[Example]:
         """The example that each forget row of this optimizer step is trained on; called once per step."""
@@ -140,9 +160,11 @@ class UnlearningTrainer(ResumableTrainer):
         self.weights = dict(zip(("forget", "retain"), self.loss_weights(), strict=True))
         forget = self.forget_groups(rows) if self.weights["forget"] else [()] * len(rows)
         self.step_started = time.perf_counter()
-        retain = [(self.paired_retain_example(row),) if self.weights["retain"] else () for row in rows]
+        retain = [(self.paired_retain_example(row),) if self.weights["retain"] or self.dual else () for row in rows]
         micro_batches = collate_pairs(forget, retain, list(map(len, window)))
         self.step_rows = self.total(len(rows))
+        if self.dual:
+            self.add_to_epoch(lambda_unlearning=self.weights["retain"] / self.args.world_size)
         self.step_tokens = {
             part: self.total(sum(count_answer_tokens(b["labels"][b["is_forget"] == is_forget]) for b in micro_batches))
             for part, is_forget in (("forget", True), ("retain", False))
@@ -158,6 +180,8 @@ class UnlearningTrainer(ResumableTrainer):
             self.add_to_epoch(**{f"{part}_loss": value.detach()})
             if part == "forget" and self.logs_forget_nll:
                 self.add_to_epoch(forget_nll=token_losses.cross_entropy.detach())
+            if part == "retain" and self.dual:
+                self.dual.retain_loss = self.dual.retain_loss + value.detach()
             loss = loss + self.weights[part] * value
         return loss * self.args.world_size  # gradients are averaged over processes
 
@@ -200,18 +224,31 @@ class UnlearningTrainer(ResumableTrainer):
         return self.retain_examples[self.draw_index(RETAIN_KEY, row, len(self.retain_examples))]
 
     def draw_index(self, rng_key: int, row: Row, size: int) -> int:
-        """A random index below `size`, keyed by (seed, optimizer step, row, rng_key).
+        """A random index below `size`, see `rng`."""
+        return int(self.rng(rng_key, row).integers(size))
 
-        It does not depend on the order of the data or the number of processes.
+    def rng(self, rng_key: int, row: Row) -> np.random.Generator:
+        """Random numbers keyed by (seed, optimizer step, row, rng_key).
+
+        They depend neither on the order of the data nor on the number of processes, and are the same after a resume.
         """
-        key = (self.args.seed, self.state.global_step, row.index, rng_key)
-        return int(np.random.default_rng(key).integers(size))
+        return np.random.default_rng((self.args.seed, self.state.global_step, row.index, rng_key))
 
     # --- the epoch's record ---
 
     def epoch_record(self, steps: int) -> dict[str, float]:
-        names = ("forget_loss", "retain_loss", "forget_nll", *self.logged_terms)
+        names = ("forget_loss", "retain_loss", "lambda_unlearning", "forget_nll", *self.logged_terms)
         return {name: self.epoch_sum(name) / steps for name in names if name in self.epoch_sums}
+
+    # --- checkpoints ---
+
+    def state_to_save(self) -> dict[str, Any]:
+        return super().state_to_save() | ({"dual": self.dual.state_to_save()} if self.dual else {})
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        if self.dual:
+            self.dual.load_state(state["dual"])
 
 
 def collate_pairs(

@@ -1,0 +1,35 @@
+"""Primal-dual unlearning (PDU, arXiv 2506.05314): flatten the logits of the forget answers while the retain loss is bounded.
+
+    forget loss = (largest logit - mean logit)^2, the mean over the forget answers' tokens
+    subject to CE(retain) <= (1 + retain_tolerance) * CE(retain) before unlearning
+
+The weight of the retain loss is the dual variable of the constraint (`unlearning.dual_variable`). The loss is that of
+src/trainer/unlearn/pdu.py in locuslab/open-unlearning, which takes its mean over the prompts and the padding, too.
+
+    python unlearning/main.py -cd=configs -cn=unlearn-tiny method=pdu
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeFloat
+
+from common.config import section
+from unlearning.token_losses import TokenLosses
+from unlearning.trainer import MethodSettings, UnlearningTrainer
+
+
+@section
+class PDUSettings(MethodSettings):
+    lambda_unlearning: NonNegativeFloat | Literal["auto"] = "auto"
+
+
+class PDU(UnlearningTrainer):
+    """Makes all tokens equally likely in the forget answers."""
+
+    Settings = PDUSettings
+    logs_forget_nll = True
+
+    def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
+        logits = forget.logits
+        return forget.mean_over_tokens((logits.max(dim=-1).values - logits.mean(dim=-1)).square())
