@@ -77,6 +77,9 @@ def launch(
         finally:
             if after_sweep and (sweep := current_sweep()):
                 after_sweep(sweep)
+    except BrokenPipeError:  # the reader of the output has ended, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails, too
+        sys.exit(1)
     except Exception as error:
         if (message := user_message(error, program)) is None:
             raise

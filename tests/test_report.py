@@ -561,3 +561,12 @@ def test_two_hundred_runs_open_in_three_seconds(browser, tmp_path):
             return
     # On a busy machine even Plotly alone takes that long.
     assert min(milliseconds[path]) < max(3000, 1.5 * min(milliseconds[one]))
+
+
+def test_a_setting_that_forgot_nothing_is_not_recommended(tmp_path):
+    for samples in (2, 5):
+        make_run(tmp_path / "models", 0, 0, 100, num_samples=samples)  # recall 1, as before unlearning
+    words = " ".join(summary(grouped(read_runs([tmp_path]))))
+    assert "No setting is recommended: none that keeps utility has forgotten the answers." in words
+    assert "Not forgotten: its answers to forget questions have 100% of the words" in words
+    assert "Use " not in words
