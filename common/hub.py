@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -65,6 +66,20 @@ def check_push(cfg: DictConfig, config: RunConfig) -> None:
             f"training.hub_model_id={hub_id}: the runs of a sweep would replace each other on the hub; give each a name of its "
             "own, as in 'training.hub_model_id=OWNER/NAME-${seed}'"
         )
+    if is_first_process():
+        _check_token()
+
+
+def _check_token() -> None:
+    """Raises UserError if the hub refuses the token; warns if it does not answer, as it may after training."""
+    try:
+        HfApi(token=os.environ["HF_TOKEN"]).whoami()
+    except HfHubHTTPError as error:
+        raise UserError(
+            f"training.push_to_hub=true: the hub refuses the token ({without_secrets(reason(error))})"
+        ) from error
+    except Exception as error:  # it may be back after training
+        log.warning("training.push_to_hub=true: the hub does not answer now (%s)", without_secrets(reason(error)))
 
 
 def _adapter_base(config: RunConfig) -> str | None:

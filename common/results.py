@@ -112,12 +112,17 @@ def stored_result(folder: str | Path, identity: dict[str, Any]) -> dict | None:
     return result if result and evaluation_inputs(result["config"]) == evaluation_inputs(identity) else None
 
 
-def evaluation_inputs(identity: dict[str, Any]) -> tuple:
-    """The settings that the headline scores depend on, apart from the weights."""
+def evaluation_inputs(identity: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the headline scores depend on, apart from the weights: dotted key -> value."""
     data, evaluation = identity["data"], identity["evaluation"]
     splits = {role: split for role, split in data["splits"].items() if role != "train"}
-    settings = [evaluation.get(key) for key in ("max_length", "full_eval", "bf16")]
-    return data["path"], splits, data.get("words", "latin"), settings, identity["model"]["prompt"]
+    return {
+        "data.path": data["path"],
+        "data.splits": splits,
+        "data.words": data.get("words", "latin"),
+        **{f"evaluation.{key}": evaluation.get(key) for key in ("max_length", "full_eval", "bf16")},
+        "model.prompt": identity["model"]["prompt"],
+    }
 
 
 def copy_result(source: str | Path, target: Path) -> None:

@@ -68,7 +68,9 @@ def run_name(seed: int | str, overrides: list[str]) -> str:
     >>> run_name(0, ["method.num_samples=2", "seed=0", "overwrite=true"])
     'seed-0+method.num_samples-2'
     """
-    words = [_normal(word.lstrip("+~")) for word in sorted(settings_of_the_result(overrides))]
+    # Of several values of a key Hydra takes the last one.
+    last = {word.partition("=")[0].lstrip("+~"): word for word in settings_of_the_result(overrides)}
+    words = [_normal(word.lstrip("+~")) for word in sorted(last.values())]
     kept = [word for word in words if not re.match(r"seed([.=]|$)", word)]
     name = "+".join([f"seed-{seed}", *map(_as_file_name, kept)])
     if len(name) > 180:  # file systems allow 255 bytes

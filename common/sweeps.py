@@ -65,11 +65,13 @@ class SweepCallback(Callback):
 
     def __init__(self):
         self.started = 0.0
+        self.jobs = 0  # number of jobs; 0 if the sweeper chooses them while it runs
         self.seconds: list[float] = []  # of the finished jobs
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global _current
         jobs = [_composed(config, words) for words in _jobs(config)]
+        self.jobs = len(jobs)
         runs = {_run_folder(job): OmegaConf.masked_copy(job, [key for key in job if key != "hydra"]) for job in jobs}
         _current = Sweep(_report_folder(config, list(runs)), runs, _run_folder(config).parent)
 
@@ -78,7 +80,7 @@ class SweepCallback(Callback):
             return
         self.started = time.monotonic()
         number = config.hydra.job.num + 1
-        total = len(_current.runs) if _current else 0
+        total = self.jobs
         words = " ".join(word.lstrip("+") for word in config.hydra.overrides.task)
         log.info("job %d%s%s: %s", number, f" of {total}" if total else "", self._time_left(total - number + 1), words)
 

@@ -98,10 +98,10 @@ class Pair:
         """The reply of each model, by its name: before and after.
 
         Raises:
-            UserError: if the question is not text, or leaves no room for an answer.
+            UserError: if the question is empty or not text, or leaves no room for an answer.
         """
-        if SURROGATE.search(question):
-            raise UserError(f"{question!r}: is not UTF-8 text")
+        if SURROGATE.search(question) or not question.strip():
+            raise UserError(f"{question!r}: is {'empty' if not question.strip() else 'not UTF-8 text'}")
         answers = {name: outputs.answers([question])[0] for name, outputs in self.models.items()}
         return {name: reply(self.models[name], question, answers[name], answers["before"]) for name in answers}
 

@@ -29,16 +29,17 @@ from collections.abc import Sequence
 from common.errors import UserError
 from common.files import is_first_process, write_text
 from common.sweeps import Sweep
-from evaluation.report_page import page, place
+from evaluation.report_page import page
 from evaluation.run_records import (
     Group,
     Run,
     grouped,
     has_run,
+    place,
     read_evaluations,
     read_runs,
     score_names,
-    short,
+    shortened,
     shown_value,
     varied_keys,
 )
@@ -113,7 +114,7 @@ def method_table(groups: Sequence[Group]) -> str:
     """A row per setting in Markdown: means over seeds with standard deviations; best in bold, * on the Pareto front."""
     keys, columns = varied_keys(groups), _measured(groups)
     seeds = max((len(group.runs) for group in groups), default=1)
-    header = ["method", *map(short, keys), *(["seeds"] if seeds > 1 else []), *columns]
+    header = ["method", *shortened(keys).values(), *(["seeds"] if seeds > 1 else []), *columns]
     lines = [f"| {' | '.join(map(as_text, header))} |", "|---|" + "---:|" * (len(header) - 1)]
     for group in groups:
         cells = [f"{as_text(group.name)}{' *' if group.on_front else ''}"]
@@ -161,7 +162,7 @@ def as_latex(text: str) -> str:
 def latex(groups: Sequence[Group]) -> str:
     r"""The table for a paper; it needs \usepackage{booktabs}."""
     keys, columns = varied_keys(groups), _measured(groups)
-    header = ["method", *map(short, keys), *columns]
+    header = ["method", *shortened(keys).values(), *columns]
     rows = []
     for group in groups:
         cells = [as_latex(group.name)]
@@ -197,7 +198,7 @@ def as_csv(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     for run in runs:
         values = [run.scores.get(score) for score in scores]
         found = [shown_value(run.settings[key]) if key in run.settings else "" for key in keys]
-        table.writerow([run.name, run.reference, run.seed, run.status, place(run), *found, *values])
+        table.writerow([run.name, run.reference, run.seed, run.status, place(run.folder), *found, *values])
     return text.getvalue()
 
 
@@ -217,7 +218,10 @@ def main(words: Sequence[str]) -> None:
     folders = [folder.resolve() for folder in given.folders]
     runs = read_runs(folders)
     title = given.title or ", ".join(folder.name for folder in folders)
-    path = write_reports(runs, given.output or folders[0] / "report", title)
+    try:
+        path = write_reports(runs, given.output or folders[0] / "report", title)
+    except OSError as error:
+        raise UserError(f"--output={error.filename}: {error.strerror}; name another folder") from error
     print(f"{overview(grouped(runs))}\n\nReport: {path}")
 
 

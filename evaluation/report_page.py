@@ -16,7 +16,17 @@ import jinja2
 
 from common.results import GENERATIONS, PICKS, ROWS
 from common.rouge import rouge_tokens
-from evaluation.run_records import Group, Run, differences, direction, rows_of, score_names, short, varied_keys
+from evaluation.run_records import (
+    Group,
+    Run,
+    differences,
+    direction,
+    place,
+    rows_of,
+    score_names,
+    shortened,
+    varied_keys,
+)
 from evaluation.summary import recommended, summary
 from evaluation.tables import COLUMNS
 
@@ -62,7 +72,7 @@ def page(runs: Sequence[Run], groups: Sequence[Group], title: str) -> str:
         title=title,
         about=f"Finished runs: {len(done)}. Settings: {sum(not group.reference for group in groups)}.",
         summary=[sentence.replace(" ± ", "\u00a0±\u00a0") for sentence in summary(groups)],
-        missing=[{"folder": place(run), "status": run.status} for run in runs if run.status != "done"],
+        missing=[{"folder": place(run.folder), "status": run.status} for run in runs if run.status != "done"],
         several=len(groups) > 1,
         seeds=data["seeds"],
         meanings=[(score["label"], MEANINGS[score["label"]]) for score in data["scores"] if score["label"] in MEANINGS],
@@ -98,7 +108,7 @@ def page_data(runs: Sequence[Run], groups: Sequence[Group], shown: Sequence[tupl
     return {
         "scores": scores,
         "axes": ["utility", "unlearn_quality"],
-        "keys": [{"name": key, "short": short(key)} for key in keys],
+        "keys": [{"name": key, "short": name} for key, name in shortened(keys).items()],
         "seeds": max((len(group.runs) for group in groups), default=1),
         "incomparable": bool(differences([run for group in groups for run in group.runs])),
         "groups": [
@@ -142,12 +152,6 @@ def _score(name: str, runs: Sequence[Run]) -> dict[str, Any]:
 
 def _label(group: Group, run: Run) -> str:
     return f"{group.label}, seed {run.seed}" if run.seed is not None else group.label
-
-
-def place(run: Run) -> str:
-    """The run's folder without what is above models/."""
-    parts = run.folder.parts
-    return "/".join(parts[parts.index("models") + 1 :]) if "models" in parts else run.folder.name
 
 
 def runs_with_texts(groups: Sequence[Group]) -> list[tuple[str, Run]]:
@@ -352,5 +356,5 @@ def _details(run: Run, label: str) -> dict[str, str]:
         "torch": versions.get("torch", ""),
         "transformers": versions.get("transformers", ""),
         "commit": (result.get("git_commit") or "")[:12],
-        "folder": place(run),
+        "folder": place(run.folder),
     }

@@ -10,6 +10,7 @@ import logging
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -159,7 +160,8 @@ class Group:
     @property
     def label(self) -> str:
         """The name with the varied settings, for instance "PMC, num_samples=5"."""
-        return ", ".join([self.name, *(f"{short(key)}={shown_value(value)}" for key, value in self.varied.items())])
+        names = shortened(self.varied)
+        return ", ".join([self.name, *(f"{names[key]}={shown_value(value)}" for key, value in self.varied.items())])
 
     def values(self, score: str) -> list[float]:
         """The score of each run that has it."""
@@ -176,6 +178,12 @@ class Group:
         return statistics.stdev(values) if len(values) > 1 else None
 
 
+def place(folder: Path) -> str:
+    """A run's folder without what is above models/."""
+    parts = folder.parts
+    return "/".join(parts[parts.index("models") + 1 :]) if "models" in parts else folder.name
+
+
 def rows_of(path: Path) -> list[dict]:
     """The rows of a JSON lines file; empty, with a warning, if it cannot be read; empty if there is none."""
     try:
@@ -185,9 +193,11 @@ def rows_of(path: Path) -> list[dict]:
         return []
 
 
-def short(key: str) -> str:
-    """A dotted key without its section: "method.num_samples" -> "num_samples"."""
-    return key.split(".", 1)[-1]
+def shortened(keys: Iterable[str]) -> dict[str, str]:
+    """Dotted key -> the key without its section, "method.num_samples" -> "num_samples", where that names one key alone."""
+    keys = list(keys)
+    parts = Counter(key.split(".", 1)[-1] for key in keys)
+    return {key: part if parts[part := key.split(".", 1)[-1]] == 1 else key for key in keys}
 
 
 def shown_value(value: Any) -> str:
@@ -273,7 +283,8 @@ def _add_evaluation(path: Path, result: dict, runs: dict[str, Run]) -> None:
     elif run is None:
         runs[made_by or model] = Run(path, _name_of_model(model), result, reference=True)
     elif evaluation_inputs(result["config"]) != evaluation_inputs(run.config):
-        status = f"left out: evaluated on other data, or otherwise than its run {run.folder.name}"
+        keys = ", ".join(differing_inputs([result["config"], run.config]))
+        status = f"left out: evaluated with another value of {keys} than its run {run.folder.name}"
         runs[str(path)] = Run(path, run.name, result, status)
     elif path not in run.evaluations:
         run.evaluations[path] = result
@@ -496,8 +507,9 @@ def differences(runs: Sequence[Run]) -> list[str]:
     """
     runs = [run for run in runs if not run.reference]
     found = []
-    if len({without_seeds(evaluation_inputs(run.config)) for run in runs}) > 1:
-        found.append("they were evaluated on different data, or with different prompts or lengths of answers")
+    for key, values in differing_inputs([run.config for run in runs]).items():
+        shown = " and ".join(values) if max(map(len, values)) < 40 else f"{len(values)} values"
+        found.append(f"they were evaluated with different {key} ({shown})")
     starts: dict[int | None, set] = {}
     for run in runs:
         starts.setdefault(run.seed, set()).add(run.config.get("start"))
@@ -506,10 +518,19 @@ def differences(runs: Sequence[Run]) -> list[str]:
     return found
 
 
+def differing_inputs(configs: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
+    """The keys of which `evaluation_inputs` has different values for these configurations, with the values."""
+    values: dict[str, list[str]] = {}
+    for config in configs:
+        for key, value in evaluation_inputs(config).items():
+            values.setdefault(key, []).append(shown_value(without_seeds(value)))
+    return {key: found for key, of_key in values.items() if len(found := list(dict.fromkeys(of_key))) > 1}
+
+
 def notices(groups: Sequence[Group]) -> list[str]:
     """What a reader must know to compare the scores: runs that do not count, and evaluations with different settings."""
     found = [
-        f"{run.folder.name}: {group.label} has another run of seed {run.seed}, and this one is not counted."
+        f"{place(run.folder)}: {group.label} has another run of seed {run.seed}, and this one is not counted."
         for group in groups
         for run in group.repeated
     ]
@@ -517,10 +538,10 @@ def notices(groups: Sequence[Group]) -> list[str]:
     for run in runs:
         lacking = [name for name in ("unlearn_quality", "utility") if run.scores.get(name) is None]
         if lacking and not run.reference:
-            found.append(f"{run.folder.name}: its result has no {' and no '.join(lacking)}.")
+            found.append(f"{place(run.folder)}: its result has no {' and no '.join(lacking)}.")
         if run.begun_again:
             found.append(
-                f"{run.folder.name}: a newer run was begun here and is unfinished; the scores are of the older one."
+                f"{place(run.folder)}: a newer run was begun here and is unfinished; the scores are of the older one."
             )
         if disagreeing := run.contradictions:
             texts = [
@@ -528,7 +549,7 @@ def notices(groups: Sequence[Group]) -> list[str]:
             ]
             more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
             found.append(
-                f"{run.folder.name}: its evaluations do not agree on {', '.join(texts[:3])}{more}; the newest ones count. "
+                f"{place(run.folder)}: its evaluations do not agree on {', '.join(texts[:3])}{more}; the newest ones count. "
                 "They differ in a seed, a data type or another setting."
             )
     values: dict[str, set[str]] = {}

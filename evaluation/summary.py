@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from evaluation.run_records import Group, differences, notices
-from evaluation.tables import cell
+from evaluation.tables import BEFORE, cell
 
 ALLOWED_COST = 3.0  # points of utility that the recommended setting may lose
 FORGET, PROBABILITY = "rougeL_recall/forget", "tofu/probability/forget"
@@ -90,8 +90,13 @@ def choice(chosen: Group, groups: Sequence[Group]) -> list[str]:
     methods = measured(groups)
     before, allowed = reference(groups, "finetuned"), affordable(groups)
     of_those = "all settings" if len(allowed) == len(methods) else f"the {len(allowed)} of {len(methods)} settings"
+    advice = (
+        f"Use {chosen.label}. It"
+        if has_forgotten(chosen, groups)
+        else f"No setting is recommended: none that keeps utility has forgotten the answers. {chosen.label}"
+    )
     sentences = [
-        f"Use {chosen.label}. It has the highest unlearn quality ({shown(chosen, 'unlearn_quality')}; "
+        f"{advice} has the highest unlearn quality ({shown(chosen, 'unlearn_quality')}; "
         f"{shown(before, 'unlearn_quality')} before unlearning) of {of_those} that lose at most {ALLOWED_COST:g} points of "
         f"utility ({shown(chosen, 'utility')}; {shown(before, 'utility')} before)."
     ]
@@ -125,6 +130,18 @@ def apart(a: Group, b: Group) -> bool:
     return abs(a.mean("unlearn_quality") - b.mean("unlearn_quality")) > max(deviations)
 
 
+def has_forgotten(group: Group, groups: Sequence[Group]) -> bool:
+    """Whether its recall of forget answers is below the middle of those before finetuning and before unlearning.
+
+    True as well if one of the three is not known.
+    """
+    means = [model and model.mean(FORGET) for model in (group, *(reference(groups, name) for name in BEFORE))]
+    if None in means:
+        return True
+    recall, vanilla, finetuned = means
+    return recall < (vanilla + finetuned) / 2
+
+
 def described(group: Group, groups: Sequence[Group]) -> list[str]:
     """What the setting made the model forget, what that cost, and whether answers are removed or hidden."""
     before, vanilla = reference(groups, "finetuned"), reference(groups, "vanilla")
@@ -134,8 +151,9 @@ def described(group: Group, groups: Sequence[Group]) -> list[str]:
             (model, words) for model, words in ((before, "before unlearning"), (vanilla, "before finetuning")) if model
         ]
         compared = ", ".join(f"{percent(model.mean(FORGET))} {words}" for model, words in others)
+        verdict = "Forgotten" if has_forgotten(group, groups) else "Not forgotten"
         sentences.append(
-            f"Forgotten: its answers to forget questions have {percent(group.mean(FORGET))} of the words of the true answers"
+            f"{verdict}: its answers to forget questions have {percent(group.mean(FORGET))} of the words of the true answers"
             f"{f' ({compared})' if compared else ''}."
         )
     if before:

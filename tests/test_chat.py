@@ -77,6 +77,11 @@ def test_a_question_that_cannot_be_answered_does_not_end_the_loop(pair, monkeypa
     assert "evaluation.max_length=60: the longest prompt has" in shown and "is not UTF-8 text" in shown
 
 
+def test_an_empty_question_is_refused(pair):
+    with pytest.raises(UserError, match="is empty"):
+        pair.ask("  ")
+
+
 def test_a_single_question_of_the_command_is_refused_with_an_error(tmp_path, pair, monkeypatch, capsys):
     pair.settings.question = "long " * 99
     with pytest.raises(UserError, match="evaluation.max_length=60"):

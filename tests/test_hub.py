@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import errors
 from hydra import compose, initialize_config_dir
 
 from common import hub
@@ -31,11 +32,16 @@ class FakeHub:
     """Records what HfApi would be asked to do."""
 
     def __init__(self):
-        self.calls, self.files, self.error = [], {}, None
+        self.calls, self.files, self.error, self.token_error = [], {}, None, None
 
     def __call__(self, token):
         self.calls.append(("token", token))
         return self
+
+    def whoami(self):
+        self.calls.pop()  # not of the push
+        if self.token_error:
+            raise self.token_error
 
     def create_repo(self, repo_id, private, exist_ok):
         self.calls.append(("create", repo_id, private, exist_ok))
@@ -47,7 +53,7 @@ class FakeHub:
         self.calls.append(("upload", repo_id, "model*.safetensors" in delete_patterns))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def fake(monkeypatch):
     fake = FakeHub()
     monkeypatch.setattr(hub, "HfApi", fake)
@@ -119,6 +125,19 @@ def test_a_failed_push_loses_nothing_and_shows_no_token(fake, folder):
     assert "could not push to me/model (401 for ***)" in str(caught.value)
     assert "the same command pushes it again" in str(caught.value) and TOKEN not in str(caught.value)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_refused_token_is_named_before_training(fake):
+    response = SimpleNamespace(headers={}, request=None)
+    fake.token_error = errors.HfHubHTTPError(f"Invalid user token {TOKEN}", response=response)
+    message = refusal(*PUSH)
+    assert "the hub refuses the token" in message and TOKEN not in message
+
+
+def test_a_hub_that_does_not_answer_is_a_warning(fake, caplog):
+    fake.token_error = OSError("no network")
+    read(*PUSH)
+    assert "the hub does not answer now (no network)" in caplog.text
 
 
 def test_only_the_first_process_pushes(fake, folder, monkeypatch):

@@ -216,7 +216,9 @@ def test_an_evaluation_on_other_data_is_left_out_by_name(tmp_path):
     evaluate_run(tmp_path, folder, {"unlearn_quality": 1.0, "tofu/probability/forget": 0.5}, data=other)
     runs = {run.folder: run for run in read_runs([tmp_path])}
     assert runs[folder].scores["unlearn_quality"] == 92.0 and "tofu/probability/forget" not in runs[folder].scores
-    assert runs[tmp_path / "evaluated/one"].status.startswith("left out: evaluated on other data")
+    assert runs[tmp_path / "evaluated/one"].status.startswith(
+        "left out: evaluated with another value of data.path than"
+    )
 
 
 def test_evaluations_with_different_settings_are_named(tmp_path):
@@ -398,6 +400,24 @@ def test_runs_on_other_data_or_from_other_models_are_not_ranked(models):
     assert summary(groups)[0].startswith("These runs cannot be ranked")
 
 
+def test_columns_of_two_sections_keep_their_full_names(tmp_path):
+    folders = [make_run(tmp_path, 0, 90.0, 99.0, num_samples=number) for number in (2, 5)]
+    for folder, value in zip(folders, (False, True), strict=True):
+        stored = json.loads((folder / "result.json").read_text())
+        stored["config"]["evaluation"]["bf16"] = value
+        stored["config"]["training"] = {"bf16": value}
+        write_json(folder / "result.json", stored)
+    groups = grouped(read_runs([tmp_path]))
+    assert "| evaluation.bf16 | num_samples | training.bf16 |" in method_table(groups).splitlines()[0]
+    assert "were evaluated with different evaluation.bf16 (false and true)" in summary(groups)[0]
+
+
+def test_an_output_that_is_no_folder_is_named(models, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output=.*file: .*; name another folder"):
+        main([str(models), "--output", str(tmp_path / "file")])
+
+
 def test_a_folder_without_runs_is_named(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         read_runs([tmp_path / "nothing"])
@@ -561,3 +581,12 @@ def test_two_hundred_runs_open_in_three_seconds(browser, tmp_path):
             return
     # On a busy machine even Plotly alone takes that long.
     assert min(milliseconds[path]) < max(3000, 1.5 * min(milliseconds[one]))
+
+
+def test_a_setting_that_forgot_nothing_is_not_recommended(tmp_path):
+    for samples in (2, 5):
+        make_run(tmp_path / "models", 0, 0, 100, num_samples=samples)  # recall 1, as before unlearning
+    words = " ".join(summary(grouped(read_runs([tmp_path]))))
+    assert "No setting is recommended: none that keeps utility has forgotten the answers." in words
+    assert "Not forgotten: its answers to forget questions have 100% of the words" in words
+    assert "Use " not in words

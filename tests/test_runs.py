@@ -99,6 +99,12 @@ def test_every_combination_has_a_name_of_its_own(one, other):
     assert run_name(seeds[0], [one]) != run_name(seeds[1], [other])
 
 
+def test_of_several_values_of_a_key_the_last_one_names_the_folder():
+    words = ["method.num_samples=2", "++method.num_samples=3"]
+    assert run_name(0, words) == run_name(0, words[1:])
+    assert run_name(0, words) != run_name(0, words[::-1])
+
+
 def test_docstring_example_of_run_name_is_true():
     examples = doctest.DocTestFinder().find(run_name, globs=vars(runs))
     results = [doctest.DocTestRunner().run(example) for example in examples if example.examples]

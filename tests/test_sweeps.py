@@ -26,7 +26,8 @@ def swept(monkeypatch):
             master = compose(recipe, [word for word in words if "," not in word], return_hydra_config=True)
             with open_dict(master):
                 master.hydra.overrides.task = list(overrides)
-            SweepCallback().on_multirun_start(master)
+            begin.callback = SweepCallback()
+            begin.callback.on_multirun_start(master)
         return current_sweep()
 
     return begin
@@ -53,6 +54,11 @@ def test_the_jobs_of_a_sweep_have_the_folders_of_single_commands(swept, tmp_path
         for seed in (0, 1)
     ]
     assert {folder.parent for folder in sweep.runs} == {tmp_path / "unlearned" / "PMC-unlearn-tiny"}
+
+
+def test_the_log_counts_jobs_not_folders(swept, tmp_path):
+    sweep = swept("PMC-unlearn-tiny", f"models_dir={tmp_path}", "seed=0,0,1")
+    assert len(sweep.runs) == 2 and swept.callback.jobs == 3
 
 
 def test_an_output_folder_may_contain_the_seed(swept, tmp_path):
