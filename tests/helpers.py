@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -157,6 +158,17 @@ def run_imported(
         subprocess.CompletedProcess([sys.executable, *argv], code, **text)
         for code, text in zip(codes, texts, strict=True)
     ]
+
+
+def run_in_processes(script: Path, argv: list[str], processes: int, **env: str) -> subprocess.CompletedProcess:
+    """Run a script in processes of one run, as torchrun does; returns the first of the finished processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    size = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    of_all = {**size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **env}
+    ranks = [{**of_all, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return run_imported(script, [str(script), *argv], environments=ranks)[0]
 
 
 def docs_generator() -> ModuleType:

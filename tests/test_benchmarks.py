@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from common.prompts import Example
 from common.rouge import rouge_l_recall
 from generation import sampler
 from generation.token_sampling import SamplingSettings
-from tests.helpers import random_model, random_prompts
+from tests.helpers import random_model, random_prompts, run_imported
 
 SMALL = [
     "model.new.vocab_size=400",
@@ -32,17 +30,8 @@ SMALL = [
 
 
 def run(script: str, recipe: str, folder, *overrides: str):
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks" / script),
-        f"-cn={recipe}",
-        *SMALL,
-        f"models_dir={folder}",
-        *overrides,
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=280, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    path = ROOT / "benchmarks" / script
+    (done,) = run_imported(path, [str(path), f"-cn={recipe}", *SMALL, f"models_dir={folder}", *overrides])
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -110,8 +99,8 @@ def test_the_baseline_scores_an_answer_as_the_optimized_trainer_does(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["step.py", "scaling.py", "engines.py"])
 def test_a_run_starts_from_what_its_finetuning_recipe_writes(tmp_path, script):
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "-cn=benchmark/smollm2-run"]
-    done = subprocess.run([*command, f"models_dir={tmp_path}"], capture_output=True, text=True, timeout=280, cwd=ROOT)
+    path = ROOT / "benchmarks" / script
+    (done,) = run_imported(path, [str(path), "-cn=benchmark/smollm2-run", f"models_dir={tmp_path}"])
     assert done.returncode == 1
     assert f"finetuned={tmp_path}/finetuned/smollm2-cpu/seed-0: no such folder" in done.stderr
     assert f"python finetuning/main.py -cd=configs -cn=smollm2-cpu seed=0 models_dir={tmp_path}" in done.stderr

@@ -2,7 +2,6 @@
 
 import io
 import os
-import subprocess
 import sys
 
 import pytest
@@ -13,7 +12,7 @@ from common.errors import UserError
 from common.files import CONFIGS, ROOT, write_json
 from common.results import result_of
 from evaluation import chat
-from tests.helpers import ROWS
+from tests.helpers import ROWS, run_imported
 
 QUESTION = ROWS[0].question
 
@@ -147,13 +146,8 @@ def test_the_page_shows_answers_as_text_and_is_served_to_this_machine_alone(pair
 
 @pytest.mark.slow
 def test_the_command_takes_a_question_with_commas_and_brackets(pair, tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "evaluation/chat.py"),
-        f"before='{tmp_path}/before'",
-        f"after='{tmp_path}/after'",
-    ]
-    command += ["model=tiny", "data=tiny", 'question=Who, [really], wrote {a} "b"=c?']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    script = ROOT / "evaluation" / "chat.py"
+    words = [f"before='{tmp_path}/before'", f"after='{tmp_path}/after'", "model=tiny", "data=tiny"]
+    (done,) = run_imported(script, [str(script), *words, 'question=Who, [really], wrote {a} "b"=c?'])
     assert done.returncode == 0, done.stderr
     assert 'Question: Who, [really], wrote {a} "b"=c?' in done.stdout and done.stdout.count("probability") == 2

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from common.files import ROOT
-from tests.helpers import run_stage
+from tests.helpers import run_imported, run_stage
 
 QUICK = ["-cn=PMC-unlearn-tiny", "training.num_epochs=2", "method.num_samples=2", "evaluation.every_epochs=0"]
 
@@ -330,9 +330,9 @@ def test_a_changed_configuration_redoes_the_run_and_keeps_the_old_figures(models
 
 def test_a_real_run_is_timed_by_both_trainers(models_dir, tmp_path):
     """Both start from the finetuned model and train it; the baseline is the same algorithm."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "step.py"), "-cn=benchmark/tiny-run", "benchmark.steps=2"]
-    command += [f"models_dir={tmp_path}", f"finetuned={models_dir}/finetuned/tiny/seed-0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    script = ROOT / "benchmarks" / "step.py"
+    words = [f"models_dir={tmp_path}", f"finetuned={models_dir}/finetuned/tiny/seed-0", "benchmark.steps=2"]
+    (done,) = run_imported(script, [str(script), "-cn=benchmark/tiny-run", *words])
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "benchmarks" / "tiny-run.json").read_text())
     recall = result["mean_recall"]

@@ -1,9 +1,7 @@
 """The comparison of methods: its table, and that a failed run leaves the others alone."""
 
 import csv
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from common.errors import UserError
 from common.files import CONFIGS, ROOT, read_json_lines
 from evaluation.tables import cell
 from scripts.compare_methods import Commands, ComparisonSettings, message_of, run_all
-from tests.helpers import TOKEN
+from tests.helpers import TOKEN, run_imported
 
 
 def test_a_missing_value_of_one_seed_leaves_the_others():
@@ -33,10 +31,8 @@ def written(folder, seeds, methods):
 
 
 def run(recipe, *overrides):
-    script = str(ROOT / "scripts" / "compare_methods.py")
-    command = [sys.executable, script, f"-cd={recipe}", "-cn=small", *overrides]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, cwd=recipe)
+    script = ROOT / "scripts" / "compare_methods.py"
+    return run_imported(script, [str(script), f"-cd={recipe}", "-cn=small", *overrides], recipe)[0]
 
 
 def test_a_method_that_fails_leaves_a_gap_and_an_error(tmp_path, models_dir):
@@ -121,11 +117,8 @@ def test_references_are_evaluated_as_the_methods_are(monkeypatch):
 
 
 def test_other_data_is_refused_where_the_recipe_names_models_of_its_own(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/compare_methods.py"), "-cn=compare/tiny", f"data.path={tmp_path}"],
-        capture_output=True,
-        text=True,
-    )
+    script = ROOT / "scripts" / "compare_methods.py"
+    (done,) = run_imported(script, [str(script), "-cn=compare/tiny", f"data.path={tmp_path}"])
     assert "add comparison.references={} comparison.evaluation=''" in done.stderr and done.returncode == 1
 
 

@@ -2,10 +2,7 @@
 
 import inspect
 import json
-import os
 import shutil
-import subprocess
-import sys
 from fnmatch import fnmatch
 
 import pytest
@@ -16,7 +13,7 @@ from common.files import ROOT, write_json_lines
 from evaluation.metrics.registry import METRIC_GROUPS, chosen_groups
 from evaluation.run_report import examples
 from evaluation.tables import headline_table, score_table
-from tests.helpers import docs_generator, evaluate_here
+from tests.helpers import docs_generator, evaluate_here, run_in_processes
 
 FOLDERS = {"vanilla": "pretrain-tiny", "finetuned": "tiny"}
 QUICK = ["sampling.num_samples=4", "relearning.learning_rate=1e-3"]
@@ -230,11 +227,8 @@ def test_two_processes_find_what_one_finds(models_dir, checkpoints, tmp_path):
     names = {"real_authors": "real_authors_perturbed", "world_facts": "world_facts_perturbed"}
     settings += [f"++data.splits.{role}='{names.get(role, role)}[:{count}]'" for role, count in rows.items()]
     evaluate_here(models_dir, *settings, f"output_dir={tmp_path}/1")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += [str(ROOT / "evaluation" / "main.py"), "-cn=evaluate", *settings]
-    command += [f"models_dir={models_dir}", f"output_dir={tmp_path}/2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
+    words = ["-cn=evaluate", *settings, f"models_dir={models_dir}", f"output_dir={tmp_path}/2"]
+    done = run_in_processes(ROOT / "evaluation" / "main.py", words, 2)
     assert done.returncode == 0, done.stdout + done.stderr
 
     one, two = (read(tmp_path / processes / "result.json") for processes in "12")

@@ -2,9 +2,7 @@
 
 import ast
 import functools
-import os
 import re
-import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -13,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from common.files import ROOT
+from tests.helpers import run_imported
 
 OURS = ("benchmarks", "common", "evaluation", "finetuning", "generation", "scripts", "unlearning")
 MODULES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
@@ -153,9 +152,7 @@ def test_a_script_sets_the_path_before_it_imports_ours(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
 def test_a_script_starts_in_any_folder(path, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PMC_ROOT")}
-    command = [sys.executable, str(path), "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
+    (done,) = run_imported(path, [str(path), "--help"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "usage" in done.stdout.lower() or "--hydra-help" in done.stdout
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 
 from common.files import ROOT
 from common.results import result_of
-from tests.helpers import run_imported, run_stage
+from tests.helpers import run_in_processes, run_stage
 
 FORGET_ROWS_PER_STEP = 10
 SCRIPT = ROOT / "tests" / "sharded_stage.py"
@@ -24,12 +23,7 @@ def start(processes, stage, words, **env):
     """Run a stage's command in this many processes; returns the finished (first) process with its output as text."""
     if processes == 1:
         return run_stage(stage, *words, check=False)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    of_all = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **env}
-    ranks = [{**of_all, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    return run_imported(SCRIPT, [str(SCRIPT), stage, *words], environments=ranks)[0]
+    return run_in_processes(SCRIPT, [stage, *words], processes, **env)
 
 
 def torchrun(stage, words, **env):
