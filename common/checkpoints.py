@@ -79,7 +79,10 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self.received = 0
-        self.previous = {number: signal.signal(number, self._record) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if callable(signal.getsignal(signal.SIGUSR2)):  # submitit's handler: the job nears its time limit
+            numbers.append(signal.SIGUSR2)
+        self.previous = {number: signal.signal(number, self._record) for number in numbers}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -92,6 +95,11 @@ class StopSignals:
         )
         self.received = number
         self.__exit__()
+
+    def requeue(self) -> None:
+        """After SIGUSR2, call the handler that was set before: submitit's requeues the Slurm job and exits."""
+        if self.received == signal.SIGUSR2:
+            self.previous[signal.SIGUSR2](self.received, None)
 
 
 class SaveAndStop(TrainerCallback):

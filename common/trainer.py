@@ -216,7 +216,7 @@ class ResumableTrainer(Trainer):
         """Train from the last complete checkpoint in the output folder, or from the beginning.
 
         Raises:
-            Interrupted: after SIGTERM or Ctrl-C, once the checkpoint is saved.
+            Interrupted: after SIGTERM, Ctrl-C or submitit's SIGUSR2, once the checkpoint is saved.
         """
         checkpoint = last_complete_checkpoint(Path(self.args.output_dir))
         if checkpoint:
@@ -230,6 +230,7 @@ class ResumableTrainer(Trainer):
         if stop.received:
             done = f"step {self.state.global_step} of {self.state.max_steps}"
             log.warning("stopped by signal %d after %s; the same command continues from there", stop.received, done)
+            stop.requeue()
             raise Interrupted(stop.received)
 
     def before_training(self) -> None:

@@ -1,0 +1,75 @@
+"""Sweeps whose jobs run in other processes: they end as a sweep in one process does; a job near its time limit is requeued."""
+
+import os
+import re
+import signal
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from common.checkpoints import StopSignals
+from common.files import CONFIGS, read_json
+from tests.helpers import run_stage
+
+PLUGINS = {"joblib": "hydra_joblib_launcher", "submitit_local": "hydra_submitit_launcher"}
+
+
+def needs(launcher: str) -> None:
+    pytest.importorskip(f"hydra_plugins.{PLUGINS[launcher]}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", PLUGINS)
+def test_a_sweep_in_other_processes_ends_as_one_in_this_process(launcher, tmp_path):
+    needs(launcher)
+    quick = ["training.max_steps=1", "evaluation.every_epochs=0", "evaluation.start=false", "save_model=false"]
+    done = run_stage(
+        "finetuning",
+        "-m",
+        "-cd=configs",
+        "-cn=pretrain-tiny",
+        f"hydra/launcher={launcher}",
+        *quick,
+        f"models_dir={tmp_path}",
+        "training.learning_rate=1e-3,-1",
+        check=False,
+    )
+    assert done.returncode != 0
+    report = done.stdout.partition("1 of 2 runs are finished.")[2]
+    assert re.search(r"- seed-0.*learning_rate--1.*: failed: training.learning_rate=-1: expected float", report)
+    runs = tmp_path / "finetuned" / "pretrain-tiny"
+    (good,) = runs.glob("*/result.json")
+    assert "training.learning_rate-0.001" in good.parent.name
+    (failed,) = (runs / ".failed").iterdir()
+    assert "training.learning_rate=-1" in read_json(failed)["message"]
+
+
+def test_the_slurm_launcher_is_submitit_s_with_our_settings():
+    needs("submitit_local")
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        settings = compose("tiny", ["hydra/launcher=slurm"], return_hydra_config=True).hydra.launcher
+    assert settings._target_.endswith(".SlurmLauncher")
+    assert settings.max_num_timeout > 0 and 60 < settings.signal_delay_s < 60 * settings.timeout_min
+
+
+def test_the_handler_that_requeues_a_job_is_called_only_after_the_checkpoint():
+    calls = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: calls.append(number))
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert stop.received == signal.SIGUSR2 and not calls
+        stop.requeue()
+        assert calls == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_other_signals_do_not_requeue():
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: pytest.fail("requeued"))
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop.requeue()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
