@@ -1,14 +1,15 @@
 """Rewards for short exact answers, by values computed by hand."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
-from common.files import ROOT
 from tests.helpers import run_stage
 from unlearning.rewards import Scorer, digit_span, exact_span, rouge_l
 
-LUME = SHARED / "data/lume"
+LUME = Path(os.environ.get("LUME_DIR", "no LUME_DIR"))
 
 LONG_TEXT = "the number is e " * 40  # over 200 characters: difflib would ignore its frequent characters
 
@@ -17,9 +18,10 @@ def test_exact_span_counts_the_longest_run_of_letters_and_digits():
     # "adalum" has 6 characters: all, "ada", "lum" and "a" of them are found in one run.
     samples = ["It is ADA  LUM.", "Ada", "Lum, Ada", "xax", ""]
     assert exact_span("Ada Lum", samples) == pytest.approx([0, 3 / 6, 3 / 6, 5 / 6, 1])
+    assert exact_span("Number is", [LONG_TEXT]) == [0]
 
 
-@pytest.mark.parametrize("written", ["5550134", "555-0134", "(555) 01 34", f"{LONG_TEXT} 555.0134 {LONG_TEXT}"])
+@pytest.mark.parametrize("written", ["5550134", "555-0134", "(555) 01 34"])
 def test_a_phone_number_is_leaked_when_its_digits_appear(written):
     assert digit_span("You can reach her at 555-0134.", [f"Her phone is {written}, I think."]) == [0]
 
@@ -40,7 +42,7 @@ def test_a_response_without_letters_or_digits_has_nothing_to_repeat():
 
 @pytest.mark.parametrize("reward", [exact_span, digit_span])
 def test_no_reward_rises_as_a_sample_grows(reward):
-    words = "Reach Ada at 5 55 0 1 34 or 555 0134 in Lum".split()
+    words = ["Reach", "Ada", "at", "5", "55", "0", "1", "34", "or", "555", "0134", "in", "Lum"]
     rewards = reward("Ada Lum, 555-0134", [" ".join(words[:n]) for n in range(len(words) + 1)])
     assert Scorer(reward, str, min_len=0).is_monotone
     assert rewards == sorted(rewards, reverse=True)
@@ -52,13 +54,13 @@ def test_a_recipe_names_it(tmp_path):
     reward = "method.reward._target_=unlearning.rewards.digit_span"
     run_stage(
         "unlearning", "-cn=PMC-unlearn-tiny", reward, "+training.max_steps=1", "save_model=false",
-        "data.splits.forget=forget[:4]", f"output_dir={tmp_path}", "evaluation.start=false",
+        "data.splits.forget='forget[:4]'", f"output_dir={tmp_path}", "evaluation.start=false",
     )  # fmt: skip
     assert (tmp_path / "result.json").exists()
     assert "digit_span" in (tmp_path / "result.json").read_text()
 
 
-@pytest.mark.skipif(not LUME.exists(), reason="needs the LUME data set")
+@pytest.mark.skipif(not LUME.exists(), reason="LUME_DIR names no folder")
 def test_numbers_of_lume_are_found_in_another_notation():
     rows = [json.loads(line) for line in (LUME / "forget.jsonl").read_text().splitlines()]
     numbers = [row["output"] for row in rows if row["task"] == "Task2" and row["output"].isdigit()]
