@@ -9,6 +9,7 @@ its attribute `is_monotone = True`: samples that can no longer be selected are t
 import logging
 import math
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 from numbers import Real
 from typing import Any
 
@@ -26,6 +27,51 @@ def rouge_l(reference: str, samples: Sequence[str]) -> list[float]:
 
 
 rouge_l.is_monotone = True  # words that match the reference in order still match when more words follow
+
+
+def exact_span(reference: str, samples: Sequence[str]) -> list[float]:
+    """1 - length of the longest run of the initial response's characters in a sample / length of the initial response.
+
+    For short exact answers (names, addresses, numbers). Only letters and digits count, without case. So that a number
+    in a sentence of another form is not missed, use `digit_span` where the answers are numbers. The reward is 1 if the
+    initial response has no letters or digits.
+
+    >>> exact_span("Ada Lum", ["It is ada lum.", "Ada"])
+    [0.0, 0.5]
+    """
+    return [1.0 - _longest_span(_letters_and_digits(reference), _letters_and_digits(sample)) for sample in samples]
+
+
+def digit_span(reference: str, samples: Sequence[str]) -> list[float]:
+    """1 - length of the longest run of the initial response's digits in a sample / number of its digits.
+
+    For phone numbers and the like: the words around the digits and the signs between them do not count. Names in
+    initial responses with digits do not count either. Initial responses without digits are compared by `exact_span`.
+
+    >>> digit_span("Call 555-0134.", ["The number is 5550134", "555 0199", "I do not know."])
+    [0.0, 0.2857142857142857, 1.0]
+    """
+    if not (digits := _digits(reference)):
+        return exact_span(reference, samples)
+    return [1.0 - _longest_span(digits, _digits(sample)) for sample in samples]
+
+
+# A run that is in a sample is still in it when more words follow.
+exact_span.is_monotone = digit_span.is_monotone = True
+
+
+def _longest_span(reference: str, sample: str) -> float:
+    """Length of the longest common substring, as a fraction of the reference's; 0 for an empty reference."""
+    matcher = SequenceMatcher(None, reference, sample, autojunk=False)  # autojunk ignores characters of long samples
+    return matcher.find_longest_match().size / max(1, len(reference))
+
+
+def _letters_and_digits(text: str) -> str:
+    return "".join(character for character in text.casefold() if character.isalnum())
+
+
+def _digits(text: str) -> str:
+    return "".join(character for character in text if character.isdecimal())
 
 
 class Scorer:
