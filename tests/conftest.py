@@ -41,6 +41,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (-slow[item.path], str(item.path)))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Half of a surrogate pair in a failure's text, which some tests try, would end the worker that reports it."""
+    report = yield
+    if report.failed:
+        report.longrepr = str(report.longrepr).encode("utf-8", "backslashreplace").decode()
+    return report
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     texts = [f"{row.question} {row.answer}" for row in ROWS]
