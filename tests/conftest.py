@@ -43,10 +43,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Half of a surrogate pair in a failure's text, which some tests try, would end the worker that reports it."""
+    """Half of a surrogate pair in a report's text, which some tests try, would end the worker that sends it."""
+
+    def encodable(text: str) -> str:
+        return text.encode("utf-8", "backslashreplace").decode()
+
     report = yield
+    report.sections = [(name, encodable(text)) for name, text in report.sections]
     if report.failed:
-        report.longrepr = str(report.longrepr).encode("utf-8", "backslashreplace").decode()
+        report.longrepr = encodable(str(report.longrepr))
     return report
 
 
