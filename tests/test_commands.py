@@ -163,7 +163,7 @@ def wait_for(process, text):
     raise AssertionError(f"{text!r} was never printed:\n{''.join(lines)}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_continues_to_the_same_end(models_dir, tmp_path_factory, number):
     whole = models_dir / "uninterrupted"
     if not whole.exists():

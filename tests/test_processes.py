@@ -111,16 +111,6 @@ def test_two_processes_evaluate_as_one_does(models_dir, tmp_path):
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
-def test_sharded_weights_are_finetuned_as_whole_ones(models_dir, tmp_path):
-    for processes in (1, 2):
-        words = [f"models_dir={models_dir}", f"output_dir={tmp_path / str(processes)}", "training.num_epochs=1"]
-        words += [f"training.per_device_train_batch_size={10 // processes}", "+sharding=fsdp"][:processes]
-        done = start(processes, "finetuning", ["-cn=tiny", *words, "evaluation.start=false"])
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert_equal_histories(history(tmp_path / "1"), history(tmp_path / "2"))
-    assert_equal_weights(tmp_path / "1", tmp_path / "2")
-
-
 def test_with_sharded_weights_the_reference_model_is_a_second_one(models_dir, tmp_path):
     """RMU finds its layer in both; only LoRA adapters are trained."""
     words = ("-cn=unlearn-tiny", "method=rmu", "model.lora={r:8,alpha:16}", "training.learning_rate=1e-2", *QUICK)
