@@ -492,7 +492,8 @@ def test_the_retain_row_is_drawn_apart_from_the_first_token():
     rows, drawn_rows, uniforms = list(range(1000)), [], []
     for index in range(200):
         trainer = SimpleNamespace(args=SimpleNamespace(seed=0), state=SimpleNamespace(global_step=3))
-        trainer.retain_examples, trainer.draw_index = rows, partial(UnlearningTrainer.draw_index, trainer)
+        trainer.retain_examples, trainer.rng = rows, partial(UnlearningTrainer.rng, trainer)
+        trainer.draw_index = partial(UnlearningTrainer.draw_index, trainer)
         drawn_rows.append(UnlearningTrainer.paired_retain_example(trainer, SimpleNamespace(index=index)))
         uniforms.append(random_numbers((0, 3, index), 1, 1)[0, 0])
     assert abs(np.corrcoef(drawn_rows, uniforms)[0, 1]) < 0.3
