@@ -351,14 +351,6 @@ def test_ctrl_c_while_importing_has_no_traceback(program):
     assert process.returncode != 0
 
 
-@pytest.mark.slow
-def test_help_whose_reader_has_ended_has_no_traceback():
-    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'unlearning/main.py'))} --help | head -1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("Unlearn")
-    assert done.stderr == ""
-
-
 def test_a_mapping_on_the_command_line_replaces_the_recipe_s(monkeypatch):
     cfg = OmegaConf.create({"model": {"new": {"settings": {"hidden_size": 64, "rope_theta": 1.0, "n_embd": 8}}}})
     words = ["seed=1", "++model.new.settings={n_embd:8}"]

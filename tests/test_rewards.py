@@ -49,12 +49,11 @@ def test_no_reward_rises_as_a_sample_grows(reward):
     assert rewards[-1] < rewards[0]
 
 
-@pytest.mark.slow
-def test_a_recipe_names_it(tmp_path):
+def test_a_recipe_names_it(models_dir, tmp_path):
     reward = "method.reward._target_=unlearning.rewards.digit_span"
     run_stage(
         "unlearning", "-cn=PMC-unlearn-tiny", reward, "+training.max_steps=1", "save_model=false",
-        "data.splits.forget='forget[:4]'", f"output_dir={tmp_path}", "evaluation.start=false",
+        "data.splits.forget='forget[:4]'", f"output_dir={tmp_path}", "evaluation.start=false", f"models_dir={models_dir}",
     )  # fmt: skip
     assert (tmp_path / "result.json").exists()
     assert "digit_span" in (tmp_path / "result.json").read_text()
