@@ -41,6 +41,11 @@ def result_of(folder: Path | str) -> dict | None:
     return result if isinstance(result, dict) and "config" in result else None
 
 
+def result_id(folder: Path | str) -> str | None:
+    """The `id` of the result in a folder, which a run that starts from it records; None if there is no result."""
+    return (result_of(folder) or {}).get("id")
+
+
 def headline_scores(folder: Path) -> list[float]:
     """Unlearn quality and utility of a run: what the stages return, so that Hydra's sweepers can maximize them."""
     scores = result_of(folder)["scores"]

@@ -39,7 +39,7 @@ from common.errors import FULL_DISK, UserError
 from common.files import ROOT, is_first_process, read_json, resolve_path, write_json
 from common.lock import LOCK, locked
 from common.redaction import without_secrets
-from common.results import CARD, PUBLISHING, RESULT, result_of
+from common.results import CARD, PUBLISHING, RESULT, result_id, result_of
 
 log = logging.getLogger(__name__)
 FIGURES = (
@@ -129,7 +129,7 @@ def has_result_of(folder: Path, cfg: DictConfig) -> bool:
     An evaluation's null keys are those of the run that made its model, and are not compared.
     """
     start = cfg.get("finetuned") or OmegaConf.select(cfg, "model.path", throw_on_missing=False)
-    start_id = (result_of(resolve_path(start)) or {}).get("id") if start else None
+    start_id = result_id(resolve_path(start)) if start else None
     wanted, found = comparable_config(cfg, start_id), (result_of(folder) or {}).get("config")
     if "metrics" not in wanted or not found:
         return found == wanted
@@ -200,7 +200,7 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
 def training_run(stage: str, cfg: DictConfig, config: RunConfig) -> "RunFolder":
     """The folder of a run that trains the checkpoint at `config.model.path` or a new model."""
     start = resolve_path(config.model.path) if config.model.path else ""
-    start_id = (result_of(start) or {}).get("id") if start else None
+    start_id = result_id(start) if start else None
     flags = {"overwrite": config.overwrite, "keep_checkpoints": config.keep_checkpoints}
     return RunFolder(run_folder(stage, config), comparable_config(cfg, start_id), start, **flags)
 

@@ -28,7 +28,7 @@ from common.cli import check_recipe, job_errors, launch
 from common.command import this_command
 from common.errors import UserError, naming
 from common.files import CONFIGS, is_first_process, resolve_checkpoint, resolve_path, write_text
-from common.results import headline_scores, result_of, started_from, write_result
+from common.results import headline_scores, result_id, result_of, started_from, write_result
 from common.rouge import use_words
 from common.runs import RunFolder, comparable_config, run_folder, with_portable_paths
 from evaluation.context import EvaluationContext, Loader
@@ -112,7 +112,7 @@ class Job:
             others.setdefault("base_model", start)
         self.identity = comparable_config(cfg, made_by.get("id"))
         self.identity["compared_to"] = {
-            name: with_portable_paths({"path": other, "id": (result_of(other) or {}).get("id")}, self.config.models_dir)
+            name: with_portable_paths({"path": other, "id": result_id(other)}, self.config.models_dir)
             for name, other in others.items()
         }
 

@@ -49,9 +49,8 @@ from evaluation.tables import COLUMNS, as_text, cell
 log = logging.getLogger(__name__)
 
 
-def write_reports(runs: Sequence[Run], folder: Path, title: str) -> Path:
-    """Write the four files to a folder; returns the path of report.html."""
-    groups = grouped(runs)
+def write_reports(runs: Sequence[Run], groups: Sequence[Group], folder: Path, title: str) -> Path:
+    """Write the four files on runs and their groups to a folder; returns the path of report.html."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "report.md", markdown(runs, groups, title))
     write_text(folder / "report.tex", latex(groups))
@@ -73,14 +72,16 @@ def report_sweep(sweep: Sweep) -> None:
         return
     try:
         runs = runs_of_sweep(sweep)
-        page_path = write_reports(runs, sweep.folder, f"Sweep of {sweep.parent.name}")
-        text = overview(grouped(runs))
+        groups = grouped(runs)
+        page_path = write_reports(runs, groups, sweep.folder, f"Sweep of {sweep.parent.name}")
+        text = overview(groups)
     except Exception as error:  # the runs themselves are safe, and the sweep's own error is printed next
         log.error("no report of the sweep: %s", error)
         return
     print(f"\n{text}\n")
     if sweep.runs:
-        print(f"{sum(map(sweep.has_result, sweep.runs))} of {len(sweep.runs)} runs are finished.")
+        done = sum(run.status == "done" and run.folder in sweep.runs for run in runs)
+        print(f"{done} of {len(sweep.runs)} runs are finished.")
     for run in runs:
         if run.status != "done":
             print(f"- {run.folder.name}: {run.status}")
@@ -217,12 +218,13 @@ def main(words: Sequence[str]) -> None:
     given = argument_parser().parse_args(words)
     folders = [folder.resolve() for folder in given.folders]
     runs = read_runs(folders)
+    groups = grouped(runs)
     title = given.title or ", ".join(folder.name for folder in folders)
     try:
-        path = write_reports(runs, given.output or folders[0] / "report", title)
+        path = write_reports(runs, groups, given.output or folders[0] / "report", title)
     except OSError as error:
         raise UserError(f"--output={error.filename}: {error.strerror}; name another folder") from error
-    print(f"{overview(grouped(runs))}\n\nReport: {path}")
+    print(f"{overview(groups)}\n\nReport: {path}")
 
 
 if __name__ == "__main__":

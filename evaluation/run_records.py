@@ -21,7 +21,7 @@ from pydantic import BaseModel, StrictFloat, StrictInt, ValidationError
 
 from common.errors import UserError
 from common.files import read_json, read_json_lines, resolve_path
-from common.results import HISTORY, PUBLISHING, RESULT, evaluation_inputs, result_of
+from common.results import HISTORY, PUBLISHING, RESULT, evaluation_inputs, result_id, result_of
 from common.runs import FAILURES, failure_of, flattened
 from evaluation.tables import BEFORE
 
@@ -274,7 +274,7 @@ def _add_evaluation(path: Path, result: dict, runs: dict[str, Run]) -> None:
     """Add an evaluation to the run that made its model, which is added as well; without one it is a reference model."""
     made_by, model = result["config"].get("start"), str(result["config"]["model"].get("path"))
     folder = Path(resolve_path(model))
-    if made_by and made_by not in runs and _id_in(folder) == made_by:
+    if made_by and made_by not in runs and _is_in(folder, made_by):
         _read_run(folder, runs, [])
     run = runs.get(made_by or model)
     if run is None and made_by:
@@ -290,22 +290,23 @@ def _add_evaluation(path: Path, result: dict, runs: dict[str, Run]) -> None:
         run.evaluations[path] = result
 
 
-def _id_in(folder: Path) -> str | None:
-    """The id of the result in a folder; None if there is none that can be read."""
-    with contextlib.suppress(UserError):
-        return (result_of(folder) or {}).get("id")
+def _is_in(folder: Path, result: str) -> bool:
+    """Whether the folder has the result with this id."""
+    with contextlib.suppress(UserError):  # a damaged one
+        return result_id(folder) == result
+    return False
 
 
 def read_evaluations(folders: Iterable[Path]) -> list[Run]:
     """A run for each evaluation in these folders: the rows of a sweep over settings of the evaluation."""
     runs = []
     for folder in folders:
-        run = _unfinished(folder)
-        if run is None:
-            result = checked_result(folder)
+        result, _, status = _read_results(folder)
+        if result is None:
+            runs.append(_run_without_result(folder, status))
+        else:
             name = _name_of_model(str(result["config"]["model"].get("path")))
-            run = Run(folder, name, result, reference=True, of_evaluation=True)
-        runs.append(run)
+            runs.append(Run(folder, name, result, status, reference=True, of_evaluation=True))
     return runs
 
 
@@ -342,10 +343,10 @@ def result_is_in(folder: Path) -> bool:
 
 def _read_run(path: Path, runs: dict[str, Run], evaluations: list[tuple[Path, dict]]) -> None:
     """Add the run in a folder, and the models before it."""
-    if unfinished := _unfinished(path):
-        runs.setdefault(str(path), unfinished)
+    result, before, status = _read_results(path)
+    if result is None:
+        runs.setdefault(str(path), _run_without_result(path, status))
         return
-    result = checked_result(path)
     if lacking := REQUIRED - set(result["config"]):
         status = f"left out: {RESULT} has no configuration of {', '.join(sorted(lacking))}"
         runs[str(path)] = Run(path, path.name, result, status)
@@ -353,13 +354,10 @@ def _read_run(path: Path, runs: dict[str, Run], evaluations: list[tuple[Path, di
     if "metrics" in result["config"]:
         evaluations.append((path, result))
         return
-    for name in BEFORE:
-        of_model = checked_result(path / name)
-        if of_model and set(of_model["config"]) >= REQUIRED:
+    for name, of_model in before.items():
+        if set(of_model["config"]) >= REQUIRED:
             runs.setdefault(of_model["id"], Run(path / name, name, of_model, reference=True))
-    run = Run(path, _name(result["config"], path), result, reference="method" not in result["config"])
-    if failure := failure_of(path):
-        run.status = f"failed: {failure}"  # the result is an older one
+    run = Run(path, _name(result["config"], path), result, status, reference="method" not in result["config"])
     known = runs.get(result["id"])
     if known is None or known.folder.name in BEFORE:  # the run itself, not the copy of its result in an unlearning run
         if known is not None:
@@ -367,19 +365,28 @@ def _read_run(path: Path, runs: dict[str, Run], evaluations: list[tuple[Path, di
         runs[result["id"]] = run
 
 
-def _unfinished(path: Path) -> Run | None:
-    """The run in a folder if it has no readable result, with the reason as its status; else None."""
-    try:
-        results = [checked_result(folder) for folder in (path, *(path / name for name in BEFORE))]
-        status = "unfinished" if results[0] is None else None
-    except UserError as error:  # one broken file does not spoil the report of all others
-        status = f"failed: {error}"
+def _read_results(path: Path) -> tuple[dict | None, dict[str, dict], str]:
+    """The result of the run in a folder, those of the models before it by name, and the run's status.
+
+    Without a readable result the first is None, and the status says why.
+    """
+    failure = failure_of(path)
     if (path / PUBLISHING).is_dir():
-        status = "unfinished: its files were not all moved up; the command of the run completes it"
-    elif status and (failure := failure_of(path)):
-        status = f"failed: {failure}"
-    if status is None:
-        return None
+        return None, {}, "unfinished: its files were not all moved up; the command of the run completes it"
+    try:
+        result = checked_result(path)
+        before = {name: found for name in BEFORE if (found := checked_result(path / name))}
+    except UserError as error:  # one broken file does not spoil the report of all others
+        return None, {}, f"failed: {failure or error}"
+    without_failure = "unfinished" if result is None else "done"
+    return (
+        result,
+        before,
+        f"failed: {failure}" if failure else without_failure,
+    )  # a result beside a failure is an older one
+
+
+def _run_without_result(path: Path, status: str) -> Run:
     config: Any = {}
     with contextlib.suppress(OSError, ValueError, AttributeError):  # none was begun, or its file is damaged
         config = read_json(path / "in_progress" / "run.json").get("config")

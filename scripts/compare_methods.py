@@ -272,7 +272,7 @@ def report(found: list[Run], settings: ComparisonSettings, failed: dict[str, str
     """Write the plot and report.html; write and print the table and the arguments of each method."""
     groups = grouped(found)
     plot_methods(groups, folder / "comparison.png")
-    write_reports(found, folder, f"Comparison {folder.name}")
+    write_reports(found, groups, folder, f"Comparison {folder.name}")
     arguments = "\n".join(f"- {as_text(name)}: {as_code(words)}" for name, words in settings.methods.items())
     seeds = ", ".join(map(str, settings.seeds))
     table = method_table(groups) if groups else "No run succeeded."

@@ -72,6 +72,10 @@ def make_run(models, seed, quality, utility, method="PMC", text="an answer", **s
     return folder
 
 
+def written(runs, folder, title):
+    return write_reports(runs, grouped(runs), folder, title)
+
+
 def answer_row(index, answer):
     truth = f"The true answer {index}"
     return {
@@ -299,7 +303,7 @@ def test_a_damaged_file_does_not_end_the_report(tmp_path, file, text, named):
         text = json.dumps({key: value for key, value in stored.items() if key != text or text == "scores"})
     path.write_text(text)
     runs = read_runs([tmp_path])
-    page = write_reports(runs, tmp_path / "report", "damaged").read_text()
+    page = written(runs, tmp_path / "report", "damaged").read_text()
     wrong = [run.status for run in runs if run.status != "done"]
     assert len(wrong) == (named is not None) and all(named in status for status in wrong)
     assert all(status.replace("'", "&#39;") in page for status in wrong)
@@ -372,7 +376,7 @@ def test_failed_unfinished_and_broken_runs_are_listed(models, tmp_path):
     assert status["seed-0+killed"] == "unfinished"
     assert "not readable as JSON" in status["seed-0+broken"]
     assert "vanilla/result.json: not readable as JSON" in status["seed-0+broken-before"]
-    page = write_reports(read_runs([models]), tmp_path / "report", "a sweep").read_text()
+    page = written(read_runs([models]), tmp_path / "report", "a sweep").read_text()
     assert "must be positive &lt;b&gt;" in page and "positive <b>" not in page
     text = (tmp_path / "report" / "report.md").read_text()
     assert (
@@ -478,7 +482,7 @@ def test_text_in_latex():
 
 def test_the_page_has_the_words_shared_with_the_truth(tmp_path):
     make_run(tmp_path, 0, 90.0, 99.0, text="no true thing, answers")
-    rows = data_of(write_reports(read_runs([tmp_path]), tmp_path / "out", "one").read_text())["answers"]
+    rows = data_of(written(read_runs([tmp_path]), tmp_path / "out", "one").read_text())["answers"]
     # "new no true thing, answers": words are stemmed as ROUGE does
     assert rows[0]["after_marks"] == [2, 4] and rows[0]["before_marks"] == [1, 3]
 
@@ -513,7 +517,7 @@ def opened(browser, path, **options):
 @pytest.mark.slow
 def test_the_page_sorts_filters_and_draws(models, browser, tmp_path):
     make_run(models, 0, 88.0, 99.5, text=BAD, lambda_unlearning=2, num_samples=10)
-    path = write_reports(read_runs([models]), tmp_path, f"Report {BAD}")
+    path = written(read_runs([models]), tmp_path, f"Report {BAD}")
     page, problems = opened(browser, path)
     rows = page.locator("#settings-table tbody tr")
     assert rows.count() == 7 and rows.nth(0).inner_text().startswith("vanilla")
@@ -556,7 +560,7 @@ def test_the_page_sorts_filters_and_draws(models, browser, tmp_path):
 @pytest.mark.parametrize("options", [{"color_scheme": "dark"}, {"viewport": {"width": 360, "height": 700}}])
 def test_the_page_of_one_run_opens_dark_and_narrow(browser, tmp_path, options):
     make_run(tmp_path, 0, 90.0, 99.0)
-    page, problems = opened(browser, write_reports(read_runs([tmp_path]), tmp_path / "out", "one"), **options)
+    page, problems = opened(browser, written(read_runs([tmp_path]), tmp_path / "out", "one"), **options)
     assert problems == []
     wider = page.evaluate("() => document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert wider <= 0, "nothing is cut off at the right"
@@ -567,9 +571,9 @@ def test_the_page_of_one_run_opens_dark_and_narrow(browser, tmp_path, options):
 def test_two_hundred_runs_open_in_three_seconds(browser, tmp_path):
     for number, seed in itertools.product(range(50), range(4)):
         make_run(tmp_path, seed, 80 + number / 5 + seed / 3, 100 - number / 5, num_samples=number)
-    path = write_reports(read_runs([tmp_path]), tmp_path / "out", "two hundred")
+    path = written(read_runs([tmp_path]), tmp_path / "out", "two hundred")
     assert path.stat().st_size < 4e6
-    one = write_reports(read_runs([next((tmp_path / "unlearned/recipe").iterdir())]), tmp_path / "one", "one")
+    one = written(read_runs([next((tmp_path / "unlearned/recipe").iterdir())]), tmp_path / "one", "one")
     milliseconds: dict = {path: [], one: []}
     for opened_path in (path, one) * 3:  # the least of three: other programs may be running
         page, problems = opened(browser, opened_path)
