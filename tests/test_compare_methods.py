@@ -2,6 +2,7 @@
 
 import csv
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def test_what_no_stage_could_run_is_named_before_the_first_one(key, value, messa
     assert TOKEN not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["tiny", "smollm2-cpu"])
+@pytest.mark.parametrize("name", ["tiny", "smollm2-cpu", "tofu-cpu"])
 def test_the_recipes_pass(name):
     recipe = OmegaConf.load(CONFIGS / f"compare/{name}.yaml")
     recipe.models_dir = "models"
@@ -114,6 +115,24 @@ def test_references_are_evaluated_as_the_methods_are(monkeypatch):
     assert of_reference[0] == of_method[0] == "evaluation" and of_reference[4:] == of_method[4:]
     assert 'model.path="v/seed-3"' in of_reference and "retain_model.path=m/seed-3" in of_method
     assert [(run.name, run.reference) for run in found] == [("vanilla", True), ("PMC", False)]
+
+
+def test_a_recipe_that_names_the_folder_of_each_stage_keeps_them_with_other_data(monkeypatch):
+    commands = []
+    monkeypatch.setattr(Commands, "run", lambda self, stage, *words: commands.append((stage, *words)) or True)
+    monkeypatch.setattr("scripts.compare_methods.result_of", lambda folder: {"scores": {}})
+    before = ["finetuning -cn=tiny output_dir=m/{seed}/a", "finetuning -cn=tiny-retain output_dir=m/{seed}/b"]
+    more = {"unlearning": "finetuned=m/{seed}/b", "references": {"finetuned": "m/{seed}/b"}}
+    settings = ComparisonSettings([3], before, {"NPO": "-cn=unlearn-tiny method=npo"}, ["headline"], **more)
+    assert settings.own_models() and not replace(settings, before=[*before, "finetuning -cn=tiny"]).own_models()
+    run_all(settings, Commands(["data.path=d"], settings.commands()), [], ["data.path=d"], Path("folder"))
+    assert [words[2:] for words in commands[:2]] == [
+        ("output_dir=m/3/a", "seed=3", "data.path=d"),
+        ("output_dir=m/3/b", "seed=3", "data.path=d"),
+    ]
+    unlearn = commands[3]
+    assert unlearn[:4] == ("unlearning", "-cn=unlearn-tiny", "method=npo", "finetuned=m/3/b")
+    assert "data.path=d" in unlearn and not any("before/" in word for word in unlearn)
 
 
 def test_other_data_is_refused_where_the_recipe_names_models_of_its_own(tmp_path):

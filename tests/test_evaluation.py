@@ -33,8 +33,8 @@ def test_headline_is_always_measured_and_first():
 
 
 def test_presets():
-    assert chosen_groups("full") == [name for name in METRIC_GROUPS if name != "lm_eval"]
-    assert chosen_groups(["full", "lm_eval"]) == list(METRIC_GROUPS)
+    assert chosen_groups("full") == [name for name in METRIC_GROUPS if name not in ("lm_eval", "openunlearning")]
+    assert chosen_groups(["full", "lm_eval", "openunlearning"]) == list(METRIC_GROUPS)
     assert set(chosen_groups("attacks")) == {
         *("headline", "sampling", "prefill", "target_suppression", "quantization", "relearning")
     }

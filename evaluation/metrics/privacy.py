@@ -74,6 +74,16 @@ def _mean_of_lowest(values: np.ndarray, fraction: float) -> float | None:
     return float(np.sort(values)[: max(1, int(fraction * len(values)))].mean(dtype=np.float64))
 
 
+def gradients(model: PreTrainedModel, example: Example) -> list[torch.Tensor]:
+    """The gradient of an answer's mean loss, for each parameter tensor that has one."""
+    batch = {name: tensor.to(model.device) for name, tensor in collate([example]).items()}
+    parameters = list(model.requires_grad_(True).parameters())
+    with torch.enable_grad(), evaluation_mode(model):
+        losses, _ = answer_losses(model, batch)
+        found = torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
+    return [gradient for gradient in found if gradient is not None]
+
+
 def gradient_norm(model: PreTrainedModel, example: Example) -> float | None:
     """Minus the L2 norm over all parameters of the gradient of the answer's mean loss; the EOS token is part of that loss.
 
@@ -81,12 +91,7 @@ def gradient_norm(model: PreTrainedModel, example: Example) -> float | None:
     """
     if not example.answer:
         return None
-    batch = {name: tensor.to(model.device) for name, tensor in collate([example]).items()}
-    parameters = list(model.requires_grad_(True).parameters())
-    with torch.enable_grad(), evaluation_mode(model):
-        losses, _ = answer_losses(model, batch)
-        gradients = torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
-    return -(sum(gradient.double().square().sum().item() for gradient in gradients if gradient is not None) ** 0.5)
+    return -(sum(gradient.double().square().sum().item() for gradient in gradients(model, example)) ** 0.5)
 
 
 Attack = Callable[[TokenLogProbs, str, Privacy], float | None]

@@ -22,6 +22,7 @@ from evaluation.metrics import (
     headline,
     lm_eval_harness,
     memorization,
+    openunlearning,
     prefill,
     privacy,
     quantization,
@@ -64,6 +65,7 @@ METRIC_GROUPS = {
     "lm_eval": MetricGroup(lm_eval_harness.measure, [], lm_eval_harness.Harness, lm_eval_harness.check),
     "tofu": MetricGroup(tofu.measure, [*tofu.ROLES.values(), "forget_paraphrased"]),
     "privacy": MetricGroup(privacy.measure, privacy.SPLITS, privacy.Privacy),
+    "openunlearning": MetricGroup(openunlearning.measure, [*tofu.ROLES.values(), "forget_paraphrased", "holdout"]),
     "side_effects": MetricGroup(side_effects.measure, ["unrelated"]),
     "fluency": MetricGroup(fluency.measure, ["forget"]),
     "depth": MetricGroup(depth.measure, ["forget"]),
@@ -71,9 +73,8 @@ METRIC_GROUPS = {
     "relearning": MetricGroup(relearning.measure, ["forget", "retain"], relearning.Relearning),
 }
 PRESETS = {
-    "full": [
-        name for name in METRIC_GROUPS if name != "lm_eval"
-    ],  # lm_eval requires a further package, and a list of tasks
+    # lm_eval requires a further package and a list of tasks; openunlearning repeats other groups in another convention.
+    "full": [name for name in METRIC_GROUPS if name not in ("lm_eval", "openunlearning")],
     "attacks": ["sampling", "prefill", "target_suppression", "quantization", "relearning"],
 }
 SETTINGS = {name: group.settings for name, group in METRIC_GROUPS.items() if group.settings}
