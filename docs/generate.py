@@ -1,15 +1,18 @@
-"""Write docs/_generated/*.md from the code: settings, methods and metrics have one description, the one in the code.
+"""Write docs/_generated/*.md: settings, methods and metrics from the code, leaderboards from the results in docs/leaderboard.
 
     python docs/generate.py
 
-`settings_fields` reads a settings class, `described_scores` a metric file; everything else here is Markdown.
+`settings_fields` reads a settings class, `described_scores` a metric file, `results_by_name` a file of results; everything else
+here is Markdown.
 """
 
+import csv
 import dataclasses
 import importlib
 import inspect
 import json
 import re
+import statistics
 import sys
 import textwrap
 import types
@@ -27,6 +30,7 @@ from omegaconf import MISSING, OmegaConf
 from common.config import StageConfig, fields_of, type_name
 from common.files import CONFIGS, write_text
 from evaluation.metrics import registry
+from evaluation.tables import COLUMNS, cell, number
 
 REQUIRED = "required"
 
@@ -223,9 +227,52 @@ def described_scores(module: types.ModuleType) -> list[tuple[str, ...]]:
     return found
 
 
+def results_by_name(path: Path) -> dict[str, list[dict[str, str]]]:
+    """Method or reference -> its rows of a comparison's results.csv, one a run: first the references, then the methods by mean
+    unlearn quality, the highest first. Rows without a headline score are left out.
+    """
+    by_name: dict[str, list[dict[str, str]]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["unlearn_quality"]:
+                by_name.setdefault(row["name"], []).append(row)
+
+    def order(name: str) -> tuple[bool, float]:
+        is_method = by_name[name][0]["reference"] == "False"
+        return is_method, -statistics.fmean(float(row["unlearn_quality"]) for row in by_name[name]) * is_method
+
+    return {name: by_name[name] for name in sorted(by_name, key=order)}
+
+
+def leaderboard_page(path: Path) -> str:
+    """The table of a comparison's results.csv, and the command of each of its methods."""
+    results = results_by_name(path)
+    columns = {title: column for title, column in COLUMNS.items() if title != "minutes"}
+    columns = {title: column for title, column in columns.items() if any(r.get(column[0]) for r in results["PMC"])}
+    lines = []
+    for name, runs in results.items():
+        cells = [f"*{name}*" if runs[0]["reference"] == "True" else name, str(len(runs))]
+        for score, digits in columns.values():
+            values = [float(run[score]) for run in runs if run[score]]
+            # P-values range over many orders of magnitude: their mean is that of the largest one.
+            median = score == "tofu/forget_quality" and values
+            cells.append(number(statistics.median(values), digits) if median else cell(values, digits))
+        lines.append(cells)
+    recipe = OmegaConf.load(CONFIGS / f"compare/{path.stem}.yaml").comparison
+    shared = recipe.get("unlearning", "")
+    commands = "".join(
+        f"- {name}: `{' '.join(f'python unlearning/main.py -cd=configs {words} {shared}'.split())}`\n"
+        for name, words in recipe.methods.items()
+        if name in results
+    )
+    return table(["method", "seeds", *columns], lines) + f"\nThe settings of each method:\n\n{commands}"
+
+
 def write_pages(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pages = {"configuration": configuration_page(), "methods": methods_page(), "metrics": metrics_page()}
+    for path in sorted((folder.parent / "leaderboard").glob("*.csv")):
+        pages[f"leaderboard-{path.stem}"] = leaderboard_page(path)
     for name, page in pages.items():
         write_text(folder / f"{name}.md", page)
 

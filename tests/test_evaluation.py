@@ -62,7 +62,7 @@ def command(models_dir, checkpoints):
     models = ",".join(f"{name}:{path}" for name, path in checkpoints.items())
     others = f"retain_model.path={checkpoints['vanilla']}", f"base_model.path={checkpoints['finetuned']}"
     where = f"output_dir={models_dir}/side-by-side"
-    return [models_dir, "metrics=full", f"models={{{models}}}", *others, where, *QUICK]
+    return [models_dir, "metrics=[full,openunlearning]", f"models={{{models}}}", *others, where, *QUICK]
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ EOS token, and zlib compresses the answer as decoded from its tokens; min-k and 
 without the EOS token. Prompts are those of the configuration (`model.prompt`), not OpenUnlearning's.
 
 Scores:
-    openunlearning/forget_Q_A_Prob, forget_Q_A_PARA_Prob (lower): length-normalized probability of the answer and of its
-        paraphrase. Not shown: what is answered instead.
+    openunlearning/forget_Q_A_Prob (lower): length-normalized probability of the answer. Not shown: what is answered
+        instead.
+    openunlearning/forget_Q_A_PARA_Prob (lower): that of the paraphrased answer. Not shown: what is answered instead.
     openunlearning/forget_Q_A_ROUGE (lower): ROUGE-L recall of the greedy answers. Not shown: what sampling reveals.
     openunlearning/forget_Truth_Ratio (higher): mean of min(r, 1/r) of the truth ratio r, wrong over true. Not shown:
         whether either is likely at all.
@@ -16,11 +17,13 @@ Scores:
         probability. Not shown: whether either is likely at all.
     openunlearning/forget_quality (higher): p-value of the Kolmogorov-Smirnov test of the truth ratios against those of
         the retain-only model. Not shown: the size of a difference.
-    openunlearning/retain_*, ra_*, wf_* (higher): probability, ROUGE-L recall and truth ratio on retain, real authors and
-        world facts. Not shown: fluency.
+    openunlearning/retain_* (higher): probability, ROUGE-L recall and truth ratio on retain. Not shown: fluency.
+    openunlearning/ra_* (higher): the same on real authors. Not shown: fluency.
+    openunlearning/wf_* (higher): the same on world facts. Not shown: fluency.
     openunlearning/model_utility (higher): harmonic mean of these nine. Not shown: which of them became worse.
-    openunlearning/extraction_strength (lower), exact_memorization (lower): as in the group memorization, the first at
-        least 1/|y|. Not shown: the same facts in other words.
+    openunlearning/extraction_strength (lower): that of the group memorization, at least 1/|y|. Not shown: the same facts
+        in other words.
+    openunlearning/exact_memorization (lower): that of the group memorization. Not shown: the same facts in other words.
     openunlearning/mia_* (0.5; for reference: that of the retain-only model): AUC of the membership-inference attacks loss,
         zlib, min_k, min_k_plus_plus and gradnorm, forget rows against holdout rows. Not shown: what was learned.
     openunlearning/privleak (0): min-k's AUC relative to the retain-only model's. Not shown: what was learned.
