@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 for stage in ("finetuning", "unlearning", "evaluation"):
     importlib.import_module(f"{stage}.main")
+importlib.import_module("common.config")._training_schema()  # built once a process, in a second
 
 
 def next_command() -> dict:
