@@ -46,6 +46,7 @@ class TokenLosses(MicroBatchPart):
         size: number of examples.
         targets: the answer tokens, shape (tokens,).
         position: position of each example in its row's tuple of `forget_groups`, shape (size,); 0 for retain examples.
+        weights: weight of each example (`common.prompts.Example`), float32, shape (size,).
         compute_logits: returns `logits`.
     """
 
@@ -54,6 +55,7 @@ class TokenLosses(MicroBatchPart):
     size: int
     targets: torch.Tensor
     position: torch.Tensor
+    weights: torch.Tensor
     compute_logits: Callable[[], torch.Tensor]
 
     @property

@@ -202,6 +202,7 @@ class UnlearningTrainer(ResumableTrainer):
                 int(examples.sum()),
                 targets[own],
                 batch["position"][examples],
+                batch["weights"][examples],
                 partial(logits.__getitem__, own),
             )
         return by_part
@@ -258,6 +259,7 @@ def collate_pairs(
 
     The examples of the forget rows come first (the first ones of all rows, then the second ones, ...). `is_forget`, shape
     (examples,), marks them; `position`, of the same shape, is 0 for the first ones and for retain examples, then 1, ...
+    `weights` has the weight of each example.
     """
     micro_batches = []
     by_length = [sort_into_micro_batches(groups, sizes, longest) for groups in (forget, retain)]
@@ -266,8 +268,9 @@ def collate_pairs(
         retain_examples = list(chain.from_iterable(retain_groups))
         is_forget = torch.tensor([True] * len(forget_examples) + [False] * len(retain_examples))
         position = (is_forget.cumsum(0) - 1) // max(1, len(forget_groups)) * is_forget
-        batch = collate(forget_examples + retain_examples)
-        micro_batches.append({**batch, "is_forget": is_forget, "position": position})
+        examples = forget_examples + retain_examples
+        weights = torch.tensor([example.weight for example in examples])
+        micro_batches.append({**collate(examples), "is_forget": is_forget, "position": position, "weights": weights})
     return micro_batches
 
 
