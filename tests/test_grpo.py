@@ -95,6 +95,7 @@ def test_every_sample_has_the_advantage_of_its_own_reward(learned, prompts, tmp_
     assert trainer.forget_groups(ROWS[1::-1]) == groups[::-1], "keyed by seed, step and row"
 
 
+@pytest.mark.slow
 def test_steps_raise_the_reward_and_make_the_initial_responses_unlikelier(learned, prompts, tmp_path):
     trainer = make_grpo(
         learned,
@@ -113,6 +114,7 @@ def test_steps_raise_the_reward_and_make_the_initial_responses_unlikelier(learne
     assert after < before - 0.1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_the_whole_one(learned, prompts, tmp_path):
     def trainer_in(folder):
         training = {"learning_rate": 3e-3, "max_steps": 4, "num_train_epochs": 4, "save_strategy": "epoch"}

@@ -33,9 +33,17 @@ HYDRA_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")
 
 
 @section
-class OwnAnswerSettings(MethodSettings):
+class InitialResponseSettings(MethodSettings):
     gamma: PositiveFloat = 1.0
     """Weight of the forget loss."""
+    max_length: PositiveInt = 200
+    """Maximum length of prompt and sampled answer together, in tokens."""
+    sampling_batch_size: int | None = Field(None, gt=0)
+    """Maximum number of samples in a batch; null: as many as fit in a tenth of the memory."""
+
+
+@section
+class OwnAnswerSettings(InitialResponseSettings):
     num_samples: PositiveInt = 5
     """Samples drawn for each forget question and step."""
     temperature: NonNegativeFloat = 1.0
@@ -44,12 +52,8 @@ class OwnAnswerSettings(MethodSettings):
     """Draw from the smallest set of likeliest tokens with at least this total probability."""
     top_k: NonNegativeInt = 0
     """Draw from the k likeliest tokens; 0: all."""
-    max_length: PositiveInt = 200
-    """Maximum length of prompt and sampled answer together, in tokens."""
     min_len: NonNegativeInt = 0
     """Minimum number of words; exp(-words) is subtracted from the reward of shorter samples; 0: off."""
-    sampling_batch_size: int | None = Field(None, gt=0)
-    """Maximum number of samples in a batch; null: as many as fit in a tenth of the memory."""
     reward: Any = Field(default_factory=lambda: {"_target_": "unlearning.rewards.rouge_l"})
     """Function (reference, samples) -> list of rewards in [0, 1]."""
 
@@ -79,23 +83,22 @@ class OwnAnswerSettings(MethodSettings):
         return reward
 
 
-class OwnAnswerTrainer(UnlearningTrainer):
-    """Samples the model's own answers to the forget questions, and scores them against the initial responses.
+class InitialResponseTrainer(UnlearningTrainer):
+    """Generates the finetuned model's greedy answer to every forget question before training.
 
     Attributes:
-        initial_tokens: token ids of the finetuned model's greedy answer, by row index.
+        prompt_ids: token ids of the forget questions, by row index.
+        initial_tokens: token ids of the answers.
         initial_responses: their texts.
     """
 
     def __init__(
-        self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: OwnAnswerSettings
+        self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: InitialResponseSettings
     ):
         super().__init__(model, args, data, settings)
         # A model that is already in bfloat16 needs no copy; FSDP2 gathers one.
         in_bf16 = args.bf16 and model.dtype != torch.bfloat16 and not self.is_fsdp_enabled
         self.replica = Replica(model, torch.bfloat16) if in_bf16 else None
-        reward = instantiate(settings.reward, _partial_=True)
-        self.scorer = Scorer(reward, data.prompts.text, settings.min_len)
         self.eos_token_ids = eos_token_ids(model, data.prompts.eos_token_id)
         self.prompt_ids = {row.index: data.prompts.prompt(row.question) for row in data.forget}
         self.initial_tokens: dict[int, list[int]] = {}
@@ -113,8 +116,39 @@ class OwnAnswerTrainer(UnlearningTrainer):
         for row, answer in zip(rows, answers, strict=True):
             self.initial_tokens[row.index] = answer[0]
             self.initial_responses[row.index] = self.data.prompts.text(answer[0])
-        self.scorer.warn_of_references_without_words(list(self.initial_responses.values()))
         self.seconds["sampling"] += time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def sampled_model(self) -> Iterator[PreTrainedModel]:
+        """A context with the current model, in the dtype that it is sampled in."""
+        if self.replica:
+            yield self.replica.refresh()
+        else:
+            with self.whole_model(torch.bfloat16 if self.args.bf16 else None) as model:
+                yield model
+
+    def state_to_save(self) -> dict[str, Any]:
+        return super().state_to_save() | {"initial_tokens": list(self.initial_tokens.items())}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.initial_tokens = dict(state["initial_tokens"])
+        self.initial_responses = {index: self.data.prompts.text(ids) for index, ids in self.initial_tokens.items()}
+
+
+class OwnAnswerTrainer(InitialResponseTrainer):
+    """Samples the model's own answers to the forget questions, and scores them against the initial responses."""
+
+    def __init__(
+        self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: OwnAnswerSettings
+    ):
+        super().__init__(model, args, data, settings)
+        reward = instantiate(settings.reward, _partial_=True)
+        self.scorer = Scorer(reward, data.prompts.text, settings.min_len)
+
+    def before_training(self) -> None:
+        super().before_training()
+        self.scorer.warn_of_references_without_words(list(self.initial_responses.values()))
 
     def sample(
         self,
@@ -149,20 +183,3 @@ class OwnAnswerTrainer(UnlearningTrainer):
         """Step 3: the reward of each sample of each row."""
         references = [self.initial_responses[row.index] for row in rows]
         return [self.scorer.rewards(*of_question) for of_question in zip(references, samples, strict=True)]
-
-    @contextlib.contextmanager
-    def sampled_model(self) -> Iterator[PreTrainedModel]:
-        """A context with the current model, in the dtype that it is sampled in."""
-        if self.replica:
-            yield self.replica.refresh()
-        else:
-            with self.whole_model(torch.bfloat16 if self.args.bf16 else None) as model:
-                yield model
-
-    def state_to_save(self) -> dict[str, Any]:
-        return super().state_to_save() | {"initial_tokens": list(self.initial_tokens.items())}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        super().load_state(state)
-        self.initial_tokens = dict(state["initial_tokens"])
-        self.initial_responses = {index: self.data.prompts.text(ids) for index, ids in self.initial_tokens.items()}

@@ -88,3 +88,10 @@ class TokenLosses(MicroBatchPart):
     def cross_entropy(self) -> torch.Tensor:
         """-log p, the mean over tokens."""
         return self.mean_over_tokens(self.losses)
+
+    @property
+    def divergence_from_reference(self) -> torch.Tensor:
+        """KL(pi0 || pi) in nats, pi0 being the reference model: the mean over tokens."""
+        reference = self.reference.log_probs
+        # KL of every answer token: the sum over the vocabulary of p0 * (log p0 - log p)
+        return self.mean_over_tokens((reference.exp() * (reference - self.log_probs)).sum(dim=-1))

@@ -1,21 +1,22 @@
 """Group relative policy optimization (GRPO, arXiv 2402.03300) of the reward of PMC, on the model's own answers.
 
-For each forget question of an optimizer step a group of answers is sampled from the current model. The reward says how unlike
-the initial response a sample is (`unlearning.rewards`). With the mean and the standard deviation of a group's rewards:
+For each forget question of an optimizer step a group of answers is sampled from the current model. The reward says how
+unlike the initial response a sample is (`unlearning.rewards`). With the mean and the standard deviation of a group's
+rewards:
 
     advantage = (reward - mean) / (standard deviation + 1e-4)
     forget loss = -(advantage * pi / pi_sampled) + kl_weight * KL(pi || pi0), the mean over the samples' tokens
     KL = pi0/pi - log(pi0/pi) - 1 of a sampled token, the estimator of arXiv 2402.03300
 
-pi_sampled is the model that the answers were sampled from. Every batch of samples is trained on once, in one optimizer step. So
-the ratio is 1, its gradient is that of log pi, and clipping it has no effect and is left out. A group whose rewards are all
-equal has no gradient. RULE (arXiv 2506.07171) and PURGE (arXiv 2601.20568) unlearn by GRPO with other rewards: for refusals,
-and against words that are forbidden. Here no forget answer is read. The mean over all tokens and the constant 1e-4 are those of
-the TRL library.
+pi_sampled is the model that the answers were sampled from. Every batch of samples is trained on once, in one optimizer
+step. So the ratio is 1, its gradient is that of log pi, and clipping it has no effect and is left out. A group whose
+rewards are all equal has no gradient. RULE (arXiv 2506.07171) and PURGE (arXiv 2601.20568) unlearn by GRPO with other
+rewards: for refusals, and against words that are forbidden. Here no forget answer is read. The mean over all tokens and
+the constant 1e-4 are those of the TRL library.
 
 RULE begins with rejection steering, training on refusals, since a model that never refuses cannot find a refusal. Here
-`num_refusals` answers of each group are refusals, with reward and advantage like those of samples. They are not drawn from
-the model, so theirs is no policy gradient. This mixture is ours.
+`num_refusals` answers of each group are refusals, with reward and advantage like those of samples. They are not drawn
+from the model, so theirs is no policy gradient. This mixture is ours.
 
     python unlearning/main.py -cd=configs -cn=unlearn-tiny method=grpo
 """
