@@ -13,7 +13,7 @@ If a method's run fails, the error is logged, the table has no value for that ru
 `comparison.before` fails, its seed is skipped. Overrides on the command line are passed to every method's run, except those
 that begin with `comparison.` or `seed`. Overrides of `models_dir`, `model.` and `data.` are also passed to the stages in
 `comparison.before`. A top-level key that is not in the recipe takes two plus signs (++finetuned=FOLDER). With overrides of
-`model.` or `data.`, the last of these stages writes to before/ in the comparison's folder, and every method starts from there.
+`model.` or `data.`, the last of these stages writes to before/ in the comparison's folder, and every method starts from there that names no finetuned=FOLDER.
 """
 
 import sys
@@ -61,7 +61,7 @@ class ComparisonSettings:
     before: list[str]
     """Stages that run before unlearning, each with its arguments."""
     methods: Annotated[dict[str, str], Field(min_length=1)]
-    """Name in the table -> arguments of unlearning/main.py."""
+    """Name in the table -> arguments of unlearning/main.py; {seed} stands for the seed."""
     metrics: Annotated[list[str], Field(min_length=1)]
     """Metric groups of evaluation/main.py."""
     evaluation: str = ""
@@ -263,7 +263,7 @@ def run_all(
             model = path.replace("{seed}", str(seed))
             found.append(commands.reference(name, model, seed, folder / name / f"seed-{seed}", settings))
         for name, words in settings.methods.items():
-            words_of_run = [*shlex.split(words), *start]
+            words_of_run = [*start, *shlex.split(words.replace("{seed}", str(seed)))]  # its own finetuned=FOLDER counts
             found.append(commands.method(name, words_of_run, seed, folder / name / f"seed-{seed}", settings))
     return list(filter(None, found))
 

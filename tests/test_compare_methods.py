@@ -116,6 +116,19 @@ def test_references_are_evaluated_as_the_methods_are(monkeypatch):
     assert [(run.name, run.reference) for run in found] == [("vanilla", True), ("PMC", False)]
 
 
+def test_a_method_that_names_its_start_has_it_and_the_others_the_finetuned_model(monkeypatch):
+    """UNDO starts from a method's result, also where other data give the comparison a finetuned model of its own."""
+    commands = []
+    monkeypatch.setattr(Commands, "run", lambda self, stage, *words: commands.append((stage, *words)) or True)
+    monkeypatch.setattr("scripts.compare_methods.result_of", lambda folder: {"scores": {}})
+    methods = {"PMC": "-cn=unlearn-tiny", "UNDO": "-cn=unlearn-tiny method=undo finetuned=m/PMC/seed-{seed}"}
+    settings = ComparisonSettings([3], ["finetuning -cn=tiny"], methods, ["headline"])
+    run_all(settings, Commands([], settings.commands()), ["data.path=x"], ["data.path=x"], Path("folder"))
+    pmc, undo = ([word for word in words if "finetuned" in word] for stage, *words in commands if stage == "unlearning")
+    assert pmc == ['++finetuned="folder/before/seed-3"']
+    assert undo == [*pmc, "finetuned=m/PMC/seed-3"], "the last one counts"
+
+
 def test_other_data_is_refused_where_the_recipe_names_models_of_its_own(tmp_path):
     script = ROOT / "scripts" / "compare_methods.py"
     (done,) = run_imported(script, [str(script), "-cn=compare/tiny", f"data.path={tmp_path}"])

@@ -12,8 +12,7 @@ from common.errors import UserError
 from common.model import add_adapter
 from tests.helpers import ROWS, arguments, gradients_of_one_step, resumed_and_whole
 from unlearning.gradient_collapse import MATRICES, collapse
-from unlearning.methods.npo import NPO
-from unlearning.methods.npo import NPOSettings as Settings
+from unlearning.methods.npo import NPO, NPOSettings
 from unlearning.methods.repselect import RepSelect, RepSelectSettings
 from unlearning.trainer import UnlearningData
 
@@ -96,7 +95,7 @@ def test_the_forget_loss_alone_changes_only_the_mlps_and_makes_the_forget_answer
 def test_any_method_can_have_its_forget_gradient_collapsed(learned, prompts, tmp_path):
     plain, some = (
         gradients_of_one_step(
-            make_trainer(learned, prompts, tmp_path, method=NPO, settings=Settings(collapsed_components=components))
+            make_trainer(learned, prompts, tmp_path, method=NPO, settings=NPOSettings(collapsed_components=components))
         )
         for components in (0, 5)
     )

@@ -123,7 +123,7 @@ def by_hand(name, now, before, forget, retain, s):
     nll = [-now.log_p(example).sum() for example in forget]
     nll0 = [-before.log_p(example).sum() for example in forget]
     p = [np.exp(now.log_p(example)) for example in forget]
-    if name in ("grad_ascent", "grad_diff"):
+    if name in ("grad_ascent", "grad_diff", "repselect"):
         return ascent, kept
     if name == "kl_min":
         return ascent, mean_kl(now, before, retain)
