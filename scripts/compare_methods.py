@@ -13,7 +13,8 @@ If a method's run fails, the error is logged, the table has no value for that ru
 `comparison.before` fails, its seed is skipped. Overrides on the command line are passed to every method's run, except those
 that begin with `comparison.` or `seed`. Overrides of `models_dir`, `model.` and `data.` are also passed to the stages in
 `comparison.before`. A top-level key that is not in the recipe takes two plus signs (++finetuned=FOLDER). With overrides of
-`model.` or `data.`, the last of these stages writes to before/ in the comparison's folder, and every method starts from there that names no finetuned=FOLDER.
+`model.` or `data.`, the last of these stages writes to before/ in the comparison's folder, and every method starts from there
+unless its arguments name another finetuned=FOLDER.
 """
 
 import sys
