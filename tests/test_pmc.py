@@ -241,7 +241,7 @@ def test_a_solved_question_is_not_sampled_again_but_still_trained_on(model, prom
     trainer.stops_early = False
     asked = []
     monkeypatch.setattr(
-        trainer, "sample", lambda rows, _: asked.extend(row.index for row in rows) or [[[5, 2]]] * len(rows)
+        trainer, "sample", lambda rows, *_: asked.extend(row.index for row in rows) or [[[5, 2]]] * len(rows)
     )
     examples = trainer.forget_examples(ROWS[:3])
     assert asked == [1, 2]
