@@ -8,11 +8,11 @@ rewards:
     forget loss = -(advantage * pi / pi_sampled) + kl_weight * KL(pi || pi0), the mean over the samples' tokens
     KL = pi0/pi - log(pi0/pi) - 1 of a sampled token, the estimator of arXiv 2402.03300
 
-pi_sampled is the model that the answers were sampled from. Every batch of samples is trained on once, in one optimizer
-step. So the ratio is 1, its gradient is that of log pi, and clipping it has no effect and is left out. A group whose
-rewards are all equal has no gradient. RULE (arXiv 2506.07171) and PURGE (arXiv 2601.20568) unlearn by GRPO with other
-rewards: for refusals, and against words that are forbidden. Here no forget answer is read. The mean over all tokens and
-the constant 1e-4 are those of the TRL library.
+The answers were sampled from pi_sampled. Every batch of samples is trained on once, in one optimizer step. So the ratio
+is 1, its gradient is that of log pi, and clipping it has no effect and is left out. A group whose rewards are all equal
+has no gradient. RULE (arXiv 2506.07171) and PURGE (arXiv 2601.20568) unlearn by GRPO with other rewards: for refusals,
+and against words that are forbidden. Here no forget answer is read. The mean over all tokens and the constant 1e-4 are
+those of the TRL library.
 
 RULE begins with rejection steering, training on refusals, since a model that never refuses cannot find a refusal. Here
 `num_refusals` answers of each group are refusals, with reward and advantage like those of samples. They are not drawn
