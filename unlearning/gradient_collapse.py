@@ -3,12 +3,12 @@
     gradient of a matrix = collapse(gradient of gamma * forget loss) + gradient of lambda_unlearning * retain loss
     collapse(G): with G = U diag(s) V', each of the k largest singular values s_i becomes s_k^2 / s_i
 
-The largest components are directions that the forget rows share with all text: changing them harms what is to be kept,
-and finetuning finds the way back along them. The forget loss, of any method, changes the matrices of the MLPs alone.
-Formula, the matrices and k are those of src/trainer/unlearn/repselect_simple.py in filyp/RepSelect: dividing by s_i / s_k
-on the side of the inputs and on that of the outputs of a matrix ("soft" collapse, as in the paper's runs). That code
-takes the gradient once, of a model with an adapter that was trained on the forget rows, and adds it with plain SGD and no
-retain loss; here it is the gradient of every step, for the Trainer's optimizer.
+The largest components are directions that the forget rows share with all text: changing them harms what is to be kept and
+is soon undone by finetuning. The forget loss, of any method, changes the matrices of the MLPs alone. The formula and the
+choice of matrices are those of src/trainer/unlearn/repselect_simple.py in filyp/RepSelect: dividing by s_i / s_k on the
+side of the inputs and on that of the outputs of a matrix ("soft" collapse, as in the paper's runs). That code takes the
+gradient once, of a model with an adapter that was trained on the forget rows, and adds it with plain SGD and no retain
+loss; here it is the gradient of every step, for the Trainer's optimizer.
 
     python unlearning/main.py -cd=configs -cn=unlearn-tiny method=npo method.collapsed_components=8
 """
