@@ -9,8 +9,7 @@ from benchmarks.baseline import sample_lengths
 from common.collate import count_answer_tokens
 from common.data import Row
 from generation.sampler import PartialSample, generate
-from unlearning import pmc
-from unlearning.early_stopping import EarlyStopping
+from unlearning import pmc, sampling
 
 
 class StopAtLengths:
@@ -57,15 +56,15 @@ class TimedPMC(pmc.PMC):
         if self.forced_lengths:
             self.best.clear()  # random answers would solve every question at once
 
-    def sample(self, rows: list[Row], early_stopping: EarlyStopping | None) -> list[list[list[int]]]:
+    def sample(self, rows: list[Row], *args) -> list[list[list[int]]]:
         draw = generate
         if self.forced_lengths:
             n = self.settings.num_samples
             draw = partial(generate_lengths, [sample_lengths(self.state.global_step, row.index, n) for row in rows])
             self.eos_token_ids = []
         scored, started = self.spent["scoring"], time.perf_counter()
-        with patch.object(pmc, "generate", draw):
-            answers = super().sample(rows, early_stopping)
+        with patch.object(sampling, "generate", draw):
+            answers = super().sample(rows, *args)
         # Early stopping computes rewards during sampling: their time is not counted twice.
         self.spent["sampling"] += time.perf_counter() - started - (self.spent["scoring"] - scored)
         self.sampled_tokens += sum(len(answer) for some in answers for answer in some)

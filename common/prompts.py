@@ -19,10 +19,15 @@ ANSWER = "ANSWER"  # an answer by which a chat template is examined
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a prompt and of the answer that the model is trained on. The answer includes its EOS token."""
+    """Token ids of a prompt and of the answer that the model is trained on. The answer includes its EOS token.
+
+    Attributes:
+        weight: for a loss that weights its examples, such as a policy gradient, whose weights are advantages.
+    """
 
     prompt: list[int]
     answer: list[int]
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)

@@ -258,10 +258,10 @@ def leaderboard_page(path: Path) -> str:
             median = score == "tofu/forget_quality" and values
             cells.append(number(statistics.median(values), digits) if median else cell(values, digits))
         lines.append(cells)
-    recipe = OmegaConf.load(CONFIGS / f"compare/{path.stem}.yaml").comparison
+    recipe = OmegaConf.merge({"models_dir": "models"}, OmegaConf.load(CONFIGS / f"compare/{path.stem}.yaml")).comparison
     shared = recipe.get("unlearning", "")
     commands = "".join(
-        f"- {name}: `{' '.join(f'python unlearning/main.py -cd=configs {words} {shared}'.split())}`\n"
+        f"- {name}: `{' '.join(f'python unlearning/main.py -cd=configs {shared} {words}'.split()).replace('{seed}', '0')}`\n"
         for name, words in recipe.methods.items()
         if name in results
     )

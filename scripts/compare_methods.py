@@ -13,8 +13,9 @@ If a method's run fails, the error is logged, the table has no value for that ru
 `comparison.before` fails, its seed is skipped. Overrides on the command line are passed to every method's run, except those
 that begin with `comparison.` or `seed`. Overrides of `models_dir`, `model.` and `data.` are also passed to the stages in
 `comparison.before`. A top-level key that is not in the recipe takes two plus signs (++finetuned=FOLDER). With overrides of
-`model.` or `data.`, the last of these stages writes to before/ in the comparison's folder, and every method starts from there,
-unless the recipe itself gives each of these stages an output_dir. In the recipe, {seed} stands for the seed.
+`model.` or `data.`, the last of these stages writes to before/ in the comparison's folder, and every method starts from there
+unless its arguments name another finetuned=FOLDER, or the recipe itself gives each of these stages an output_dir. In the
+recipe, {seed} stands for the seed.
 """
 
 import sys
@@ -66,7 +67,7 @@ class ComparisonSettings:
     metrics: Annotated[list[str], Field(min_length=1)]
     """Metric groups of evaluation/main.py."""
     unlearning: str = ""
-    """Further arguments of every method."""
+    """Further arguments of every method, in front of its own."""
     evaluation: str = ""
     """Further arguments of evaluation/main.py."""
     references: dict[str, str] = field(default_factory=dict)
@@ -277,7 +278,10 @@ def run_all(
             model = path.replace("{seed}", str(seed))
             found.append(commands.reference(name, model, seed, folder / name / f"seed-{seed}", settings))
         for name, words in settings.methods.items():
-            words_of_run = [*words_of(f"{words} {settings.unlearning}", seed), *start]
+            words_of_run = [
+                *start,
+                *words_of(f"{settings.unlearning} {words}", seed),
+            ]  # its own finetuned=FOLDER counts
             found.append(commands.method(name, words_of_run, seed, folder / name / f"seed-{seed}", settings))
     return list(filter(None, found))
 

@@ -13,10 +13,11 @@ from common.files import ROOT
 from common.losses import answer_losses
 from common.new_model import new_model, train_tokenizer
 from common.prompts import PromptFormat
+from common.trainer import ExampleTrainer
 from evaluation.context import EvaluationContext, Loader
 from evaluation.metrics.quantization import Quantization
 from evaluation.metrics.relearning import Relearning
-from tests.helpers import CHAT_TEMPLATE, NEW, ROWS, run_stage, write_rows
+from tests.helpers import CHAT_TEMPLATE, NEW, ROWS, arguments, run_stage, write_rows
 
 # A second thread makes models this small slower, many times where the cores are busy. The stages' processes inherit it.
 torch.set_num_threads(1)
@@ -93,6 +94,18 @@ def memorized(model, prompts):
         optimizer.step()
         optimizer.zero_grad()
     assert loss < 0.003
+    return model
+
+
+@pytest.fixture(scope="session")
+def learned(tokenizer, tmp_path_factory):
+    """A model that has begun to learn the rows: its probabilities are neither all alike nor all 1. Tests copy it."""
+    torch.manual_seed(0)
+    model = new_model(NEW, tokenizer, "float32")
+    prompts = PromptFormat(tokenizer, PromptConfig(style="plain"))
+    examples = [prompts.example(row, 64) for row in ROWS]
+    args = arguments(tmp_path_factory.mktemp("learned"), 8, 1, learning_rate=1e-2, max_steps=40)
+    ExampleTrainer(model, args, examples, tokenizer).train()
     return model
 
 

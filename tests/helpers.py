@@ -1,6 +1,7 @@
 """What several test files share: rows and settings of tiny models, trainers, hand-written models, stages as commands."""
 
 import contextlib
+import copy
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from common.config import EvaluationConfig, NewModelConfig, PromptConfig
 from common.data import Row
@@ -106,8 +107,53 @@ def make_trainer(model, prompts, folder, rows=ROWS, batch_size=4, accumulation=2
     return trainer
 
 
+def resumed_and_whole(trainer_in, folder):
+    """Trainers made by `trainer_in(folder)`: one stopped at half its steps, one that resumes it, and one that never stopped.
+
+    The last two must end with the same weights and the same history.
+    """
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == state.max_steps // 2
+
+    whole = trainer_in(folder / "whole")
+    whole.train_or_resume()
+    begun = trainer_in(folder / "parts")
+    begun.add_callback(Stop())
+    begun.train_or_resume()
+    resumed = trainer_in(folder / "parts")
+    resumed.train_or_resume()
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert len(resumed.history) == len(whole.history)
+    return begun, resumed, whole
+
+
 def shouting(reference, samples):
     return [0.25 for _ in samples]
+
+
+class Plain:
+    """A model's log-probabilities in float64, one row at a time, without padding, masks or batches."""
+
+    def __init__(self, model):
+        self.model = copy.deepcopy(model).double().eval()
+
+    @torch.no_grad()
+    def logits(self, example):
+        ids, start = example
+        return self.model(torch.tensor([ids])).logits[0, start - 1 : -1].numpy(), np.array(ids[start:])
+
+    def log_p(self, example):
+        """log p of every answer token."""
+        logits, targets = self.logits(example)
+        return log_softmax(logits)[np.arange(len(targets)), targets]
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

@@ -131,8 +131,21 @@ def test_a_recipe_that_names_the_folder_of_each_stage_keeps_them_with_other_data
         ("output_dir=m/3/b", "seed=3", "data.path=d"),
     ]
     unlearn = commands[3]
-    assert unlearn[:4] == ("unlearning", "-cn=unlearn-tiny", "method=npo", "finetuned=m/3/b")
+    assert unlearn[:4] == ("unlearning", "finetuned=m/3/b", "-cn=unlearn-tiny", "method=npo")
     assert "data.path=d" in unlearn and not any("before/" in word for word in unlearn)
+
+
+def test_a_method_that_names_its_start_has_it_and_the_others_the_finetuned_model(monkeypatch):
+    """UNDO starts from a method's result, also where other data give the comparison a finetuned model of its own."""
+    commands = []
+    monkeypatch.setattr(Commands, "run", lambda self, stage, *words: commands.append((stage, *words)) or True)
+    monkeypatch.setattr("scripts.compare_methods.result_of", lambda folder: {"scores": {}})
+    methods = {"PMC": "-cn=unlearn-tiny", "UNDO": "-cn=unlearn-tiny method=undo finetuned=m/PMC/seed-{seed}"}
+    settings = ComparisonSettings([3], ["finetuning -cn=tiny"], methods, ["headline"])
+    run_all(settings, Commands([], settings.commands()), ["data.path=x"], ["data.path=x"], Path("folder"))
+    pmc, undo = ([word for word in words if "finetuned" in word] for stage, *words in commands if stage == "unlearning")
+    assert pmc == ['++finetuned="folder/before/seed-3"']
+    assert undo == [*pmc, "finetuned=m/PMC/seed-3"], "the last one counts"
 
 
 def test_other_data_is_refused_where_the_recipe_names_models_of_its_own(tmp_path):

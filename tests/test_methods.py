@@ -14,8 +14,9 @@ import torch
 from accelerate.state import AcceleratorState
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
+from omegaconf import OmegaConf
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from common.collate import IGNORED
 from common.config import LoraSettings, NewModelConfig
@@ -24,8 +25,7 @@ from common.files import CONFIGS
 from common.model import add_adapter
 from common.new_model import new_model
 from common.rouge import rouge_l_recall
-from common.trainer import ExampleTrainer
-from tests.helpers import NEW, ROWS, arguments, run_stage
+from tests.helpers import ROWS, Plain, arguments, log_softmax, resumed_and_whole, run_stage
 from unlearning.methods.altpo import AltPO
 from unlearning.methods.refusals import read_refusals
 from unlearning.methods.rmu import RMUSettings, steered_layers, trained_parameters
@@ -37,31 +37,16 @@ from unlearning.trainer import UnlearningData
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
 OTHERS = [name for name in METHODS if name != "pmc"]
 RETAIN_ANSWERS_ARE_TRAINED = [
-    name for name in OTHERS if name not in ("grad_ascent", "kl_min", "rmu", "jensun", "shred")
+    name for name in OTHERS if name not in ("grad_ascent", "kl_min", "rmu", "jensun", "shred", "undo", "grpo")
 ]
-
-
-@pytest.fixture(scope="module")
-def learned(tokenizer, tmp_path_factory):
-    """A model that has begun to learn the rows: its probabilities are neither all alike nor all 1."""
-    from common.config import PromptConfig
-    from common.prompts import PromptFormat
-
-    torch.manual_seed(0)
-    model = new_model(NEW, tokenizer, "float32")
-    prompts = PromptFormat(tokenizer, PromptConfig(style="plain"))
-    examples = [prompts.example(row, 64) for row in ROWS]
-    args = arguments(tmp_path_factory.mktemp("learned"), 8, 1, learning_rate=1e-2, max_steps=40)
-    ExampleTrainer(model, args, examples, tokenizer).train()
-    return model
 
 
 def method_named(name: str):
     """The class and its settings, as configs/method/ has them."""
     with initialize_config_dir(str(CONFIGS), version_base=None):
-        node = compose("unlearn", [f"method={name}"]).method
-    found = get_class(node._target_)
-    return found, found.Settings(**{key: value for key, value in node.items() if key != "_target_"})
+        values = OmegaConf.to_container(compose("unlearn", [f"method={name}"]).method)
+    found = get_class(values.pop("_target_"))
+    return found, found.Settings(**values)
 
 
 def make(name, learned, prompts, folder, rows=ROWS[:2], max_length=64, settings=None, **training):
@@ -100,28 +85,6 @@ def loss_of_step(trainer, rows=ROWS[:2]):
     return loss, examples[:forget], examples[forget:]
 
 
-class Plain:
-    """A model's own words in float64, one row at a time, without padding, masks or batches."""
-
-    def __init__(self, model):
-        self.model = copy.deepcopy(model).double().eval()
-
-    @torch.no_grad()
-    def logits(self, example):
-        ids, start = example
-        return self.model(torch.tensor([ids])).logits[0, start - 1 : -1].numpy(), np.array(ids[start:])
-
-    def log_p(self, example):
-        """log p of every answer token."""
-        logits, targets = self.logits(example)
-        return log_softmax(logits)[np.arange(len(targets)), targets]
-
-
-def log_softmax(logits):
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
 def log_sigmoid(x):
     return -math.log1p(math.exp(-x))
 
@@ -138,6 +101,15 @@ def token_mean(rows):
     return np.concatenate(rows).mean()
 
 
+def mean_kl(now, before, examples):
+    """KL(before || now), the mean over all answer tokens."""
+    divergence = []
+    for example in examples:
+        log_p, log_p0 = (log_softmax(model.logits(example)[0]) for model in (now, before))
+        divergence.append((np.exp(log_p0) * (log_p0 - log_p)).sum(-1))
+    return token_mean(divergence)
+
+
 def cross_entropy(model, examples):
     return -token_mean([model.log_p(example) for example in examples])
 
@@ -151,14 +123,12 @@ def by_hand(name, now, before, forget, retain, s):
     nll = [-now.log_p(example).sum() for example in forget]
     nll0 = [-before.log_p(example).sum() for example in forget]
     p = [np.exp(now.log_p(example)) for example in forget]
-    if name in ("grad_ascent", "grad_diff"):
+    if name in ("grad_ascent", "grad_diff", "repselect"):
         return ascent, kept
     if name == "kl_min":
-        divergence = []
-        for example in retain:
-            log_p, log_p0 = (log_softmax(model.logits(example)[0]) for model in (now, before))
-            divergence.append((np.exp(log_p0) * (log_p0 - log_p)).sum(-1))
-        return ascent, token_mean(divergence)
+        return ascent, mean_kl(now, before, retain)
+    if name == "undo":
+        return mean_kl(now, before, forget), mean_kl(now, before, retain)
     if name == "idk":
         return cross_entropy(now, forget), kept
     if name in ("dpo", "altpo"):
@@ -225,7 +195,7 @@ def by_hand(name, now, before, forget, retain, s):
     return -token_mean([some**s.beta1 * (1 - some) ** s.beta2 * -np.log(some) for some in p]), kept
 
 
-@pytest.mark.parametrize("name", [name for name in OTHERS if name != "rmu"])
+@pytest.mark.parametrize("name", [name for name in OTHERS if name not in ("rmu", "grpo")])
 def test_the_loss_is_that_of_the_paper(name, learned, prompts, tmp_path):
     """On two rows of unlike length, in float64, a row at a time, by the formula written out."""
     settings = {"gamma": 0.7, "lambda_unlearning": 1.9, "delta": 0.3, "beta2": 1.5}
@@ -290,7 +260,7 @@ def test_the_two_answers_of_a_question_stay_together(name, learned, prompts, tmp
 
 
 def step_loss_and_gradient(name, learned, prompts, folder, batch_size):
-    trainer = moved(make(name, learned, prompts, folder, rows=ROWS), 0.02)
+    trainer = moved(make(name, learned, prompts, folder, rows=ROWS, settings={"max_length": 48}), 0.02)
     windows = [ROWS[start : start + batch_size] for start in range(0, len(ROWS), batch_size)]
     batches, _ = trainer.get_batch_samples(iter(windows), len(windows), None)
     loss = sum(trainer.compute_loss(trainer.model, part) for batch in batches for part in trainer.buckets(batch))
@@ -310,7 +280,7 @@ def likelihood(model, prompts, rows):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in OTHERS if name != "retain_only"])
+@pytest.mark.parametrize("name", [name for name in OTHERS if name not in ("retain_only", "undo", "grpo")])
 def test_a_few_steps_make_the_forget_answers_less_likely(name, learned, prompts, tmp_path):
     trainer = make(
         name,
@@ -397,23 +367,13 @@ def test_a_resumed_run_continues_with_the_dual_variable_of_its_checkpoint(learne
         more = {"learning_rate": 3e-3, "max_steps": 4, "num_train_epochs": 4, "save_strategy": "epoch"}
         return make("npo", learned, prompts, folder, ROWS[:4], settings=settings, **more)
 
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 2
-
-    whole = trainer_in(tmp_path / "whole")
-    whole.train_or_resume()
-    begun = trainer_in(tmp_path / "parts")
-    begun.add_callback(Stop())
-    begun.train_or_resume()
-    resumed = trainer_in(tmp_path / "parts")
-    resumed.train_or_resume()
+    begun, resumed, whole = resumed_and_whole(trainer_in, tmp_path)
     assert len(resumed.history) == 4
     assert resumed.dual.state_to_save() == whole.dual.state_to_save()
     assert begun.dual.value != whole.dual.value
 
 
-@pytest.mark.parametrize("name", ["kl_min", "rmu", "jensun"])
+@pytest.mark.parametrize("name", ["kl_min", "rmu", "jensun", "undo"])
 def test_a_bound_relative_to_a_loss_of_0_is_refused(name, learned, prompts, tmp_path):
     with pytest.raises(UserError, match="method.lambda_unlearning=auto: .* has another retain loss"):
         make(name, learned, prompts, tmp_path, settings={"lambda_unlearning": "auto"})
@@ -433,7 +393,7 @@ def outputs(model, prompts):
         return model(torch.tensor([prompts.prompt(ROWS[0].question)])).logits
 
 
-@pytest.mark.parametrize("name", ["kl_min", "npo", "dpo", "undial", "rmu", "altpo", "jensun", "shred"])
+@pytest.mark.parametrize("name", ["kl_min", "npo", "dpo", "undial", "rmu", "altpo", "jensun", "shred", "undo"])
 def test_the_model_before_unlearning_stays_as_it_was(name, learned, prompts, tmp_path):
     trainer = make(name, learned, prompts, tmp_path, rows=ROWS[:4], learning_rate=1e-2, max_steps=3)
     trainer.train()

@@ -241,7 +241,7 @@ def test_a_solved_question_is_not_sampled_again_but_still_trained_on(model, prom
     trainer.stops_early = False
     asked = []
     monkeypatch.setattr(
-        trainer, "sample", lambda rows, _: asked.extend(row.index for row in rows) or [[[5, 2]]] * len(rows)
+        trainer, "sample", lambda rows, *_: asked.extend(row.index for row in rows) or [[[5, 2]]] * len(rows)
     )
     examples = trainer.forget_examples(ROWS[:3])
     assert asked == [1, 2]
@@ -346,7 +346,7 @@ def test_the_temperature_rises_while_all_is_the_initial_response_and_falls_back(
         drawn.append(temperatures)
         return [[prompts.answer(text) for text in texts[-1]] for _ in prompt_ids]
 
-    monkeypatch.setattr("unlearning.pmc.generate", draw)
+    monkeypatch.setattr("unlearning.sampling.generate", draw)
     initial = trainer.initial_responses[0] = "one two three four"
     for answers in ([initial] * 2, [initial] * 2, [initial] * 2, [initial] * 2, [initial, "one two"], [initial] * 2):
         texts.append(answers)

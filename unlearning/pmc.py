@@ -13,44 +13,35 @@ The forget answers of the data set are never read. Options that are off by defau
 Samples that can no longer be selected are stopped while they are drawn (`unlearning.early_stopping`).
 """
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from hydra.utils import instantiate
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.data import Row
 from common.errors import UserError
-from common.model import eos_token_ids
 from common.prompts import Example
 from common.results import PICKS
-from generation.replica import Replica
-from generation.sampler import generate
-from generation.token_sampling import SamplingSettings
 from unlearning import pmc_log
 from unlearning.early_stopping import EarlyStopping
 from unlearning.pmc_options import Contrast, FluencyPenalty, PMCSettings, StalledTemperature
 from unlearning.reference_model import ReferenceModel, ShardedReferenceModel
-from unlearning.rewards import Scorer
+from unlearning.sampling import OwnAnswerTrainer
 from unlearning.selection import Candidate, draw, select
 from unlearning.token_losses import TokenLosses
-from unlearning.trainer import UnlearningData, UnlearningTrainer
+from unlearning.trainer import UnlearningData
 
 SELECTION_KEY = 6  # rng key of `UnlearningTrainer.rng`
 
 
-class PMC(UnlearningTrainer):
+class PMC(OwnAnswerTrainer):
     """Trains on the model's own answers, selected to be least like the initial responses.
 
     Attributes:
-        initial_tokens: token ids of the finetuned model's greedy answer, by row index.
-        initial_responses: their texts.
         best: the best sample so far, by row index.
         picks: rows of picks.jsonl, see `pmc_log.new_picks`.
     """
@@ -60,24 +51,14 @@ class PMC(UnlearningTrainer):
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: PMCSettings):
         self.needs_reference = settings.fluency_weight > 0
         super().__init__(model, args, data, settings)
-        # A model that is already in bfloat16 needs no copy; FSDP2 gathers one.
-        in_bf16 = args.bf16 and model.dtype != torch.bfloat16 and not self.is_fsdp_enabled
-        self.replica = Replica(model, torch.bfloat16) if in_bf16 else None
-        reward = instantiate(settings.reward, _partial_=True)
-        self.scorer = Scorer(reward, data.prompts.text, settings.min_len)
         # A drawn selection needs the reward of every sample, as each has a probability.
         self.stops_early = settings.early_stopping and self.scorer.is_monotone and not settings.selection_temperature
         self.fluency = FluencyPenalty(self, settings.fluency_weight) if self.needs_reference else None
         self.temperature = StalledTemperature(settings)
         self.contrast = Contrast(self, settings) if settings.contrast_weight else None
         self.logged_terms = ("collapse_loss", "contrast_loss", "initial_nll") if self.contrast else ()
-        self.eos_token_ids = eos_token_ids(model, data.prompts.eos_token_id)
-        self.prompt_ids = {row.index: data.prompts.prompt(row.question) for row in data.forget}
-        self.initial_tokens: dict[int, list[int]] = {}
-        self.initial_responses: dict[int, str] = {}
         self.best: dict[int, Candidate] = {}
         self.picks: list[dict[str, Any]] = []
-        self.seconds["sampling"] = 0.0
 
     def new_reference(self) -> ReferenceModel | ShardedReferenceModel:
         if self.is_fsdp_enabled:
@@ -87,26 +68,12 @@ class PMC(UnlearningTrainer):
             )
         return super().new_reference()
 
-    def before_training(self) -> None:
-        """Step 1: the initial responses."""
-        started = time.perf_counter()
-        s, rows = self.settings, self.data.forget
-        greedy = SamplingSettings(s.max_length, batch_size=s.sampling_batch_size)
-        prompts = [self.prompt_ids[row.index] for row in rows]
-        with self.sampled_model() as model:
-            answers = generate(model, prompts, greedy, self.eos_token_ids, description="initial responses")
-        for row, answer in zip(rows, answers, strict=True):
-            self.initial_tokens[row.index] = answer[0]
-            self.initial_responses[row.index] = self.data.prompts.text(answer[0])
-        self.scorer.warn_of_references_without_words(list(self.initial_responses.values()))
-        self.seconds["sampling"] += time.perf_counter() - started
-
     def forget_examples(self, rows: list[Row]) -> list[Example]:
         """Steps 2 to 4: sample, score and select the answers that this optimizer step trains on."""
         started = time.perf_counter()
         active = [row for row in rows if not self.is_solved(row)]
         early_stopping = self.new_early_stopping(active) if self.stops_early else None
-        samples = self.sample(active, early_stopping)
+        samples = self.sample(active, early_stopping, self.temperature.of_rows(active))
         candidates = self.score(active, samples, early_stopping)
         self.select(active, candidates)
         self.gather_selected(active)
@@ -131,36 +98,12 @@ class PMC(UnlearningTrainer):
     def is_solved(self, row: Row) -> bool:
         return row.index in self.best and self.best[row.index].reward == 1
 
-    def sample(self, rows: list[Row], early_stopping: EarlyStopping | None) -> list[list[list[int]]]:
-        """Step 2: `num_samples` answers of the current model to each row's question, as token ids."""
-        s = self.settings
-        settings = SamplingSettings(s.max_length, s.num_samples, s.temperature, s.top_k, s.top_p, s.sampling_batch_size)
-        prompts = [self.prompt_ids[row.index] for row in rows]
-        rng_keys = [(self.args.seed, self.state.global_step, row.index) for row in rows]
-        temperatures = self.temperature.of_rows(rows)
-        with self.sampled_model() as model:  # also without rows, as the other processes may have some
-            if not rows:
-                return []
-            return generate(
-                model,
-                prompts,
-                settings,
-                self.eos_token_ids,
-                rng_keys,
-                description="sampling",
-                stopping_criteria=early_stopping,
-                temperatures=temperatures,
-            )
-
     def score(
         self, rows: list[Row], samples: list[list[list[int]]], early_stopping: EarlyStopping | None
     ) -> list[list[Candidate]]:
         """Step 3: every sample with its reward, or an upper bound of it where the sample was stopped."""
-        if early_stopping:  # the samples were scored while they were drawn
-            rewards = early_stopping.rewards_of(samples)
-        else:
-            references = [self.initial_responses[row.index] for row in rows]
-            rewards = [self.scorer.rewards(*of_question) for of_question in zip(references, samples, strict=True)]
+        # With early stopping the samples were scored while they were drawn.
+        rewards = early_stopping.rewards_of(samples) if early_stopping else self.rewards(rows, samples)
         return [list(map(Candidate, *of_question)) for of_question in zip(rewards, samples, strict=True)]
 
     def select(self, rows: list[Row], candidates: list[list[Candidate]]) -> None:
@@ -181,15 +124,6 @@ class PMC(UnlearningTrainer):
         references = [self.initial_responses[row.index] for row in rows]
         # Penalties are computed after all samples are drawn, so until then no sample can rule out another.
         return EarlyStopping(best, references, self.scorer, among_samples=not self.fluency)
-
-    @contextlib.contextmanager
-    def sampled_model(self) -> Iterator[PreTrainedModel]:
-        """A context with the current model, in the dtype that it is sampled in."""
-        if self.replica:
-            yield self.replica.refresh()
-        else:
-            with self.whole_model(torch.bfloat16 if self.args.bf16 else None) as model:
-                yield model
 
     def gather_selected(self, rows: list[Row]) -> None:
         """Send the selected samples to all processes, since shuffling moves questions between processes."""
@@ -217,7 +151,6 @@ class PMC(UnlearningTrainer):
 
     def state_to_save(self) -> dict[str, Any]:
         return super().state_to_save() | {
-            "initial_tokens": list(self.initial_tokens.items()),
             "best": [[index, asdict(candidate)] for index, candidate in self.best.items()],
             "temperature": self.temperature.state_to_save(),
             "picks": self.picks,
@@ -225,8 +158,6 @@ class PMC(UnlearningTrainer):
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
-        self.initial_tokens = dict(state["initial_tokens"])
-        self.initial_responses = {index: self.data.prompts.text(ids) for index, ids in self.initial_tokens.items()}
         self.best = {index: Candidate(**candidate) for index, candidate in state["best"]}
         self.temperature.load_state(state["temperature"])
         self.picks = state["picks"]

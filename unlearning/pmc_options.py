@@ -1,6 +1,5 @@
 """PMC's settings, and its options that are off by default: fluency penalty, rising temperature, contrast."""
 
-import inspect
 import logging
 import math
 from collections.abc import Sequence
@@ -8,47 +7,36 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from hydra.utils import get_method
 from pydantic import Field, ValidationInfo, field_validator
-from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch.nn.functional import logsigmoid
 
 from common.collate import collate
 from common.config import Fraction, section
 from common.data import Row
-from common.errors import reason
 from common.losses import answer_losses
 from common.prompts import Example
+from unlearning.sampling import OwnAnswerSettings
 from unlearning.selection import Candidate
 from unlearning.token_losses import TokenLosses
-from unlearning.trainer import MethodSettings, UnlearningTrainer
+from unlearning.trainer import UnlearningTrainer
 
 MAX_TEMPERATURE_MULTIPLIER = 10.0  # draws from the top_k tokens are then nearly uniform
-HYDRA_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")
 
 log = logging.getLogger(__name__)
 
 
 @section
-class PMCSettings(MethodSettings):
+class PMCSettings(OwnAnswerSettings):
     gamma: PositiveFloat = 1.0
     """Weight of the collapse loss."""
     lambda_unlearning: NonNegativeFloat | Literal["auto"] = 1.5
-    num_samples: PositiveInt = 5
-    """Samples drawn for each forget question and step."""
     temperature: NonNegativeFloat = 1.25
-    """The logits are divided by it; 0 is greedy."""
+    top_p: Fraction = 0.95
+    top_k: NonNegativeInt = 50
     stalled_temperature_factor: float = Field(1.0, ge=1)
     """Multiplies the temperature of a question at each step in which all its samples
     equal its initial response, up to a factor of 10 in total; 1: off."""
-    top_p: Fraction = 0.95
-    """Draw from the smallest set of likeliest tokens with at least this total probability."""
-    top_k: NonNegativeInt = 50
-    """Draw from the k likeliest tokens; 0: all."""
-    max_length: PositiveInt = 200
-    """Maximum length of prompt and sampled answer together, in tokens."""
-    min_len: NonNegativeInt = 0
-    """Minimum number of words; exp(-words) is subtracted from the reward of shorter samples; 0: off."""
     fluency_weight: NonNegativeFloat = 0.0
     """Weight of a sample's mean NLL per token under the model before unlearning, subtracted from its reward; 0: off."""
     selection_temperature: NonNegativeFloat = 0.0
@@ -61,18 +49,6 @@ class PMCSettings(MethodSettings):
     early_stopping: bool = True
     """Stop samples that can no longer be selected; only for rewards that never rise as a sample grows,
     and with selection_temperature=0."""
-    sampling_batch_size: int | None = Field(None, gt=0)
-    """Maximum number of samples in a batch; null: as many as fit in a tenth of the memory."""
-    reward: Any = Field(default_factory=lambda: {"_target_": "unlearning.rewards.rouge_l"})
-    """Function (reference, samples) -> list of rewards in [0, 1]."""
-
-    @field_validator("temperature")
-    @classmethod
-    def samples_differ(cls, temperature: float, info: ValidationInfo) -> float:
-        if temperature == 0 and info.data.get("num_samples", 1) > 1:
-            samples = f"all {info.data['num_samples']} samples"
-            raise ValueError(f"{samples} would be the same greedy answer; expected more than 0, or num_samples=1")
-        return temperature
 
     @field_validator("stalled_temperature_factor")
     @classmethod
@@ -80,23 +56,6 @@ class PMCSettings(MethodSettings):
         if factor > 1 and info.data.get("temperature") == 0:
             raise ValueError("temperature=0 cannot be raised; give it a temperature above 0")
         return factor
-
-    @field_validator("reward")
-    @classmethod
-    def exists(cls, reward: Any) -> Any:
-        if not isinstance(reward, dict):
-            raise ValueError("expected the keys _target_, a function, and its further arguments")
-        target = reward.get("_target_")
-        try:
-            function = get_method(target)
-        except (ValueError, ImportError, TypeError, AttributeError) as error:
-            raise ValueError(f"method.reward._target_={target}: no such function ({reason(error)})") from error
-        arguments = {key: value for key, value in reward.items() if key not in HYDRA_KEYS}
-        try:
-            inspect.signature(function).bind("reference", ["sample"], **arguments)
-        except TypeError as error:
-            raise ValueError(f"method.reward._target_={target}(reference, samples, **{arguments}): {error}") from error
-        return reward
 
 
 class FluencyPenalty:

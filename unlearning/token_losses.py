@@ -46,6 +46,7 @@ class TokenLosses(MicroBatchPart):
         size: number of examples.
         targets: the answer tokens, shape (tokens,).
         position: position of each example in its row's tuple of `forget_groups`, shape (size,); 0 for retain examples.
+        weights: weight of each example (`common.prompts.Example`), float32, shape (size,).
         compute_logits: returns `logits`.
     """
 
@@ -54,6 +55,7 @@ class TokenLosses(MicroBatchPart):
     size: int
     targets: torch.Tensor
     position: torch.Tensor
+    weights: torch.Tensor
     compute_logits: Callable[[], torch.Tensor]
 
     @property
@@ -86,3 +88,10 @@ class TokenLosses(MicroBatchPart):
     def cross_entropy(self) -> torch.Tensor:
         """-log p, the mean over tokens."""
         return self.mean_over_tokens(self.losses)
+
+    @property
+    def divergence_from_reference(self) -> torch.Tensor:
+        """KL(pi0 || pi) in nats, pi0 being the reference model: the mean over tokens."""
+        reference = self.reference.log_probs
+        # KL of every answer token: the sum over the vocabulary of p0 * (log p0 - log p)
+        return self.mean_over_tokens((reference.exp() * (reference - self.log_probs)).sum(dim=-1))

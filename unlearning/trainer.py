@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, ValidationInfo, field_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationInfo, field_validator
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -28,6 +28,7 @@ from common.losses import answer_logits
 from common.prompts import Example, PromptFormat
 from common.trainer import ResumableTrainer
 from unlearning.dual_variable import DualVariable
+from unlearning.gradient_collapse import GradientCollapse
 from unlearning.reference_model import ReferenceModel, ShardedReferenceModel
 from unlearning.token_losses import TokenLosses
 
@@ -46,6 +47,8 @@ class MethodSettings:
     """lambda_unlearning=auto: the retain loss may be this fraction above that of the model before unlearning."""
     dual_step_size: PositiveFloat = 1.0
     """lambda_unlearning=auto: the weight changes at each step by this times the retain loss above its bound."""
+    collapsed_components: NonNegativeInt = 0
+    """RepSelect: number of principal components of the forget gradient that are collapsed in each matrix; 0: off."""
 
     @field_validator("lambda_unlearning")
     @classmethod
@@ -87,7 +90,7 @@ class UnlearningTrainer(ResumableTrainer):
         settings: an instance of the class's `Settings`.
     Raises:
         UserError: when the method needs the reference model and the weights are sharded, or when `lambda_unlearning` is
-            auto and the retain loss is not the cross-entropy.
+            auto and the retain loss is not the cross-entropy, or when `collapsed_components` cannot be used.
     """
 
     Settings: type = MethodSettings
@@ -107,6 +110,8 @@ class UnlearningTrainer(ResumableTrainer):
         self.retain_examples = [self.example(row) for row in data.retain]
         self.reference = self.new_reference() if self.needs_reference else None
         self.dual = self.new_dual_variable()
+        components = getattr(settings, "collapsed_components", 0)
+        self.collapse = GradientCollapse(self, components) if components else None
 
     def new_reference(self) -> ReferenceModel | ShardedReferenceModel:
         return (
@@ -171,6 +176,13 @@ class UnlearningTrainer(ResumableTrainer):
         }
         return micro_batches, None
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """The passes of a micro-batch; after the last one of the optimizer step all gradients are in place."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.collapse and self.accelerator.sync_gradients:
+            self.collapse.add_to_gradients()
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """gamma * forget loss + lambda_unlearning * retain loss of a micro-batch."""
         loss = 0.0
@@ -182,7 +194,8 @@ class UnlearningTrainer(ResumableTrainer):
                 self.add_to_epoch(forget_nll=token_losses.cross_entropy.detach())
             if part == "retain" and self.dual:
                 self.dual.retain_loss = self.dual.retain_loss + value.detach()
-            loss = loss + self.weights[part] * value
+            weighted = self.weights[part] * value
+            loss = loss + (self.collapse.collect(weighted) if part == "forget" and self.collapse else weighted)
         return loss * self.args.world_size  # gradients are averaged over processes
 
     def token_losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, TokenLosses]:
@@ -202,6 +215,7 @@ class UnlearningTrainer(ResumableTrainer):
                 int(examples.sum()),
                 targets[own],
                 batch["position"][examples],
+                batch["weights"][examples],
                 partial(logits.__getitem__, own),
             )
         return by_part
@@ -258,6 +272,7 @@ def collate_pairs(
 
     The examples of the forget rows come first (the first ones of all rows, then the second ones, ...). `is_forget`, shape
     (examples,), marks them; `position`, of the same shape, is 0 for the first ones and for retain examples, then 1, ...
+    `weights` has the weight of each example.
     """
     micro_batches = []
     by_length = [sort_into_micro_batches(groups, sizes, longest) for groups in (forget, retain)]
@@ -266,8 +281,9 @@ def collate_pairs(
         retain_examples = list(chain.from_iterable(retain_groups))
         is_forget = torch.tensor([True] * len(forget_examples) + [False] * len(retain_examples))
         position = (is_forget.cumsum(0) - 1) // max(1, len(forget_groups)) * is_forget
-        batch = collate(forget_examples + retain_examples)
-        micro_batches.append({**batch, "is_forget": is_forget, "position": position})
+        examples = forget_examples + retain_examples
+        weights = torch.tensor([example.weight for example in examples])
+        micro_batches.append({**collate(examples), "is_forget": is_forget, "position": position, "weights": weights})
     return micro_batches
 
 

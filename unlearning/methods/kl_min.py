@@ -17,6 +17,4 @@ class KLMin(GradDiff):
     needs_reference = True
 
     def retain_loss(self, retain: TokenLosses) -> torch.Tensor:
-        reference = retain.reference.log_probs
-        # KL of every answer token: the sum over the vocabulary of p0 * (log p0 - log p)
-        return retain.mean_over_tokens((reference.exp() * (reference - retain.log_probs)).sum(dim=-1))
+        return retain.divergence_from_reference
