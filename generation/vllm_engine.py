@@ -84,7 +84,7 @@ def generate(
             f"generation.engine=vllm: vLLM chooses the number of answers in a batch (now {settings.batch_size}); leave out "
             "method.sampling_batch_size and evaluation.batch_size, and set generation.vllm_memory_fraction"
         )
-    engine = _engine_with_weights_of(model, settings.max_length)
+    engine = engine_with_weights_of(model, settings.max_length, _memory_fraction)
     if prompts:
         _check_weights(engine, model, prompts[0])
     params = [
@@ -110,8 +110,15 @@ def seed_of(rng_key: tuple[int, ...]) -> int:
     return int(np.random.SeedSequence(rng_key).generate_state(1)[0])
 
 
-def _engine_with_weights_of(model: PreTrainedModel, max_length: int) -> Any:
-    """The engine of models with this configuration, with the current weights of `model`."""
+def engine_with_weights_of(model: PreTrainedModel, max_length: int, memory_fraction: float) -> Any:
+    """The engine (vllm.LLM) of models with this configuration, with the current weights of `model`.
+
+    Args:
+        max_length: maximum tokens of a prompt with its answer.
+        memory_fraction: of the GPU's memory, for vLLM.
+    Raises:
+        UserError: for a model with an adapter.
+    """
     global _engine
     if hasattr(model, "peft_config"):
         raise UserError(
@@ -120,7 +127,7 @@ def _engine_with_weights_of(model: PreTrainedModel, max_length: int) -> Any:
     key = (model.config.to_json_string(), model.dtype, max_length)
     if _engine is None or _engine[0] != key:
         _engine = None  # frees the previous one
-        _engine = key, _new_engine(model, max_length)
+        _engine = key, _new_engine(model, max_length, memory_fraction)
     engine = _engine[1]
     weights = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
     engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -160,7 +167,7 @@ def _check_weights(engine: Any, model: PreTrainedModel, prompt: list[int]) -> No
         )
 
 
-def _new_engine(model: PreTrainedModel, max_length: int) -> Any:
+def _new_engine(model: PreTrainedModel, max_length: int, memory_fraction: float) -> Any:
     """An engine without weights for models of this configuration. It needs no tokenizer and no network."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where it can read the model's weights
     from vllm import LLM
@@ -174,7 +181,7 @@ def _new_engine(model: PreTrainedModel, max_length: int) -> Any:
             generation_config="vllm",  # its own defaults, as there is no such file
             dtype=str(model.dtype).removeprefix("torch."),
             max_model_len=max_length,
-            gpu_memory_utilization=_memory_fraction,
+            gpu_memory_utilization=memory_fraction,
             enforce_eager=model.device.type == "cpu",  # compiling takes minutes there
             trust_remote_code=False,
             disable_log_stats=True,
