@@ -1,4 +1,4 @@
-"""generation.engine=vllm, with a stand-in for vLLM: it records what it is given, and has a model of the weights passed to it."""
+"""generation.engine=vllm, with a stand-in for vLLM that records what it is given and has a model of the weights it got."""
 
 import sys
 from importlib.machinery import ModuleSpec
