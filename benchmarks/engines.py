@@ -1,5 +1,7 @@
 """Time sampling with three engines on the same prompts: the project's own, Hugging Face's `generate` and `generate_batch`.
 
+vLLM is a fourth where it is installed (requirements-vllm.txt); weights are passed to it before each round, as in training.
+
     python benchmarks/engines.py -cn=benchmark/smollm2
 
 `generate_batch` is transformers' continuous batching over a paged cache. All answers have the same length here, because
@@ -18,6 +20,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 
 import hydra
@@ -31,6 +34,7 @@ from common.cli import job_errors, launch
 from common.config import RunConfig
 from common.files import CONFIGS
 from common.forward import evaluation_mode
+from generation import vllm_engine
 from generation.token_sampling import SamplingSettings
 
 ANSWER_LENGTH = 37  # the mean of TOFU's
@@ -47,12 +51,26 @@ def engines(config: RunConfig, model, prompts: list[list[int]]) -> dict[str, Cal
     settings = SamplingSettings(s.max_length, s.num_samples, s.temperature, s.top_k, s.top_p)
     lengths = [[ANSWER_LENGTH] * s.num_samples for _ in prompts]
     rng_keys = [(0, index) for index in range(len(prompts))]
+    settings_of_vllm = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "n": s.num_samples}
     paged = GenerationConfig(max_new_tokens=ANSWER_LENGTH, eos_token_id=-1, pad_token_id=0, **options)
-    return {
+    found = {
         "optimized": lambda: generate_lengths(lengths, model, prompts, settings, [], rng_keys),
         "generate": lambda: baseline_answers(model, repeated, [ANSWER_LENGTH] * len(repeated), [], 0, **options),
         "generate_batch": lambda: list(model.generate_batch(inputs=repeated, generation_config=paged).values()),
     }
+    if find_spec("vllm"):
+        found["vllm"] = lambda: answers_of_vllm(model, prompts, config, settings_of_vllm)
+    return found
+
+
+def answers_of_vllm(model, prompts: list[list[int]], config: RunConfig, options: dict) -> list:
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=ANSWER_LENGTH, ignore_eos=True, detokenize=False, **options)
+    engine = vllm_engine.engine_with_weights_of(
+        model, config.settings.max_length, config.generation.vllm_memory_fraction
+    )
+    return engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
 
 
 def compare(cfg: DictConfig) -> None:

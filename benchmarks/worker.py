@@ -28,8 +28,7 @@ from common.prompts import PromptFormat
 from common.rouge import rouge_l_recall
 from common.training_arguments import training_arguments
 from evaluation.metrics.headline import load_questions
-from generation.cuda_graphs import use_cuda_graphs
-from generation.sampler import generate
+from generation.sampler import generate, use_engine
 from generation.token_sampling import SamplingSettings
 from unlearning.pmc import PMCSettings
 from unlearning.start_checkpoint import start_checkpoint
@@ -98,7 +97,7 @@ class TakeTurns(TrainerCallback):
 
 def make_trainer(name: str, config: RunConfig, folder: str, questions: int) -> TimedPMC | BaselinePMC:
     """A trainer with the recipe's model and data; if the model is new, random weights and this many invented questions."""
-    use_cuda_graphs(config.generation.cuda_graphs)
+    use_engine(config.generation)
     new = config.model.new
     tokenizer = word_tokenizer(new.vocab_size) if new else load_tokenizer(config.model)
     set_seed(config.seed)

@@ -197,6 +197,10 @@ class EvaluationConfig:
 class GenerationConfig:
     cuda_graphs: Literal[False, "auto"] = False
     """Record the decode step as CUDA graphs: false, or auto on an NVIDIA GPU."""
+    engine: Literal["own", "vllm"] = "own"
+    """Own: the sampler of this project; vllm: vLLM in the same process (docs/speed.md names what it cannot do)."""
+    vllm_memory_fraction: Fraction = 0.3
+    """Fraction of the GPU's memory for vLLM's weights and cache; training needs the rest."""
 
 
 @section

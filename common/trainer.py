@@ -79,16 +79,11 @@ class ResumableTrainer(Trainer):
     def check_sharding(self) -> None:
         """Check that weights that are sharded over processes can be gathered. Only those of FSDP2 on GPUs can.
 
-        Accelerate's settings are read, since training.fsdp and training.deepspeed are not the only ways to turn it on.
+        Accelerate's settings are read, since training.fsdp is not the only way to turn it on.
 
         Raises:
             UserError: names the setting.
         """
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise UserError(
-                "DeepSpeed ZeRO-3: answers are generated from whole weights, and here each process has a part of them; leave "
-                "out training.deepspeed and accelerate's settings for it, and use +sharding=fsdp, ZeRO-2 or model.lora"
-            )
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise UserError("training.fsdp: there is no GPU here, and the weights would not be sharded; leave it out")
         if not self.is_fsdp_enabled:

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
         output_dir: folder of the checkpoints.
         num_rows: number of training rows, for converting `warmup_epochs` to optimizer steps.
     Raises:
-        UserError: if TrainingArguments rejects a combination of values.
+        UserError: if TrainingArguments rejects a combination of values, or DeepSpeed cannot be used with them.
     """
     values = dict(config.training)
     values.pop("num_epochs", None)  # the recipes set num_train_epochs to it
@@ -55,13 +56,37 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
     values["disable_tqdm"] = values.get("disable_tqdm") or not sys.stderr.isatty()
     values.setdefault("project", "partial-model-collapse")  # of trackio; as WANDB_PROJECT in environment.env
     values.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+    if values.get("deepspeed") and find_spec("deepspeed") is None:
+        raise UserError("training.deepspeed: DeepSpeed is not installed; pip install -r requirements-deepspeed.txt")
     with library_errors_as_user_error("training"):
         args = TrainingArguments(output_dir=str(output_dir), seed=config.seed, remove_unused_columns=False, **values)
+        check_deepspeed(args)
         _check_parts(args, num_rows)
     if args.n_gpu > 1:
         log.info("using one of %d GPUs; torchrun --nproc-per-node N uses more", args.n_gpu)
         args._n_gpu = 1  # prevents DataParallel, which splits every tensor along its first dimension
     return args
+
+
+def check_deepspeed(args: TrainingArguments) -> None:
+    """Check DeepSpeed's settings, of training.deepspeed or accelerate's environment, before the model is loaded.
+
+    Raises:
+        UserError: names the setting.
+    """
+    plugin = args.deepspeed_plugin
+    if plugin is None:
+        return
+    if plugin.zero_stage == 3:
+        raise UserError(
+            "DeepSpeed ZeRO-3 (zero_optimization.stage=3): answers are generated from whole weights, and here each process "
+            "has a part of them; +sharding=fsdp does that job, and +sharding=zero2 keeps whole weights"
+        )
+    if args.bf16 or args.fp16:
+        raise UserError(
+            f"training.{'bf16' if args.bf16 else 'fp16'}=true: DeepSpeed would store the weights in 16 bits, and here they "
+            "stay in float32; set it to false, and training.deepspeed.torch_autocast computes in bfloat16 (see +sharding=zero2)"
+        )
 
 
 def _check_parts(args: TrainingArguments, num_rows: int) -> None:

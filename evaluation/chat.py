@@ -38,7 +38,7 @@ from evaluation.context import Loader
 from evaluation.inputs import fill_from_run
 from evaluation.metrics.tofu import probability
 from evaluation.model_outputs import ModelOutputs
-from generation.cuda_graphs import use_cuda_graphs
+from generation.sampler import use_engine
 
 # C0 and C1 control characters except tab and newline, and those that change the direction of writing.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -91,7 +91,7 @@ class Pair:
             )
         configs = {name: read_chat(cfg, name) for name in names}
         self.settings = ChatSettings(**configs["before"].sections)
-        use_cuda_graphs(configs["before"].generation.cuda_graphs)
+        use_engine(configs["before"].generation)
         self.models = {name: load(config, name) for name, config in configs.items()}
 
     def ask(self, question: str) -> dict[str, Reply]:

@@ -37,7 +37,7 @@ from evaluation.metrics.registry import check_inputs, chosen_groups, measure_gro
 from evaluation.plots import plot_relearning, relearning_curves
 from evaluation.report import report_sweep
 from evaluation.tables import headline_table, score_table
-from generation.cuda_graphs import use_cuda_graphs
+from generation.sampler import use_engine
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Job:
         made_by = result_of(self.path) or {}
         fill_from_run(cfg, made_by.get("config"))
         self.config = read_evaluation(cfg)
-        use_cuda_graphs(self.config.generation.cuda_graphs)
+        use_engine(self.config.generation)
         self.groups = chosen_groups(cfg.metrics)
         check_inputs(self.config, self.groups)
         self.folder = run_folder("evaluated", self.config, overrides_for(path, self.config) if several else None)

@@ -35,7 +35,7 @@ from common.trainer import ExampleTrainer
 from common.training_arguments import training_arguments
 from evaluation.during_training import Evaluator
 from evaluation.report import report_sweep
-from generation.cuda_graphs import use_cuda_graphs
+from generation.sampler import use_engine
 
 
 def finetune(cfg: DictConfig) -> Path:
@@ -46,7 +46,7 @@ def finetune(cfg: DictConfig) -> Path:
     """
     config = read_config(cfg)
     check_push(cfg, config)
-    use_cuda_graphs(config.generation.cuda_graphs)
+    use_engine(config.generation)
     run = training_run("finetuned", cfg, config)
     with run.locked(), use_words(config.data.words):
         if not run.is_done():

@@ -6,6 +6,8 @@
    order of the prompts, the other rows of the batch or the number of processes.
 3. Finished answers are removed from the batch once they make up a tenth of it.
 4. A batch has as many answers as fit in a fraction of the memory.
+
+With generation.engine=vllm, `generation.vllm_engine` generates instead.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,10 +18,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from common.config import GenerationConfig
 from common.forward import evaluation_mode
 from common.hardware import suitable_threads
 from common.losses import check_finite
+from generation import vllm_engine
 from generation.batch_size import rows_that_fit
+from generation.cuda_graphs import use_cuda_graphs
 from generation.decoder import Decoder
 from generation.kv_cache import compact_indices
 from generation.plain_decoder import PlainDecoder, decoder_of
@@ -45,6 +50,16 @@ class StoppingCriteria(Protocol):
 
     def check(self, finished: Sequence[PartialSample], running: Sequence[PartialSample]) -> Sequence[bool]:
         """For each running answer whether to stop it; `finished` are those that finished since the last check."""
+
+
+def use_engine(config: GenerationConfig) -> None:
+    """Apply the configuration's `generation` section to this process.
+
+    Raises:
+        UserError: when vLLM is chosen and cannot be used.
+    """
+    use_cuda_graphs(config.cuda_graphs)
+    vllm_engine.use_vllm(config)
 
 
 @torch.no_grad()
@@ -73,6 +88,12 @@ def generate(
         for each prompt `num_samples` answers. An answer ends with its EOS token unless `max_length` or `stopping_criteria`
         cut it short.
     """
+    if vllm_engine.is_used():
+        answers = vllm_engine.generate(model, prompts, settings, eos_token_ids, rng_keys, temperatures)
+        if stopping_criteria:  # it scores the answers; none is still running
+            finished = [PartialSample(i, j, ids) for i, drawn in enumerate(answers) for j, ids in enumerate(drawn)]
+            stopping_criteria.check(finished, [])
+        return answers
     answers: list[list[list[int]]] = [[] for _ in prompts]
     total = len(prompts) * settings.num_samples
     # disable=None: a bar on a terminal only

@@ -2,10 +2,13 @@
 
     torchrun --nproc-per-node 2 tests/sharded_stage.py finetuning -cn=tiny +sharding=fsdp
 
-Accelerate shards on GPUs only: here the processes are called those of another accelerator, and the rest is its own code, with
-DTensors on the CPU. SIGNAL=NUMBER@PASS sends a signal to the second process alone, in that forward pass of training.
+Accelerate uses FSDP2 on GPUs only: here the processes are called those of another accelerator, and the rest is its own code,
+with DTensors on the CPU. DeepSpeed (+sharding=zero2) runs on CPUs, with DS_ACCELERATOR=cpu; only its collectives in shared
+memory, which it would compile for minutes, are left out, so that those of gloo are used. SIGNAL=NUMBER@PASS sends a signal to
+the second process alone, in that forward pass of training.
 """
 
+import importlib
 import os
 import runpy
 import sys
@@ -35,6 +38,9 @@ def signaled_step(trainer, *args, **kwargs):
 
 if "+sharding=fsdp" in sys.argv or "ACCELERATE_USE_FSDP" in os.environ:
     PartialState.__init__ = start_as_gpus
+if "+sharding=zero2" in sys.argv:
+    # By import_module, as deepspeed.comm has an attribute of that name: torch itself.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 if "SIGNAL" in os.environ and os.environ["RANK"] == "1":
     Trainer.training_step = signaled_step
 sys.argv[:2] = [str(ROOT / sys.argv[1] / "main.py")]

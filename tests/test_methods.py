@@ -25,6 +25,7 @@ from common.files import CONFIGS
 from common.model import add_adapter
 from common.new_model import new_model
 from common.rouge import rouge_l_recall
+from common.training_arguments import check_deepspeed
 from tests.helpers import ROWS, Plain, arguments, log_softmax, resumed_and_whole, run_stage
 from unlearning.methods.altpo import AltPO
 from unlearning.methods.refusals import read_refusals
@@ -467,39 +468,37 @@ def test_an_error_inside_leaves_the_present_weights_in_place(learned, prompts):
     torch.testing.assert_close(outputs(model, prompts), present, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("fsdp", "zero_stage", "method", "message"),
-    [
-        (
-            True,
-            None,
-            "grad_diff",
-            "FSDP with cpu_offload=true, cpu_ram_efficient_loading=true: the weights cannot be gathered",
-        ),
-        (False, 3, "grad_diff", "ZeRO-3: answers are generated from whole weights"),
-        (False, 2, "npo", "NPO needs the model before unlearning"),
-        (False, 2, "grad_diff", None),
-    ],
-)
-def test_weights_that_cannot_be_gathered_are_refused_however_they_were_turned_on(
-    fsdp, zero_stage, method, message, learned, prompts, tmp_path, monkeypatch
-):
+def test_settings_of_fsdp_that_cannot_be_gathered_are_refused(learned, prompts, tmp_path, monkeypatch):
     """Accelerate's environment turns them on as well. Then the training arguments say nothing."""
     original = Trainer.create_accelerator_and_postprocess
 
     def create(trainer):
         original(trainer)
-        trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = fsdp, zero_stage is not None
-        monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", SimpleNamespace(zero_stage=zero_stage))
+        trainer.is_fsdp_enabled = True
         offloaded = {"cpu_offload": CPUOffloadPolicy(), "cpu_ram_efficient_loading": True}
         plugin = SimpleNamespace(fsdp_version=2, state_dict_type="FULL_STATE_DICT", **offloaded)
         monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create)
-    found, settings = method_named(method)
+    found, settings = method_named("grad_diff")
     data = UnlearningData(ROWS, ROWS, prompts, 64)
-    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+    message = "FSDP with cpu_offload=true, cpu_ram_efficient_loading=true: the weights cannot be gathered"
+    with pytest.raises(UserError, match=message):
         found(copy.deepcopy(learned), arguments(tmp_path, 2, 1), data, settings)
+
+
+@pytest.mark.parametrize(
+    ("stage", "bf16", "message"),
+    [
+        (3, False, "ZeRO-3 .*sharding=fsdp does that job"),
+        (2, True, "training.bf16=true: DeepSpeed would"),
+        (2, False, None),
+    ],
+)
+def test_settings_of_deepspeed_that_cannot_work_are_refused_however_it_was_turned_on(stage, bf16, message):
+    args = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage), bf16=bf16, fp16=False)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_deepspeed(args)
 
 
 def test_a_fluency_weight_is_refused_with_sharded_weights(learned, prompts, tmp_path, monkeypatch):

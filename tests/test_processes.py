@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 from safetensors.torch import load_file
@@ -16,6 +17,10 @@ from tests.helpers import run_in_processes, run_stage
 
 FORGET_ROWS_PER_STEP = 10
 SCRIPT = ROOT / "tests" / "sharded_stage.py"
+ZERO2 = ("+sharding=zero2", "training.deepspeed.torch_autocast.enabled=false")
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed (requirements-deepspeed.txt)"
+)
 QUICK = ("evaluation.every_epochs=0", "evaluation.start=false")
 
 
@@ -23,7 +28,7 @@ def start(processes, stage, words, **env):
     """Run a stage's command in this many processes; returns the finished (first) process with its output as text."""
     if processes == 1:
         return run_stage(stage, *words, check=False)
-    return run_in_processes(SCRIPT, [stage, *words], processes, **env)
+    return run_in_processes(SCRIPT, [stage, *words], processes, DS_ACCELERATOR="cpu", **env)
 
 
 def torchrun(stage, words, **env):
@@ -116,3 +121,54 @@ def test_with_sharded_weights_the_reference_model_is_a_second_one(models_dir, tm
     words = ("-cn=unlearn-tiny", "method=rmu", "model.lora={r:8,alpha:16}", "training.learning_rate=1e-2", *QUICK)
     expected = run(1, tmp_path / "1", models_dir, *words)
     assert_equal_histories(expected, run(2, tmp_path / "2", models_dir, *words, "+sharding=fsdp"))
+
+
+@needs_deepspeed
+def test_zero2_trains_as_one_process_and_resumes(models_dir, tmp_path):
+    """PMC: samples, scores, saved weights; the second process alone gets a signal, and the same command continues."""
+    words = ("-cn=PMC-unlearn-tiny", "evaluation.every_epochs=2")
+    one, two = tmp_path / "1", tmp_path / "2"
+    stopped = start(
+        2, "unlearning", unlearning_words(2, two, models_dir, *words, *ZERO2), SIGNAL=f"{int(signal.SIGTERM)}@4"
+    )
+    assert "stopped by signal 15 after step 4 of 9" in stopped.stdout, stopped.stdout + stopped.stderr
+    assert_equal_histories(run(1, one, models_dir, *words), run(2, two, models_dir, *words, *ZERO2))
+    assert (one / "generations.jsonl").read_text() == (two / "generations.jsonl").read_text()
+    assert_equal_weights(one, two)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("words", [("method=npo",), ("method=rmu", "model.lora={r:8,alpha:16}")])
+def test_zero2_compares_with_the_model_before_unlearning_as_one_process_does(words, models_dir, tmp_path):
+    words = ("-cn=unlearn-tiny", *words, "training.learning_rate=1e-4", *QUICK)
+    expected = run(1, tmp_path / "1", models_dir, *words)
+    assert_equal_histories(expected, run(2, tmp_path / "2", models_dir, *words, *ZERO2))
+    if "method=npo" in words:
+        assert_equal_weights(tmp_path / "1", tmp_path / "2")
+
+
+@needs_deepspeed
+def test_zero2_finetunes_as_one_process_does(models_dir, tmp_path):
+    """With accumulated gradients, which DeepSpeed sums up itself."""
+    words = ("-cn=tiny", f"models_dir={models_dir}", "training.num_epochs=1", "training.gradient_accumulation_steps=2")
+    for processes, sharding in ((1, ()), (2, ZERO2)):
+        where = (f"output_dir={tmp_path}/{processes}", f"training.per_device_train_batch_size={8 // processes}")
+        done = start(processes, "finetuning", [*words, *where, *QUICK, *sharding])
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert_equal_histories(history(tmp_path / "1"), history(tmp_path / "2"))
+    assert_equal_weights(tmp_path / "1", tmp_path / "2")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.deepspeed.zero_optimization.stage=3", "+sharding=fsdp does that job"),
+        ("training.bf16=true", "training.bf16=true: DeepSpeed would store the weights in 16 bits"),
+    ],
+)
+def test_settings_of_deepspeed_that_cannot_work_are_refused(override, message, models_dir, tmp_path):
+    words = unlearning_words(2, tmp_path, models_dir, "-cn=PMC-unlearn-tiny", "+sharding=zero2", override)
+    done = start(2, "unlearning", words)
+    assert done.returncode != 0
+    assert message in done.stderr, done.stdout + done.stderr

@@ -41,7 +41,7 @@ from common.training_arguments import training_arguments
 from evaluation.during_training import Evaluator
 from evaluation.report import report_sweep, write_page
 from evaluation.run_report import write_report
-from generation.cuda_graphs import use_cuda_graphs
+from generation.sampler import use_engine
 from unlearning.start_checkpoint import start_checkpoint
 from unlearning.trainer import UnlearningData, UnlearningTrainer
 
@@ -54,7 +54,7 @@ def unlearn(cfg: DictConfig) -> Path:
     """
     method = method_class(cfg)
     config = read_config(cfg, method.Settings, also=("finetuned",))
-    use_cuda_graphs(config.generation.cuda_graphs)
+    use_engine(config.generation)
     config = replace(config, model=start_checkpoint(config, str(cfg.finetuned)))
     check_push(cfg, config)
     run = training_run("unlearned", cfg, config)

@@ -19,7 +19,7 @@ class ReferenceModel:
     the adapter disabled, the model would be the base model and not the finetuned one, if finetuning trained the adapter.)
 
     Args:
-        model: the model to be trained, on its device, with the `requires_grad` of training.
+        model: the model to be trained, with the `requires_grad` of training.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -31,6 +31,8 @@ class ReferenceModel:
     def active(self) -> Iterator[PreTrainedModel]:
         """Inside, the model has the reference weights, is in evaluation mode and computes no gradients."""
         current = [parameter.data for parameter in self.trained]
+        # DeepSpeed moves the model to its device when training begins.
+        self.start = [value.to(parameter.device) for parameter, value in zip(self.trained, self.start, strict=True)]
         try:
             self._load(self.start)
             with torch.no_grad(), evaluation_mode(self.model):

@@ -89,8 +89,8 @@ class UnlearningTrainer(ResumableTrainer):
         data: the forget and retain rows.
         settings: an instance of the class's `Settings`.
     Raises:
-        UserError: when the method needs the reference model and the weights are sharded, or when `lambda_unlearning` is
-            auto and the retain loss is not the cross-entropy, or when `collapsed_components` cannot be used.
+        UserError: when `lambda_unlearning` is auto and the retain loss is not the cross-entropy, or when
+            `collapsed_components` cannot be used.
     """
 
     Settings: type = MethodSettings
@@ -100,11 +100,6 @@ class UnlearningTrainer(ResumableTrainer):
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: Any):
         super().__init__(model, args, data.forget, data.prompts.tokenizer)
-        if self.needs_reference and self.is_deepspeed_enabled:
-            raise UserError(
-                f"DeepSpeed: {type(self).__name__} needs the model before unlearning, which is not kept where DeepSpeed holds "
-                "the weights; leave out training.deepspeed and accelerate's settings for it, or use model.lora"
-            )
         self.data = data
         self.settings = settings
         self.retain_examples = [self.example(row) for row in data.retain]
