@@ -88,6 +88,11 @@ def load_splits(data: DataConfig, roles: tuple[str, ...]) -> dict[str, list[Row]
     return splits
 
 
+def passages_of(rows: list[Row]) -> list[tuple[str, str]]:
+    """Prompt and continuation of the rows that are windows of a text."""
+    return [(row.question, row.answer) for row in rows if row.is_passage]
+
+
 def check_apart(forget: list[Row], others: list[Row], role: str) -> None:
     """Warn of rows of another role that are also to be forgotten.
 
