@@ -117,7 +117,7 @@ def test_group_file_can_be_chosen(group, choice):
         if isinstance(value, int | float | str) and "${" not in str(value)
     ]
     assert all(same)
-    assert same or choice in ("from_run", "tofu-cpu", "grad_ascent", "retain_only")
+    assert same or choice in ("from_run", "tofu-cpu", "tofu-forget05", "grad_ascent", "retain_only")
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name.startswith(("PMC-", "unlearn-"))])

@@ -1,7 +1,7 @@
 """How much of texts is memorized: word for word, and as knowledge that questions about them ask for.
 
-Both as in MUSE (arXiv 2407.06460), from greedy answers; all scores are in [0, 1]. The texts are windows (`data.windows`) of the role
-forget, the questions those of the roles forget_questions and retain_questions.
+Both as in MUSE (arXiv 2407.06460), from greedy answers; all scores are in [0, 1]. The texts are windows (`data.windows`) of
+the role forget, the questions those of the roles forget_questions and retain_questions.
 
 Scores:
     text/verbmem (lower): mean ROUGE-L F1 of the continuations of the forget texts. Not shown: the same facts in other
