@@ -186,6 +186,7 @@ class Splits(TypedDict, total=False):
     retain_perturbed: str | None
     real_authors: str | None
     world_facts: str | None
+    forget_passages: str | None
     forget_questions: str | None
     retain_questions: str | None
     holdout: str | None

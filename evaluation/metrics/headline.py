@@ -6,7 +6,7 @@
 R[split] is the mean recall over the split's rows. On forget_paraphrased, paraphrased questions are scored against
 paraphrased answers. If a data set lacks forget_paraphrased, real_authors or world_facts, only its other splits are used:
 unlearn_quality = 100 * (1 - mean R of the forget splits), utility = 100 * mean R of the others. A note in the result then says
-which splits the utility is of. Sets of texts may have forget_questions and retain_questions, which count beside the texts.
+which splits the utility is of.
 
 Both are percentages; higher is better. Neither depends on fluency: an empty or garbled forget answer gets the same score as
 a sensible wrong one. The length of the forget answers and the fraction of empty ones are therefore reported as well.
@@ -37,8 +37,8 @@ from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Scores
 
 log = logging.getLogger(__name__)
-FORGET_ROLES = ("forget", "forget_paraphrased", "forget_questions")
-UTILITY_ROLES = ("retain", "real_authors", "world_facts", "retain_questions")
+FORGET_ROLES = ("forget", "forget_paraphrased")
+UTILITY_ROLES = ("retain", "real_authors", "world_facts")
 ROLES = FORGET_ROLES + UTILITY_ROLES
 
 

@@ -59,7 +59,7 @@ class MetricGroup:
 METRIC_GROUPS = {
     "headline": MetricGroup(headline.measure, headline.ROLES),
     "memorization": MetricGroup(memorization.measure, ["forget"]),
-    "text": MetricGroup(text.measure, ["forget", *text.QUESTION_ROLES]),
+    "text": MetricGroup(text.measure, ["forget", "forget_passages", *text.QUESTION_ROLES]),
     "sampling": MetricGroup(sampling.measure, ["forget"], sampling.SamplingAttack),
     "prefill": MetricGroup(prefill.measure, ["forget"]),
     "target_suppression": MetricGroup(target_suppression.measure, ["forget_paraphrased"]),

@@ -1,7 +1,8 @@
 """How much of texts is memorized: word for word, and as knowledge that questions about them ask for.
 
-Both as in MUSE (arXiv 2407.06460), from greedy answers; all scores are in [0, 1]. The texts are windows (`data.windows`) of
-the role forget, the questions those of the roles forget_questions and retain_questions.
+Both as in MUSE (arXiv 2407.06460), from greedy answers; all scores are in [0, 1]. The texts are the rows of the role
+forget_passages, or without it the windows (`data.windows`) of the role forget; the questions are those of the roles
+forget_questions and retain_questions.
 
 Scores:
     text/verbmem (lower): mean ROUGE-L F1 of the continuations of the forget texts. Not shown: the same facts in other
@@ -30,13 +31,15 @@ def exact_match(reference: str, answer: str) -> float:
 def measure(context: EvaluationContext, scores: Scores) -> None:
     """Verbatim memorization of the forget texts, and knowledge of the forget and retain texts."""
     with scores.null_if_missing({"text/verbmem": False}):
-        rows = context.rows("forget")
-        if not any(row.is_passage for row in rows):
-            raise Missing("the forget rows are no texts (data.columns.text)")
+        given = context.config.data.splits.get("forget_passages") is not None
+        role = "forget_passages" if given else "forget"
+        rows = context.rows(role)
+        if not given and not any(row.is_passage for row in rows):
+            raise Missing("the forget rows are no texts (data.columns.text, data.splits.forget_passages)")
         answers = context.outputs.answers([row.question for row in rows])
         pairs = zip(rows, answers, strict=True)
-        values = [rouge_l_f1(row.answer, answer) if row.is_passage else None for row, answer in pairs]
-        scores.mean("text/verbmem", "forget", values, False)
+        values = [rouge_l_f1(row.answer, answer) if given or row.is_passage else None for row, answer in pairs]
+        scores.mean("text/verbmem", role, values, False)
     for role, better in QUESTION_ROLES.items():
         names = [f"text/knowmem/{role}", f"text/exact_match/{role}"]
         with scores.null_if_missing(dict.fromkeys(names, better)):
