@@ -33,8 +33,8 @@ def test_headline_is_always_measured_and_first():
 
 
 def test_presets():
-    assert chosen_groups("full") == [name for name in METRIC_GROUPS if name != "lm_eval"]
-    assert chosen_groups(["full", "lm_eval"]) == list(METRIC_GROUPS)
+    assert chosen_groups("full") == [name for name in METRIC_GROUPS if name not in ("lm_eval", "text")]
+    assert chosen_groups(["full", "lm_eval", "text"]) == list(METRIC_GROUPS)
     assert set(chosen_groups("attacks")) == {
         *("headline", "sampling", "prefill", "target_suppression", "quantization", "relearning")
     }
@@ -99,7 +99,7 @@ def test_every_score_is_complete(evaluated):
         assert result["seconds"]["outputs/samples"] > 0
         assert result["config"]["compared_to"]["retain_model"]["path"] == "models/finetuned/pretrain-tiny/seed-0"
     names = evaluated[1]["vanilla"]["scores"]
-    assert {name.split("/")[0] for name in names if "/" in name} >= set(METRIC_GROUPS) - {"headline", "lm_eval"}
+    assert {name.split("/")[0] for name in names if "/" in name} >= set(METRIC_GROUPS) - {"headline", "lm_eval", "text"}
 
 
 def test_every_score_is_described_by_its_metric_group(evaluated):

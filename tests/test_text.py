@@ -5,7 +5,6 @@ import re
 
 import pytest
 from pydantic import ValidationError
-from tests.helpers import run_stage
 
 from common.config import DataConfig, PromptConfig, WindowsConfig
 from common.data import load_split, windows_of
@@ -14,6 +13,7 @@ from common.files import ROOT
 from common.prompts import PromptFormat, check_passages_fit
 from common.rouge import rouge_l_f1
 from evaluation.metrics.text import exact_match
+from tests.helpers import run_stage
 
 TEXT = "The old mill of Amber Hollow\nstands empty. In 1871 Ada  Lum sold it, and nobody has seen her since then."
 COLUMNS = {"question": "question", "answer": "answer", "text": "text"}
@@ -134,25 +134,29 @@ def test_scores_of_texts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("recipes", "overrides"),
-    [
-        (("tiny-text", "PMC-unlearn-tiny-text"), []),
-        (("lume-cpu", "PMC-unlearn-lume-cpu"), ["evaluation.bf16=false"]),
-    ],
-)
-def test_the_recipes_run_a_step(tmp_path, models_dir, lume, recipes, overrides):
-    base = models_dir / "finetuned" / "pretrain-tiny" / "seed-0"
-    steps = ["training.max_steps=1", "training.per_device_train_batch_size=4", "training.save_strategy=no"]
-    common = [f"models_dir={tmp_path}", "evaluation.max_length=80", "evaluation.every_epochs=0", *steps, *overrides]
-    if "lume" in recipes[0]:
-        common += [f"data.path={lume}", "data.splits.train='forget{task=Task2}[:8]'"]
-        common += ["data.splits.forget='forget{task=Task2}[:8]'", "data.splits.retain='retain{task=Task2}[:8]'"]
+@pytest.mark.parametrize("kind", ["tiny-text", "lume-cpu"])
+def test_the_recipes_run_a_step(tmp_path, model, tokenizer, lume, kind):
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    common = [
+        "evaluation.max_length=200",
+        "evaluation.every_epochs=0",
+        "evaluation.start=false",
+        "evaluation.bf16=false",
+    ]
+    common += ["training.max_steps=1", "training.save_strategy=no", "training.bf16=false", f"models_dir={tmp_path}"]
+    if kind == "tiny-text":
+        common += ["data.windows.words=20", "data.windows.stride=20", "data.splits.retain='retain[:4]'"]
+        common += ["data.splits.forget='forget[:2]'"]
+        train = "data.splits.train='retain[:4]'"
     else:
-        common[1] = "evaluation.max_length=128"
-    run_stage("finetuning", f"-cn={recipes[0]}", f"model.path={base}", f"output_dir={tmp_path}/a", *common)
-    unlearned = f"output_dir={tmp_path}/b"
-    run_stage("unlearning", f"-cn={recipes[1]}", f"finetuned={tmp_path}/a", unlearned, "method.num_samples=2", *common)
+        train = "data.splits.train='forget{task=Task2}[:8]'"
+        common += [f"data.path={lume}"]
+        common += ["data.splits.forget='forget{task=Task2}[:8]'", "data.splits.retain='retain{task=Task2}[:8]'"]
+    run_stage("finetuning", f"-cn={kind}", f"model.path={base}", f"output_dir={tmp_path}/a", train, *common)
+    unlearned = [f"finetuned={tmp_path}/a", f"output_dir={tmp_path}/b", "method.num_samples=2"]
+    run_stage("unlearning", f"-cn=PMC-unlearn-{kind}", *unlearned, *common)
     result = json.loads((tmp_path / "b" / "result.json").read_text())
     assert result["notes"]["utility"] == "of retain alone"
     assert result["scores"]["unlearn_quality"] is not None

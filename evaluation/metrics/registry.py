@@ -73,9 +73,8 @@ METRIC_GROUPS = {
     "relearning": MetricGroup(relearning.measure, ["forget", "retain"], relearning.Relearning),
 }
 PRESETS = {
-    "full": [
-        name for name in METRIC_GROUPS if name != "lm_eval"
-    ],  # lm_eval requires a further package, and a list of tasks
+    # lm_eval requires a further package and a list of tasks, text a data set of texts
+    "full": [name for name in METRIC_GROUPS if name not in ("lm_eval", "text")],
     "attacks": ["sampling", "prefill", "target_suppression", "quantization", "relearning"],
 }
 SETTINGS = {name: group.settings for name, group in METRIC_GROUPS.items() if group.settings}
