@@ -145,7 +145,13 @@ def test_the_recipes_run_a_step(tmp_path, model, tokenizer, lume, kind):
         "evaluation.start=false",
         "evaluation.bf16=false",
     ]
-    common += ["training.max_steps=1", "training.save_strategy=no", "training.bf16=false", f"models_dir={tmp_path}"]
+    common += [
+        f"model.path={base}",
+        "training.max_steps=1",
+        "training.save_strategy=no",
+        "training.bf16=false",
+        f"models_dir={tmp_path}",
+    ]
     if kind == "tiny-text":
         common += ["data.windows.words=20", "data.windows.stride=20", "data.splits.retain='retain[:4]'"]
         common += ["data.splits.forget='forget[:2]'"]
@@ -154,7 +160,7 @@ def test_the_recipes_run_a_step(tmp_path, model, tokenizer, lume, kind):
         train = "data.splits.train='forget{task=Task2}[:8]'"
         common += [f"data.path={lume}"]
         common += ["data.splits.forget='forget{task=Task2}[:8]'", "data.splits.retain='retain{task=Task2}[:8]'"]
-    run_stage("finetuning", f"-cn={kind}", f"model.path={base}", f"output_dir={tmp_path}/a", train, *common)
+    run_stage("finetuning", f"-cn={kind}", f"output_dir={tmp_path}/a", train, *common)
     unlearned = [f"finetuned={tmp_path}/a", f"output_dir={tmp_path}/b", "method.num_samples=2"]
     run_stage("unlearning", f"-cn=PMC-unlearn-{kind}", *unlearned, *common)
     result = json.loads((tmp_path / "b" / "result.json").read_text())
