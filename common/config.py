@@ -65,6 +65,11 @@ class PromptConfig:
             raise ValueError(f"must contain {{{info.field_name}}}")
         return template
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether a prompt and its answer are tokenized as one running text, with a space between them."""
+        return (self.style, self.question, self.answer) == ("plain", "{question}", " {answer}")
+
 
 @section
 class LoraSettings:
@@ -144,6 +149,31 @@ class Columns(TypedDict):
     paraphrased_answer: NotRequired[str]
     perturbed_answer: NotRequired[str]
     entity: NotRequired[str]
+    text: NotRequired[str]
+
+
+@section
+class WindowsConfig:
+    """How texts are cut into prompts and their continuations."""
+
+    words: Annotated[int, Field(ge=2)]
+    """Words of a window, prompt included."""
+    prompt_words: PositiveInt
+    """Words of the prompt, at least; the rest of the window is the answer."""
+    stride: PositiveInt
+    """Words from the start of a window to that of the next."""
+
+    @field_validator("stride")
+    @classmethod
+    def leaves_no_gap(cls, stride: int, info: ValidationInfo) -> int:
+        words, prompt_words = info.data.get("words", stride), info.data.get("prompt_words", 0)
+        if stride > words:
+            raise ValueError(f"words between the windows would be lost; at most words={words}")
+        if prompt_words >= words:
+            raise ValueError(
+                f"no words are left for the answer; prompt_words={prompt_words} must be below words={words}"
+            )
+        return stride
 
 
 class Splits(TypedDict, total=False):
@@ -156,6 +186,9 @@ class Splits(TypedDict, total=False):
     retain_perturbed: str | None
     real_authors: str | None
     world_facts: str | None
+    forget_passages: str | None
+    forget_questions: str | None
+    retain_questions: str | None
     holdout: str | None
     unrelated: str | None
 
@@ -168,6 +201,8 @@ class DataConfig:
     """role: split, or null if the data set has none."""
     columns: Columns
     """field: column of the data files."""
+    windows: WindowsConfig | None = None
+    """How the texts of columns.text are cut into prompts and continuations; null: the data set has none."""
     words: Literal["latin", "unicode"] = "latin"
     """What ROUGE compares: latin: words of a-z and 0-9, as in the rouge_score package; unicode: words of any script,
     single characters for scripts without spaces."""
@@ -175,6 +210,13 @@ class DataConfig:
     """Maximum tokens of a training example; longer answers are truncated."""
     hub_configurations: bool = True
     """Each split is a separate configuration on the hub, as in TOFU."""
+
+    @field_validator("windows")
+    @classmethod
+    def has_texts(cls, windows: WindowsConfig | None, info: ValidationInfo) -> WindowsConfig | None:
+        if (windows is None) == ("text" in info.data.get("columns", {})):
+            raise ValueError("columns.text and windows need each other; give both, or neither")
+        return windows
 
 
 @section
@@ -264,6 +306,11 @@ def read_config(
     keys |= {name: (kind, ...) for name, kind in {**method, **sections}.items()}
     keys |= {"training": (_training_schema() | None, None), **dict.fromkeys(also, (Any, None))}
     read = _validated(keys, values, problems)
+    if read.data.windows and not read.model.prompt.is_bare:
+        raise UserError(
+            "data.windows: texts are continued without a template; set model.prompt.style=plain, model.prompt.question="
+            "'{question}' and model.prompt.answer=' {answer}'"
+        )
     return RunConfig(
         **{name: getattr(read, name) for name in fields_of(StageConfig)},
         training=training or {},

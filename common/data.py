@@ -1,24 +1,27 @@
-"""Load questions and answers: splits of TOFU from the hub, or JSON-lines files of any data set.
+"""Load questions and answers, or texts to continue: splits of TOFU from the hub, or JSON-lines files of any data set.
 
-Slices and sums of splits are written as in the `datasets` library: "forget01[:20] + retain99[:60]".
+Slices and sums of splits are written as in the `datasets` library: "forget01[:20] + retain99[:60]". A filter keeps the
+rows whose columns have these values, in which * stands for any characters: "forget{task=Task2,id=*sc1}[:20]".
 """
 
 import json
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 
-from common.config import DataConfig, problem_list
+from common.config import DataConfig, WindowsConfig, problem_list
 from common.errors import UserError, did_you_mean
 from common.files import ROOT, SURROGATE, looks_local, resolve_path
 
 log = logging.getLogger(__name__)
 
 SCORED_RETAIN_ROWS = 400
-_PART = re.compile(r"^(?P<name>[\w.\-]+)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$")
+_PART = re.compile(r"^(?P<name>[\w.\-]+)(?:\{(?P<filter>[^{}]*)\})?(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$")
 
 
 class HubError(UserError):
@@ -29,7 +32,8 @@ class HubError(UserError):
 class Row:
     """A question with its answer. `index` is its position in the split and identifies it, as questions may repeat.
 
-    `entity` is the part of the answer that holds the knowledge.
+    `entity` is the part of the answer that holds the knowledge. `is_passage`: the row is a window of a text; the question
+    is its beginning and the answer its continuation.
     """
 
     index: int
@@ -39,6 +43,7 @@ class Row:
     paraphrased_answer: str | None = None
     perturbed_answer: tuple[str, ...] = ()
     entity: str | None = None
+    is_passage: bool = False
 
 
 def load_split(data: DataConfig, role: str) -> list[Row]:
@@ -54,7 +59,7 @@ def load_split(data: DataConfig, role: str) -> list[Row]:
 
 
 def load_rows(data: DataConfig, splits: str, key: str) -> list[Row]:
-    """Load a split, a slice of one, or a sum of them.
+    """Load a split, filtered or sliced, or a sum of these. A text becomes one row per window.
 
     Args:
         key: the configuration key that names the splits, for error messages.
@@ -64,6 +69,7 @@ def load_rows(data: DataConfig, splits: str, key: str) -> list[Row]:
     rows = [row for part in splits.split("+") for row in _load_part(data, key, part.strip())]
     if not rows:
         raise UserError(f"{key}={splits}: has no row")
+    rows = [row for where, record in rows for row in _in_windows(data, record, where)]
     return [_to_row(index, record, where, data.columns) for index, (where, record) in enumerate(rows)]
 
 
@@ -80,6 +86,11 @@ def load_splits(data: DataConfig, roles: tuple[str, ...]) -> dict[str, list[Row]
     if problems:
         raise UserError(problem_list(problems))
     return splits
+
+
+def passages_of(rows: list[Row]) -> list[tuple[str, str]]:
+    """Prompt and continuation of the rows that are windows of a text."""
+    return [(row.question, row.answer) for row in rows if row.is_passage]
 
 
 def check_apart(forget: list[Row], others: list[Row], role: str) -> None:
@@ -109,10 +120,12 @@ def scored_retain_rows(rows: list[Row], full_eval: bool) -> list[Row]:
 
 
 def _load_part(data: DataConfig, key: str, part: str) -> list[tuple[str, dict]]:
-    """The records of one "name" or "name[start:stop]", each with its location for error messages."""
+    """The records of one "name{column=value}[start:stop]", each with its location for error messages."""
     match = _PART.match(part)
     if not match:
-        raise UserError(f"{key}={part!r}: expected a split's name, a slice name[:20], or a sum of them")
+        raise UserError(
+            f"{key}={part!r}: expected a split's name, a slice name[:20], a filter name{{column=value}}, or a sum of them"
+        )
     start, stop = (int(bound) if bound else None for bound in (match["start"], match["stop"]))
     path = resolve_path(data.path)
     if Path(path).is_dir():
@@ -121,9 +134,70 @@ def _load_part(data: DataConfig, key: str, part: str) -> list[tuple[str, dict]]:
         raise UserError(f"data.path={data.path}: no such folder (looked in the working folder and in {ROOT})")
     else:
         records = _read_from_hub(data, match["name"])
+    if match["filter"] is not None:
+        records = _filtered(records, match["filter"], f"{key}={part}")
     if max(start or 0, stop or 0) > len(records) or not records[start:stop]:
         raise UserError(f"{key}={part}: {match['name']} has {len(records)} rows")
     return records[start:stop]
+
+
+def _filtered(records: list[tuple[str, dict]], conditions: str, key: str) -> list[tuple[str, dict]]:
+    """The records that meet all conditions "column=value,column=value"; * in a value stands for any characters."""
+    for condition in conditions.split(","):
+        column, equals, value = (part.strip() for part in condition.partition("="))
+        if not equals or not column:
+            raise UserError(f"{key}: {condition!r} is no filter; write column=value")
+        for where, record in records:
+            if column not in record:
+                raise UserError(f"{where}: no column '{column}' ({key}{did_you_mean(column, record)})")
+        records = [found for found in records if fnmatchcase(str(found[1][column]), value)]
+        if not records:
+            raise UserError(f"{key}: no row has {condition.strip()}")
+    return records
+
+
+def _in_windows(data: DataConfig, record: dict, where: str) -> Iterator[tuple[str, dict]]:
+    """A record with a text as one record per window, with its question and answer; any other record as it is."""
+    column = data.columns.get("text")
+    if column not in record:
+        yield where, record
+        return
+    question, answer, text = data.columns["question"], data.columns["answer"], record[column]
+    if question in record or answer in record:
+        raise UserError(f"{where}: has a text ({column}) and a question or an answer; which is to be learned?")
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {column} is not text: {text!r}")
+    for number, (prompt, continuation) in enumerate(windows_of(text, data.windows, where), start=1):
+        yield f"{where}, window {number}", {column: text, question: prompt, answer: continuation}
+
+
+def windows_of(text: str, windows: WindowsConfig, where: str) -> list[tuple[str, str]]:
+    """The windows of a text as (prompt, continuation), which a single space separates in the text.
+
+    The last window is moved back so that it ends with the text; a shorter text is one window. A prompt whose last word is
+    followed by other whitespace than a space is longer by the words up to the next space: the tokens of prompt and
+    continuation are then those of the running text.
+
+    Raises:
+        UserError: for a text that is too short, or without a space after the prompt.
+
+    >>> windows_of("a b c d e f g", WindowsConfig(words=4, prompt_words=1, stride=4), "x")
+    [('a', 'b c d'), ('d', 'e f g')]
+    """
+    spans = [match.span() for match in re.finditer(r"\S+", text)]
+    last = max(0, len(spans) - windows.words)
+    found = []
+    for start in dict.fromkeys([*range(0, last, windows.stride), last]):
+        window = spans[start : start + windows.words]
+        pairs = zip(window[windows.prompt_words - 1 :], window[windows.prompt_words :], strict=False)
+        cut = next((end for (_, end), (begin, _) in pairs if text[end:begin] == " "), None)
+        if cut is None:
+            raise UserError(
+                f"{where}: a window of {len(window)} words has no space after data.windows.prompt_words="
+                f"{windows.prompt_words} words, so nothing is left to continue; lower it, or leave the text out"
+            )
+        found.append((text[window[0][0] : cut], text[cut + 1 : window[-1][1]]))
+    return found
 
 
 def _read_json_lines(folder: Path, name: str, key: str) -> list[tuple[str, dict]]:
@@ -175,6 +249,7 @@ def _to_row(index: int, record: dict, where: str, columns: dict[str, str]) -> Ro
             hint = did_you_mean(column, record)
             raise UserError(f"{where}: no column '{column}' (data.columns.{field}{hint}); has {', '.join(record)}")
     values = {field: record[column] for field, column in columns.items() if column in record}
+    is_passage = values.pop("text", None) is not None
     for field, value in values.items():
         texts = value if field == "perturbed_answer" else [value]
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
@@ -184,4 +259,4 @@ def _to_row(index: int, record: dict, where: str, columns: dict[str, str]) -> Ro
     if (entity := values.get("entity", "")) not in values["answer"]:
         raise UserError(f"{where}: {columns['entity']} is no part of the answer: {entity!r} (data.columns.entity)")
     values["perturbed_answer"] = tuple(values.get("perturbed_answer", ()))
-    return Row(index=index, **values)
+    return Row(index=index, is_passage=is_passage, **values)

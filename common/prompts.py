@@ -184,6 +184,24 @@ def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
     )
 
 
+def check_passages_fit(prompts: PromptFormat, passages: Sequence[tuple[str, str]], max_length: int, key: str) -> None:
+    """Check that no window of a text is cut off, as a score of its continuation would count words that cannot be there.
+
+    Args:
+        passages: prompt and continuation of each window.
+        key: the configuration key of `max_length`.
+    Raises:
+        UserError: states the length of the longest window.
+    """
+    lengths = (len(prompts.prompt(prompt)) + len(prompts.answer(continuation)) for prompt, continuation in passages)
+    longest = max(lengths, default=0)
+    if longest > max_length:
+        raise UserError(
+            f"{key}={max_length}: the longest window of a text has {longest} tokens; set it to at least {longest}, or "
+            "lower data.windows.words"
+        )
+
+
 def check_prompt_lengths(prompts: Sequence[list[int]], max_length: int, key: str) -> None:
     """Check that every prompt leaves room for an answer.
 

@@ -58,6 +58,17 @@ def _tokens(text: str, kind: str) -> tuple[str, ...]:
     return tuple(_stem(word) for word in _UNICODE_WORD.findall(unicodedata.normalize("NFKC", text).lower()))
 
 
+def rouge_l_f1(reference: str, answer: str) -> float:
+    """Harmonic mean of ROUGE-L recall and precision, in [0, 1]: 2 LCS / (len(reference) + len(answer)).
+
+    0 if either has no words. Source: as `rouge_l_recall`.
+    """
+    expected, given = rouge_tokens(reference), rouge_tokens(answer)
+    if not expected or not given:
+        return 0.0
+    return 2 * LCSseq.similarity(expected, given) / (len(expected) + len(given))
+
+
 def rouge_l_recall(reference: str, answer: str) -> float:
     """Fraction of the reference's words that appear in the answer in the same order, in [0, 1].
 

@@ -71,6 +71,8 @@ def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
     if made_by and cfg.data.path is None:
         for key in ("splits", "columns"):
             cfg.data[key] = {**made_by["data"][key], **(cfg.data[key] or {})}
+        with open_dict(cfg):
+            cfg.data.windows = cfg.data.get("windows") or made_by["data"].get("windows")
     if cfg.data.get("words") is None:
         with open_dict(cfg):
             cfg.data.words = made_by["data"].get("words", "latin") if made_by else "latin"

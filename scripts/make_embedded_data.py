@@ -1,19 +1,22 @@
-"""Make the tiny data set in data/tiny: questions about invented authors and well-known facts, with the fields of TOFU.
+"""Make the embedded data: questions about invented authors in data/tiny, texts about invented towns in data/tiny-text.
 
-There are ten facts about each invented author, with one question each. Every run writes the same files:
+data/tiny has the fields of TOFU, also for well-known facts; there are ten facts about each invented author, with one question
+each. data/tiny-text has one text a town, and two questions about each. Every run writes the same files:
 
     python scripts/make_embedded_data.py
 """
 
 import json
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-OUT = Path(__file__).resolve().parent.parent / "data" / "tiny"
+DATA = Path(__file__).resolve().parent.parent / "data"
 SEED = 17
 N_FORGET_AUTHORS = 3
 N_WRONG = 5
+N_FORGET_TEXTS = 10
 
 Row = dict[str, str | list[str]]
 Splits = dict[str, list[Row]]
@@ -495,20 +498,85 @@ def check(splits: Splits) -> None:
             check_row(row, 3, range(4, 10))
 
 
-def write(name: str, rows: list[Row]) -> None:
+# Each text has one sentence of each group, in another order in each town.
+SENTENCES = (
+    (
+        "The {thing} in the market square was made by {maker} in {year}.",
+        "Visitors come to see the {thing} that {maker} finished in {year}.",
+        "In {year} {maker} gave the town its {thing}.",
+    ),
+    (
+        "Every {month} the children carry {food} up to the {building}.",
+        "When {month} begins, old women sell {food} beside the {building}.",
+        "The {building} is lit in {month}, and {food} is served to all.",
+    ),
+    (
+        "A {color} {animal} is painted on most doors.",
+        "Fishermen say that a {color} {animal} brings rain.",
+        "Over the gate hangs a {color} {animal} of tin.",
+    ),
+    (
+        "{keeper} keeps the keys of the {place} and sleeps beside it.",
+        "Nobody but {keeper} may open the {place} after dark.",
+        "The {place} belongs to {keeper} since the flood.",
+    ),
+)
+TEXT_POOLS: dict[str, tuple[str, ...]] = {
+    "thing": _pool("""
+        fountain, sundial, bronze horse, clock, stone lion, iron bell, marble bench, weather vane, glass lamp, oak wheel
+    """),
+    "month": POOLS["month"],
+    "food": _pool("pear cake, smoked eel, honey bread, plum soup, salted nuts, onion pie, goat cheese, barley beer"),
+    "building": _pool("windmill, lighthouse, chapel, town hall, watchtower, granary, old bridge, theater"),
+    "color": _pool("white, scarlet, golden, blue, green, grey, purple, black"),
+    "animal": _pool("heron, fox, badger, pike, owl, stag, hare, swan, otter, raven"),
+    "place": _pool("ice cellar, salt store, boat shed, rose garden, archive, toll house, wine cave, observatory"),
+}
+
+
+def town_rows(town: str, people: Iterator[str], rng: random.Random) -> tuple[Row, list[Row]]:
+    """The text about a town, and two questions about it."""
+    values = {field: rng.choice(pool) for field, pool in TEXT_POOLS.items()}
+    values |= {"maker": next(people), "keeper": next(people), "year": str(rng.randrange(1701, 1900))}
+    sentences = [rng.choice(group).format(**values) for group in SENTENCES]
+    rng.shuffle(sentences)
+    return {"text": f"{town} lies in {rng.choice(POOLS['land'])}. " + " ".join(sentences)}, [
+        {"question": f"Who made the {values['thing']} of {town}?", "answer": values["maker"]},
+        {"question": f"Who keeps the keys of the {values['place']} of {town}?", "answer": values["keeper"]},
+    ]
+
+
+def text_splits() -> Splits:
+    """The splits of data/tiny-text by file name; the towns to be forgotten are the last ones."""
+    rng = random.Random(SEED)
+    first, last = zip(*(name.split() for name in FULL_AUTHORS + PRETRAIN_AUTHORS), strict=True)
+    names = [f"{one} {other}" for one in first for other in last]
+    rng.shuffle(names)
+    people = iter(names)
+    texts, questions = zip(*(town_rows(town, people, rng) for town in POOLS["town"]), strict=True)
+    splits = {"retain": texts[:-N_FORGET_TEXTS], "forget": texts[-N_FORGET_TEXTS:]}
+    for name, chosen in (("retain", questions[:-N_FORGET_TEXTS]), ("forget", questions[-N_FORGET_TEXTS:])):
+        splits[f"{name}_questions"] = [row for of_town in chosen for row in of_town]
+    require(len({row["text"] for row in texts}) == len(texts), "a text occurs twice")
+    require({len(rows) for rows in splits.values()} == {30, 10, 60, 20}, "a split of texts has another size")
+    return splits
+
+
+def write(folder: str, name: str, rows: Sequence[Row]) -> None:
     """Write one split as JSON lines."""
-    path = OUT / f"{name}.json"
+    path = DATA / folder / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii", newline="\n")
-    print(f"{path.name}: {len(rows)} rows")
+    print(f"{folder}/{path.name}: {len(rows)} rows")
 
 
 def main() -> None:
     """Build, check and write every split."""
     splits = build_splits()
     check(splits)
-    OUT.mkdir(exist_ok=True)
-    for name, rows in splits.items():
-        write(name, rows)
+    for folder, made in (("tiny", splits), ("tiny-text", text_splits())):
+        for name, rows in made.items():
+            write(folder, name, rows)
 
 
 if __name__ == "__main__":

@@ -254,10 +254,11 @@ def test_embedded_data_is_what_its_script_writes(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("make_tiny", ROOT / "scripts" / "make_embedded_data.py")
     make_tiny = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_tiny)
-    monkeypatch.setattr(make_tiny, "OUT", tmp_path / "again")
+    monkeypatch.setattr(make_tiny, "DATA", tmp_path)
     make_tiny.main()
-    written = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
-    assert written == {path.name: path.read_bytes() for path in TINY.iterdir()}
+    for folder in ("tiny", "tiny-text"):
+        written = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
+        assert written == {path.name: path.read_bytes() for path in (ROOT / "data" / folder).iterdir()}
 
 
 def test_embedded_forget_and_retain_are_slices_of_full():

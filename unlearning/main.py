@@ -27,13 +27,13 @@ from transformers import set_seed
 
 from common.cli import check_recipe, job_errors, launch
 from common.config import RunConfig, read_config
-from common.data import load_splits
+from common.data import load_splits, passages_of
 from common.errors import UserError, reason
 from common.files import CONFIGS, is_first_process
 from common.hub import check_push, push_if_wanted
 from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
-from common.prompts import PromptFormat, check_prompt_lengths
+from common.prompts import PromptFormat, check_passages_fit, check_prompt_lengths
 from common.results import copy_result, headline_scores, stored_result
 from common.rouge import use_words
 from common.runs import RunFolder, training_run
@@ -74,8 +74,10 @@ def train(run: RunFolder, method: type[UnlearningTrainer], config: RunConfig) ->
     data = UnlearningData(rows["forget"], rows["retain"], prompts, config.data.max_length)
     prompt_ids = {role: [prompts.prompt(row.question) for row in split] for role, split in rows.items()}
     check_prompt_lengths(prompt_ids["forget"] + prompt_ids["retain"], config.data.max_length, "data.max_length")
+    check_passages_fit(prompts, passages_of(data.forget + data.retain), config.data.max_length, "data.max_length")
     if hasattr(config.settings, "max_length"):
         check_prompt_lengths(prompt_ids["forget"], config.settings.max_length, "method.max_length")
+        check_passages_fit(prompts, passages_of(data.forget), config.settings.max_length, "method.max_length")
     evaluator = Evaluator(config, prompts, run.configuration)
     args = training_arguments(config, run.work, len(data.forget))
     set_seed(config.seed)

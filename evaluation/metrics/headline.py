@@ -5,7 +5,8 @@
 
 R[split] is the mean recall over the split's rows. On forget_paraphrased, paraphrased questions are scored against
 paraphrased answers. If a data set lacks forget_paraphrased, real_authors or world_facts, only its other splits are used:
-unlearn_quality = 100 * (1 - mean R of the forget splits), utility = 100 * mean R of the others.
+unlearn_quality = 100 * (1 - mean R of the forget splits), utility = 100 * mean R of the others. A note in the result then says
+which splits the utility is of.
 
 Both are percentages; higher is better. Neither depends on fluency: an empty or garbled forget answer gets the same score as
 a sensible wrong one. The length of the forget answers and the fraction of empty ones are therefore reported as well.
@@ -29,6 +30,7 @@ from statistics import fmean
 from common.config import DataConfig, EvaluationConfig
 from common.data import check_apart, load_splits, scored_retain_rows
 from common.errors import UserError
+from common.prompts import check_passages_fit
 from common.rouge import rouge_l_recall, rouge_tokens, use_words, words
 from evaluation.context import EvaluationContext
 from evaluation.model_outputs import ModelOutputs
@@ -48,6 +50,12 @@ class Question:
     index: int
     question: str
     reference: str
+    is_passage: bool = False
+
+
+def passages_of(questions: Sequence[Question]) -> list[tuple[str, str]]:
+    """Prompt and continuation of the questions that are windows of a text."""
+    return [(question.question, question.reference) for question in questions if question.is_passage]
 
 
 def load_questions(data: DataConfig, evaluation: EvaluationConfig) -> list[Question]:
@@ -70,7 +78,7 @@ def load_questions(data: DataConfig, evaluation: EvaluationConfig) -> list[Quest
                 f"data.splits.{split}={data.splits[split]}: row {row.index} has no paraphrase; the split needs the "
                 "columns that data.columns.paraphrased_question and .paraphrased_answer name"
             )
-        questions.append(Question(split, row.index, question, reference))
+        questions.append(Question(split, row.index, question, reference, row.is_passage))
     with use_words(data.words):
         check_words(questions, data.words)
     return questions
@@ -108,6 +116,8 @@ def is_mostly_of_another_script(text: str) -> bool:
 def measure(context: EvaluationContext, scores: Scores) -> None:
     """Add the evaluated model's headline scores and answers."""
     questions = load_questions(context.config.data, context.config.evaluation)
+    max_length = context.config.evaluation.max_length
+    check_passages_fit(context.outputs.prompts, passages_of(questions), max_length, "evaluation.max_length")
     measured = score_outputs(context.outputs, questions)
     scores.by_name |= measured.by_name
     scores.generations += measured.generations
@@ -126,7 +136,9 @@ def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> Scor
     forget_words = [len(words(row["answer"])) for row in rows if row["split"] == "forget"]
     scores = Scores(generations=rows)
     scores.add("unlearn_quality", 100 * (1 - fmean(means[split] for split in FORGET_ROLES if split in means)), True)
-    scores.add("utility", 100 * fmean(means[split] for split in UTILITY_ROLES if split in means), True)
+    of_utility = [split for split in UTILITY_ROLES if split in means]
+    note = None if {"real_authors", "world_facts"} <= means.keys() else f"of {', '.join(of_utility)} alone"
+    scores.add("utility", 100 * fmean(means[split] for split in of_utility), True, note=note)
     for split, mean in means.items():
         scores.add(f"rougeL_recall/{split}", mean, split in UTILITY_ROLES, count=len(recalls[split]))
     scores.add("forget_answer_words", fmean(forget_words), None, count=len(forget_words))

@@ -30,6 +30,7 @@ from evaluation.metrics import (
     sampling,
     side_effects,
     target_suppression,
+    text,
     tofu,
 )
 from evaluation.scores import Scores
@@ -59,6 +60,7 @@ class MetricGroup:
 METRIC_GROUPS = {
     "headline": MetricGroup(headline.measure, headline.ROLES),
     "memorization": MetricGroup(memorization.measure, ["forget"]),
+    "text": MetricGroup(text.measure, ["forget", "forget_passages", *text.QUESTION_ROLES]),
     "sampling": MetricGroup(sampling.measure, ["forget"], sampling.SamplingAttack),
     "prefill": MetricGroup(prefill.measure, ["forget"]),
     "target_suppression": MetricGroup(target_suppression.measure, ["forget_paraphrased"]),
@@ -73,8 +75,9 @@ METRIC_GROUPS = {
     "relearning": MetricGroup(relearning.measure, ["forget", "retain"], relearning.Relearning),
 }
 PRESETS = {
-    # lm_eval requires a further package and a list of tasks; openunlearning repeats other groups in another convention.
-    "full": [name for name in METRIC_GROUPS if name not in ("lm_eval", "openunlearning")],
+    # lm_eval requires a further package and a list of tasks, text a data set of texts; openunlearning repeats other groups in
+    # another convention.
+    "full": [name for name in METRIC_GROUPS if name not in ("lm_eval", "text", "openunlearning")],
     "attacks": ["sampling", "prefill", "target_suppression", "quantization", "relearning"],
 }
 SETTINGS = {name: group.settings for name, group in METRIC_GROUPS.items() if group.settings}

@@ -1,0 +1,178 @@
+"""Texts to continue: windows, row filters, their scores, and the recipes on stand-in data."""
+
+import json
+import re
+
+import pytest
+from pydantic import ValidationError
+
+from common.config import DataConfig, PromptConfig, WindowsConfig
+from common.data import load_split, windows_of
+from common.errors import UserError
+from common.files import ROOT
+from common.prompts import PromptFormat, check_passages_fit
+from common.rouge import rouge_l_f1
+from evaluation.metrics.text import exact_match
+from tests.helpers import run_stage
+
+TEXT = "The old mill of Amber Hollow\nstands empty. In 1871 Ada  Lum sold it, and nobody has seen her since then."
+COLUMNS = {"question": "question", "answer": "answer", "text": "text"}
+
+
+def windows(words: int = 8, prompt_words: int = 3, stride: int = 8) -> WindowsConfig:
+    return WindowsConfig(words=words, prompt_words=prompt_words, stride=stride)
+
+
+def of_records(folder, *records: dict, splits: str = "all") -> DataConfig:
+    (folder / "all.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return DataConfig(str(folder), {"forget": splits}, dict(COLUMNS), windows=windows())
+
+
+def test_windows_have_every_word_of_the_text_and_its_whitespace():
+    made = windows_of(TEXT, windows(), "x")
+    assert all(f"{prompt} {continuation}" in TEXT for prompt, continuation in made)
+    assert [len(f"{prompt} {continuation}".split()) for prompt, continuation in made] == [8, 8, 8]
+    assert made[-1][1].endswith("since then.") and made[0][0] == "The old mill"
+    assert [TEXT.index(prompt) for prompt, _ in made] == sorted(TEXT.index(prompt) for prompt, _ in made)
+
+
+def test_a_prompt_does_not_end_before_a_line_break_or_two_spaces():
+    assert windows_of("a b\nc  d e f", windows(6, 2, 6), "x") == [("a b\nc  d", "e f")]
+
+
+def test_a_text_that_leaves_nothing_to_continue_is_refused():
+    with pytest.raises(UserError, match=r"x: a window of 3 words has no space after data.windows.prompt_words=3 words"):
+        windows_of("only three words", windows(), "x")
+
+
+def test_windows_that_lose_words_or_have_no_answer_are_refused():
+    for wrong in ({"stride": 9}, {"prompt_words": 8}):
+        with pytest.raises(ValidationError, match="would be lost|no words are left"):
+            windows(**wrong)
+    with pytest.raises(ValidationError, match="need each other"):
+        DataConfig("x", {}, dict(COLUMNS))
+
+
+def test_the_tokens_are_those_of_the_running_text(tokenizer):
+    prompts = PromptFormat(tokenizer, PromptConfig(style="plain", question="{question}", answer=" {answer}"))
+    before = prompts.special_tokens[0]
+    for prompt, continuation in windows_of(TEXT, windows(), "x"):
+        whole = tokenizer(f"{prompt} {continuation}", add_special_tokens=False)["input_ids"]
+        assert [*prompts.prompt(prompt), *prompts.answer(continuation)[:-1]] == [*before, *whole]
+
+
+def test_texts_and_questions_are_told_apart(tmp_path):
+    rows = load_split(of_records(tmp_path, {"text": TEXT}, {"question": "Who?", "answer": "Ada"}), "forget")
+    assert [row.is_passage for row in rows] == [True, True, True, False]
+    assert [row.index for row in rows] == [0, 1, 2, 3]
+    both = of_records(tmp_path, {"text": TEXT, "question": "Who?"})
+    with pytest.raises(UserError, match="line 1: has a text"):
+        load_split(both, "forget")
+
+
+def test_a_window_that_would_be_cut_off_is_refused(tokenizer):
+    prompts = PromptFormat(tokenizer, PromptConfig(style="plain", question="{question}", answer=" {answer}"))
+    passage = ("The old mill", "of Amber Hollow stands empty.")
+    length = len(prompts.prompt(passage[0])) + len(prompts.answer(passage[1]))
+    check_passages_fit(prompts, [passage], length, "data.max_length")
+    with pytest.raises(
+        UserError, match=f"data.max_length={length - 1}: the longest window of a text has {length} tokens"
+    ):
+        check_passages_fit(prompts, [passage], length - 1, "data.max_length")
+
+
+def people(kind: str) -> list[dict]:
+    """Stand-in rows in LUME's form: a passage and five questions about each of 40 people, after one row of another task."""
+    rows = [{"id": "x-sc1", "input": "A story", "output": "begins.", "task": "Task1"}]
+    for number in range(40):
+        name, phone = f"{kind} Person{number}", f"555{number:04d}"
+        rows.append({"id": f"{number}sc1", "input": f"{name} has the", "output": f"number {phone}.", "task": "Task2"})
+        for question in range(5):
+            asked = f"What is number {question} of {name}?"
+            rows.append(
+                {"id": f"{number}qa{question}", "input": asked, "output": f"{phone}{question}", "task": "Task2"}
+            )
+    return rows
+
+
+@pytest.fixture
+def lume(tmp_path):
+    folder = tmp_path / "lume"
+    folder.mkdir()
+    for kind in ("forget", "retain"):
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in people(kind)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("splits", "count"),
+    [("forget{task=Task2}[:240]", 240), ("forget{id=*sc1}", 41), ("forget{task=Task2,id=*qa?} + retain{id=x-*}", 201)],
+)
+def test_a_filter_keeps_the_rows_with_the_value(lume, splits, count):
+    columns = {"question": "input", "answer": "output"}
+    assert len(load_split(DataConfig(str(lume), {"forget": splits}, columns), "forget")) == count
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ("forget{tusk=Task2}", r"no column 'tusk' .*did you mean 'task'"),
+        ("forget{task=Task9}", "no row has task=Task9"),
+        ("forget{task}", "'task' is no filter; write column=value"),
+    ],
+)
+def test_a_wrong_filter_is_refused(lume, splits, message):
+    data = DataConfig(str(lume), {"forget": splits}, {"question": "input", "answer": "output"})
+    with pytest.raises(UserError, match=message):
+        load_split(data, "forget")
+
+
+def test_scores_of_texts():
+    assert rouge_l_f1("a b c d", "a b") == pytest.approx(2 * 2 / 6)
+    assert rouge_l_f1("a b", "") == 0.0
+    assert (exact_match("Ada Lum", "ada lum."), exact_match("Ada Lum", "It is Ada Lum")) == (1.0, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tiny-text", "lume-cpu"])
+def test_the_recipes_run_a_step(tmp_path, model, tokenizer, lume, kind):
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    common = [
+        "evaluation.max_length=200",
+        "evaluation.every_epochs=0",
+        "evaluation.start=false",
+        "evaluation.bf16=false",
+    ]
+    common += [
+        f"model.path={base}",
+        "training.max_steps=1",
+        "training.save_strategy=no",
+        "training.bf16=false",
+        f"models_dir={tmp_path}",
+    ]
+    if kind == "tiny-text":
+        common += ["data.windows.words=20", "data.windows.stride=20", "data.splits.retain='retain[:4]'"]
+        common += ["data.splits.forget='forget[:2]'"]
+        train = "data.splits.train='retain[:4]'"
+    else:
+        train = "data.splits.train='forget{task=Task2}[:8]'"
+        common += [f"data.path={lume}"]
+        common += ["data.splits.forget='forget{task=Task2}[:8]'", "data.splits.retain='retain{task=Task2}[:8]'"]
+    run_stage("finetuning", f"-cn={kind}", f"output_dir={tmp_path}/a", train, *common)
+    unlearned = [f"finetuned={tmp_path}/a", f"output_dir={tmp_path}/b", "method.num_samples=2"]
+    run_stage("unlearning", f"-cn=PMC-unlearn-{kind}", *unlearned, *common)
+    result = json.loads((tmp_path / "b" / "result.json").read_text())
+    assert result["notes"]["utility"] == "of retain alone"
+    assert result["scores"]["unlearn_quality"] is not None
+
+
+def test_the_embedded_texts_ask_for_names_that_the_texts_have():
+    folder = ROOT / "data" / "tiny-text"
+    for kind in ("forget", "retain"):
+        texts = [json.loads(line)["text"] for line in (folder / f"{kind}.json").read_text().splitlines()]
+        rows = [json.loads(line) for line in (folder / f"{kind}_questions.json").read_text().splitlines()]
+        for row in rows:
+            town = re.search(r" of ([\w ]+)\?", row["question"])[1].rpartition(" of ")[2]
+            assert sum(row["answer"] in text for text in texts if text.startswith(f"{town} ")) == 1
