@@ -154,7 +154,7 @@ def failure_of(folder: Path) -> str | None:
 
 
 def failure_file(folder: Path) -> Path:
-    """The file with the message of a failed or pruned job, beside the run's folder: that may not exist or has an older result."""
+    """The file with the message of a failed or pruned job, beside the run's folder, which may not exist."""
     return folder.parent / FAILURES / f"{folder.name}.json"
 
 

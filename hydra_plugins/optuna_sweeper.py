@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Transformer
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
@@ -266,4 +266,4 @@ def distribution(item: Override) -> Any:
         numbers = [float(number) if isinstance(number, float) else int(number) for number in item.sweep_iterator()]
         of_type = IntDistribution if all(isinstance(number, int) for number in numbers) else FloatDistribution
         return of_type(min(numbers), max(numbers), step=abs(type(numbers[0])(value.step)))
-    return CategoricalDistribution(list(item.sweep_iterator(transformer=Transformer.encode)))
+    return CategoricalDistribution(list(item.sweep_string_iterator()))
