@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from common.errors import Pruned, UserError
 from common.files import write_json
 from common.runs import failure_file, failure_of, has_result_of, run_name, runs_folder
+from common.sweep_signals import leave_signals_to_sweep, stop_jobs_on_signals
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +77,14 @@ class SweepCallback(Callback):
         self.jobs = len(jobs) or config.hydra.sweeper.get("n_trials", 0)
         runs = dict(job_of(config, overrides) for overrides in jobs)
         _current = Sweep(_report_folder(config, list(runs)), runs, _run_folder(config).parent)
+        if config.hydra.launcher._target_.rpartition(".")[2] != BasicLauncher.__name__:
+            stop_jobs_on_signals(lambda: _current.runs)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
             return
+        if _current is None:
+            leave_signals_to_sweep()
         self.started = time.monotonic()
         number = config.hydra.job.num + 1
         total = self.jobs

@@ -84,13 +84,14 @@ class OptunaSweeper(Sweeper):
                 with self.claimed(before) as batch:
                     if not batch:
                         break
+                    self.add_to_sweep(batch)
                     jobs = [self.overrides_of(trial) for trial in batch]
                     found = self.launcher.launch(jobs, initial_job_idx=batch[0].number)
                     for trial, result in zip(batch, found, strict=True):
                         self.tell(trial, result)
                     results += found
         finally:
-            self.add_to_report()
+            self.add_to_sweep(self.trials())
         for result in results:
             if result.status == JobStatus.FAILED and not isinstance(result._return_value, Pruned):
                 _ = result.return_value  # raises its error
@@ -238,9 +239,9 @@ class OptunaSweeper(Sweeper):
             trial.set_user_attr("error", f"{type(value).__name__}: {value}")
             self.study.tell(trial.number, state=TrialState.FAIL)
 
-    def add_to_report(self) -> None:
-        """Make the runs of all trials those of the sweep, so that its report has them."""
-        for trial in self.trials():
+    def add_to_sweep(self, trials: Sequence[Any]) -> None:
+        """Make the runs of these trials part of the sweep, so that its report has them."""
+        for trial in trials:
             if set(trial.params) == set(self.space):
                 folder, cfg = job_of(self.config, self.overrides_of(trial))
                 current_sweep().runs[folder] = cfg
