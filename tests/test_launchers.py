@@ -84,9 +84,14 @@ def test_a_signal_to_the_sweep_stops_the_jobs_with_a_checkpoint(launcher, number
     assert "0 of 3 runs are finished." in output
     begun = list(runs.glob("*/in_progress"))
     assert begun and all(last_complete_checkpoint(folder) for folder in begun), output
-    assert not [
-        process for process in psutil.process_iter(["cmdline"]) if str(tmp_path) in (process.info["cmdline"] or [])
-    ]
+    assert not [pid for pid in psutil.pids() if session_of(pid) == sweep.pid]
+
+
+def session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def test_the_slurm_launcher_is_submitit_s_with_our_settings():
