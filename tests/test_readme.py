@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README} | {
     f"docs/{path.name}": path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
 }
-PACKAGES = ("benchmarks", "common", "evaluation", "finetuning", "generation", "scripts", "unlearning")
+PACKAGES = ("benchmarks", "common", "evaluation", "finetuning", "generation", "hydra_plugins", "scripts", "unlearning")
 
 
 def commands_of(text: str) -> list[str]:
