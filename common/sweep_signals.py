@@ -50,9 +50,8 @@ def stop_jobs(folders: Iterable[Path]) -> None:
             os.kill(pid, signal.SIGTERM)
         sent |= working
         time.sleep(CHECK_INTERVAL)
-    for (
-        process
-    ) in _processes_of_jobs().values():  # have not begun to work; those of submitit would outlive this process
+    for process in _processes_of_jobs().values():
+        # Has not begun to work. Those of submitit would outlive this process.
         if any("submitit" in word for word in process.cmdline()):
             process.kill()
 

@@ -77,13 +77,13 @@ class SweepCallback(Callback):
         self.jobs = len(jobs) or config.hydra.sweeper.get("n_trials", 0)
         runs = dict(job_of(config, overrides) for overrides in jobs)
         _current = Sweep(_report_folder(config, list(runs)), runs, _run_folder(config).parent)
-        if config.hydra.launcher._target_.rpartition(".")[2] != BasicLauncher.__name__:
+        if _has_local_processes(config):
             stop_jobs_on_signals(lambda: _current.runs)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
             return
-        if _current is None:
+        if _current is None and _has_local_processes(config):
             leave_signals_to_sweep()
         self.started = time.monotonic()
         number = config.hydra.job.num + 1
@@ -111,6 +111,11 @@ class SweepCallback(Callback):
             path.unlink(missing_ok=True)
             if _current:
                 _current.finished.add(folder)
+
+
+def _has_local_processes(config: DictConfig) -> bool:
+    """Whether the launcher runs jobs in other processes of this machine. On Slurm, submitit handles signals to a job."""
+    return config.hydra.launcher._target_.rpartition(".")[2] not in (BasicLauncher.__name__, "SlurmLauncher")
 
 
 def _jobs(config: DictConfig) -> list[list[str]]:

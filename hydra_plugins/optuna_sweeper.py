@@ -8,6 +8,7 @@ are in study.db (SQLite), beside the sweep's report. Several commands can work o
 """
 
 import contextlib
+import importlib.util
 import logging
 import math
 import os
@@ -68,12 +69,14 @@ class OptunaSweeper(Sweeper):
         """
         words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         overrides = OverridesParser.create(config_loader=self.context.config_loader).parse_overrides(words)
-        searched = {item.get_key_element(): item for item in overrides if item.is_sweep_override()}
+        last = {item.key_or_group: item for item in overrides}  # of several values of a key Hydra takes the last one
+        searched = {key: item for key, item in last.items() if item.is_sweep_override()}
         self.fixed = [
             f"{item.get_key_element()}={item.get_value_element_as_str()}"
-            for item in overrides
-            if not item.is_sweep_override()
+            for key, item in last.items()
+            if key not in searched
         ]
+        self.elements = {key: item.get_key_element() for key, item in searched.items()}  # "++key"
         self.check(searched)
         self.space = {key: distribution(item) for key, item in searched.items()}
         self.study = self.open_study()
@@ -101,14 +104,16 @@ class OptunaSweeper(Sweeper):
         """Check the settings to search and those of the sweeper.
 
         Raises:
-            UserError: names the setting.
+            UserError: names the setting, or says that Optuna is missing.
         """
+        if importlib.util.find_spec("optuna") is None:
+            raise UserError("hydra/sweeper=optuna: Optuna is missing; pip install -r requirements-launchers.txt")
         if not searched:
             raise UserError(
                 "hydra/sweeper=optuna: no setting to search; give one several values, such as "
                 "'method.lambda_unlearning=interval(0.5,8)'"
             )
-        if any(item.key_or_group == "seed" for item in searched.values()):
+        if "seed" in searched:
             raise UserError(
                 "seed: Optuna would keep the seed that is best by chance; give one seed, and repeat the best settings with "
                 "others"
@@ -121,10 +126,13 @@ class OptunaSweeper(Sweeper):
             value = getattr(self, key)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"hydra.sweeper.{key}={value}: expected a positive integer")
+        floor = self.min_utility
+        if floor is not None and not (isinstance(floor, int | float) and 0 <= floor <= 100):
+            raise UserError(f"hydra.sweeper.min_utility={floor}: expected a utility in percent, 0 to 100")
         _, base = job_of(self.config, self.fixed)
-        if self.min_utility is not None and not ("method" in base and base.evaluation.every_epochs):
+        if floor is not None and not ("method" in base and base.evaluation.every_epochs):
             raise UserError(
-                f"hydra.sweeper.min_utility={self.min_utility}: no run is pruned, as the scores are only computed at its end; "
+                f"hydra.sweeper.min_utility={floor}: no run is pruned, as the scores are only computed at its end; "
                 "with an unlearning recipe, set evaluation.every_epochs=1"
             )
 
@@ -136,14 +144,10 @@ class OptunaSweeper(Sweeper):
         """The study in the folder of the sweep's report, created if there is none.
 
         Raises:
-            UserError: if its trials were run with another configuration, or Optuna is not installed.
+            UserError: if its trials were run with another configuration.
         """
-        try:
-            import optuna
-        except ImportError as error:
-            raise UserError(
-                "hydra/sweeper=optuna: Optuna is missing; pip install -r requirements-launchers.txt"
-            ) from error
+        import optuna
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "study.db"
@@ -222,7 +226,7 @@ class OptunaSweeper(Sweeper):
         return True
 
     def overrides_of(self, trial: Any) -> list[str]:
-        return [*self.fixed, *(f"{key}={value}" for key, value in trial.params.items())]
+        return [*self.fixed, *(f"{self.elements[key]}={value}" for key, value in trial.params.items())]
 
     def tell(self, trial: Any, result: JobReturn) -> None:
         """Record the outcome of a trial: its scores, the epoch in which it was pruned, or its error."""

@@ -176,6 +176,7 @@ def test_a_run_below_the_floor_is_pruned_and_the_report_says_when(search, capsys
         (["seed=0,1"], "seed: Optuna would keep the seed"),
         ([*SEARCH, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: expected a positive"),
         ([*SEARCH, "hydra.sweeper.n_jobs=0"], "hydra.sweeper.n_jobs=0: expected a positive"),
+        ([*SEARCH, "hydra.sweeper.min_utility=900"], "min_utility=900: expected a utility in percent"),
         ([*SEARCH, "hydra.sweeper.min_utility=90", "evaluation.every_epochs=0"], "set evaluation.every_epochs=1"),
     ],
 )
