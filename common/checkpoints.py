@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from common import interrupts
 from common.config import ModelConfig
 from common.errors import UserError
 from common.files import is_first_process, read_json, write_json
@@ -79,7 +80,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self.received = 0
-        numbers = [signal.SIGTERM, signal.SIGINT]
+        numbers = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGINT) != interrupts.left_to_sweep:
+            numbers.append(signal.SIGINT)
         if callable(signal.getsignal(signal.SIGUSR2)):  # submitit's handler: the job nears its time limit
             numbers.append(signal.SIGUSR2)
         self.previous = {number: signal.signal(number, self._record) for number in numbers}
@@ -93,7 +96,7 @@ class StopSignals:
         log.warning(
             "signal %d: saving a checkpoint and stopping after this step (send it again to stop at once)", number
         )
-        self.received = number
+        self.received = interrupts.received = number
         self.__exit__()
 
     def requeue(self) -> None:

@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.errors import UserError, did_you_mean, full_disk_as_user_error
+from common.errors import Pruned, UserError, did_you_mean, full_disk_as_user_error
 from common.files import CONFIGS, ROOT, SURROGATE
 from common.hardware import settle_processes
 from common.recipes import deciding_key, program_of, recipe_folders, recipes_of
@@ -261,7 +261,9 @@ def job_errors(folder: str | Path) -> Iterator[None]:
         with full_disk_as_user_error(folder):
             yield
     except Exception as error:
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        if isinstance(error, Pruned):
+            log.info("pruned: %s", error)
+        elif HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             traceback = None if isinstance(error, UserError) else error
             log.error("this job failed, the sweep continues: %s", error, exc_info=traceback)
         elif message := user_message(error):

@@ -46,6 +46,22 @@ class Interrupted(SystemExit):
         super().__init__(128 + signal_number)
 
 
+class Pruned(Exception):
+    """A run of a sweep was ended in training, as its utility is below the sweep's floor.
+
+    Attributes:
+        epoch: after which the scores were computed.
+        utility: of that epoch, in percent.
+    """
+
+    def __init__(self, epoch: int, utility: float, floor: float):
+        super().__init__(epoch, utility, floor)  # all arguments: launchers send it from process to process
+        self.epoch, self.utility, self.floor = epoch, utility, floor
+
+    def __str__(self) -> str:
+        return f"utility {self.utility:.1f} after epoch {self.epoch} is below hydra.sweeper.min_utility={self.floor:g}"
+
+
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """`; did you mean '<prefix>x'?` with the closest known word x, or an empty string if none is close or x is the word.
 

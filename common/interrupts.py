@@ -6,10 +6,16 @@ SIGTERM exits as an error does, so that a sweep's table is still written. Traini
 import signal
 import sys
 
+received = 0  # number of the signal that stopped this process's job; 0: none
+
 
 def _quiet(kind, error, traceback):
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
+
+
+def left_to_sweep(number, frame):
+    """The handler of Ctrl-C in a job whose sweep runs in another process, which stops the job by SIGTERM."""
 
 
 sys.excepthook = _quiet

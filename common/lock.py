@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -46,8 +47,8 @@ def _take(folder: Path, stack: contextlib.ExitStack) -> None:
         stack.enter_context(lock)
     except Timeout as error:
         raise UserError(
-            f"output_dir={folder}: another command works in this folder{_holder(folder / LOCK)}. Wait until it ends, stop it, "
-            "or name another folder"
+            f"output_dir={folder}: another command works in this folder{_described(holder_of(folder))}. Wait until it ends, "
+            "stop it, or name another folder"
         ) from error
     except OSError as error:
         if error.errno not in (*NOT_WRITABLE, *NOT_SUPPORTED):
@@ -71,9 +72,12 @@ def _clear(folder: Path) -> None:
         folder.rmdir()
 
 
-def _holder(path: Path) -> str:
-    """Who holds the lock, as ` (host ..., ...)`; empty if its file does not say."""
+def holder_of(folder: Path) -> dict[str, Any]:
+    """Who works in a folder: `host`, `pid`, `since` and `command`; empty if nobody does or its lock does not say."""
     with contextlib.suppress(OSError, ValueError):
-        holder = json.loads(path.read_text(encoding="utf-8"))
-        return f" ({', '.join(f'{name} {value}' for name, value in holder.items())})"
-    return ""
+        return json.loads((folder / LOCK).read_text(encoding="utf-8"))
+    return {}
+
+
+def _described(holder: dict[str, Any]) -> str:
+    return f" ({', '.join(f'{name} {value}' for name, value in holder.items())})" if holder else ""

@@ -128,26 +128,33 @@ def has_result_of(folder: Path, cfg: DictConfig) -> bool:
 
     An evaluation's null keys are those of the run that made its model, and are not compared.
     """
-    start = cfg.get("finetuned") or OmegaConf.select(cfg, "model.path", throw_on_missing=False)
-    start_id = result_id(resolve_path(start)) if start else None
-    wanted, found = comparable_config(cfg, start_id), (result_of(folder) or {}).get("config")
+    wanted, found = stored_config(cfg), (result_of(folder) or {}).get("config")
     if "metrics" not in wanted or not found:
         return found == wanted
     known = dict(flattened(found))
     return all(value in (known.get(key), None) for key, value in flattened(wanted))
 
 
+def stored_config(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration that a run of this composed configuration stores in its result."""
+    start = cfg.get("finetuned") or OmegaConf.select(cfg, "model.path", throw_on_missing=False)
+    return comparable_config(cfg, result_id(resolve_path(start)) if start else None)
+
+
 def failure_of(folder: Path) -> str | None:
-    """Why the last job of a sweep that belongs to this folder failed; None if it did not."""
+    """`failed: <why>` or `pruned: <why>` of the last job of a sweep that belongs to this folder; None if it was neither."""
     path = failure_file(folder)
     try:
-        return str(read_json(path)["message"]) if path.is_file() else None
-    except (ValueError, KeyError, TypeError):
-        return f"{path} is not readable"
+        if not path.is_file():
+            return None
+        failure = read_json(path)
+        return f"{failure.get('status', 'failed')}: {failure['message']}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"failed: {path} is not readable"
 
 
 def failure_file(folder: Path) -> Path:
-    """The file with the message of a failed job. It is beside the run's folder, which may not exist or has an older result."""
+    """The file with the message of a failed or pruned job, beside the run's folder, which may not exist."""
     return folder.parent / FAILURES / f"{folder.name}.json"
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,9 +23,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import Pruned, UserError
 from common.files import write_json
 from common.runs import failure_file, failure_of, has_result_of, run_name, runs_folder
+from common.sweep_signals import leave_signals_to_sweep, stop_jobs_on_signals
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class Sweep:
 
     Attributes:
         folder: of its report.
-        runs: folder -> configuration of each of its runs; empty if the sweeper chooses them while it runs.
+        runs: folder -> configuration of each of its runs; a sweeper that chooses them while it works adds them.
         parent: the folder of all runs of the recipe.
         finished: folders of the jobs that this process has finished.
     """
@@ -70,14 +72,19 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global _current
-        jobs = [_composed(config, words) for words in _jobs(config)]
-        self.jobs = len(jobs)
-        runs = {_run_folder(job): OmegaConf.masked_copy(job, [key for key in job if key != "hydra"]) for job in jobs}
+        HydraConfig.instance().set_config(config)  # resolves ${hydra:...}
+        jobs = _jobs(config)
+        self.jobs = len(jobs) or config.hydra.sweeper.get("n_trials", 0)
+        runs = dict(job_of(config, overrides) for overrides in jobs)
         _current = Sweep(_report_folder(config, list(runs)), runs, _run_folder(config).parent)
+        if _has_local_processes(config):
+            stop_jobs_on_signals(lambda: _current.runs)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
             return
+        if _current is None and _has_local_processes(config):
+            leave_signals_to_sweep()
         self.started = time.monotonic()
         number = config.hydra.job.num + 1
         total = self.jobs
@@ -95,13 +102,20 @@ class SweepCallback(Callback):
         path = failure_file(folder)
         if job_return.status == JobStatus.FAILED and config.hydra.mode == RunMode.MULTIRUN:
             error = job_return._return_value
-            message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            status = "pruned" if isinstance(error, Pruned) else "failed"
+            message = str(error) if isinstance(error, UserError | Pruned) else f"{type(error).__name__}: {error}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"message": message.strip(), "overrides": list(config.hydra.overrides.task)})
+            overrides = list(config.hydra.overrides.task)
+            write_json(path, {"status": status, "message": message.strip(), "overrides": overrides})
         elif job_return.status == JobStatus.COMPLETED:  # also by a single command after the sweep
             path.unlink(missing_ok=True)
             if _current:
                 _current.finished.add(folder)
+
+
+def _has_local_processes(config: DictConfig) -> bool:
+    """Whether the launcher runs jobs in other processes of this machine. On Slurm, submitit handles signals to a job."""
+    return config.hydra.launcher._target_.rpartition(".")[2] not in (BasicLauncher.__name__, "SlurmLauncher")
 
 
 def _jobs(config: DictConfig) -> list[list[str]]:
@@ -115,11 +129,18 @@ def _jobs(config: DictConfig) -> list[list[str]]:
     return [job for batch in batches for job in batch]
 
 
-def _composed(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """The configuration of the sweep's job with these overrides."""
+def job_of(config: DictConfig, overrides: list[str]) -> tuple[Path, DictConfig]:
+    """The run's folder and the configuration, without Hydra's, of the sweep's job with these overrides."""
     job = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
     HydraConfig.instance().set_config(job)  # resolves ${hydra:...}
-    return job
+    return _run_folder(job), OmegaConf.masked_copy(job, [key for key in job if key != "hydra"])
+
+
+def utility_floor() -> float | None:
+    """The utility in percent below which a run of this sweep is pruned (`hydra.sweeper.min_utility`); None: none is."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return HydraConfig.get().sweeper.get("min_utility")
 
 
 def _run_folder(config: DictConfig) -> Path:
@@ -134,6 +155,8 @@ def _report_folder(config: DictConfig, runs: list[Path]) -> Path:
     overrides = list(config.hydra.overrides.task)
     seeds = [word.partition("=")[2] for word in overrides if word.lstrip("+").startswith("seed=")]
     seeds = re.sub(r"[^\w,.-]+", "-", seeds[-1]) if seeds else str(config.seed)
-    folders = hashlib.sha256("\n".join(map(str, runs)).encode()).hexdigest()[:6]
+    # A sweeper that chooses the runs while it works has its settings to search in place of their folders.
+    parts = runs or [config.output_dir, config.hydra.sweeper.get("params")]
+    folders = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:6]
     name = f"{run_name(0, overrides).replace('seed-0', f'seed-{seeds}', 1)}+{folders}"
     return (Path(config.models_dir) / "sweeps" / str(config.hydra.job.config_name) / name).resolve()

@@ -23,7 +23,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from common.checkpoints import SaveAndStop, StopSignals, damage, last_complete_checkpoint, write_manifest
 from common.collate import PASS_OVERHEAD_TOKENS, bucket_by_length, collate, count_answer_tokens, sort_into_micro_batches
-from common.errors import Interrupted, UserError, library_errors_as_user_error
+from common.errors import Interrupted, Pruned, UserError, library_errors_as_user_error
 from common.files import read_json, write_json
 from common.hardware import suitable_threads
 from common.losses import answer_losses
@@ -46,6 +46,7 @@ class ResumableTrainer(Trainer):
         epoch_sums: the sums of `add_to_epoch` in the current epoch.
         evaluate_model: a function that returns the scores of the model; if set, it is called during training.
         evaluate_every: number of epochs between two of these calls.
+        min_utility: utility in percent below which these scores end the run; None: they do not.
     """
 
     # compute_loss already divides by the counts of the whole optimizer step.
@@ -53,6 +54,7 @@ class ResumableTrainer(Trainer):
 
     evaluate_model: Callable[[Any], dict[str, float]] | None = None
     evaluate_every: int = 1
+    min_utility: float | None = None
 
     def __init__(self, model: Any, args: TrainingArguments, rows: list, tokenizer: Any):
         check_even_split(len(rows), args.per_device_train_batch_size, args.world_size)
@@ -212,6 +214,7 @@ class ResumableTrainer(Trainer):
 
         Raises:
             Interrupted: after SIGTERM, Ctrl-C or submitit's SIGUSR2, once the checkpoint is saved.
+            Pruned: if the scores during training are below `min_utility`; the checkpoints are deleted.
         """
         checkpoint = last_complete_checkpoint(Path(self.args.output_dir))
         if checkpoint:
@@ -221,12 +224,22 @@ class ResumableTrainer(Trainer):
             self.before_training()
         with StopSignals() as stop:
             self.add_callback(SaveAndStop(stop))
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except Pruned:
+                self.delete_checkpoints()
+                raise
         if stop.received:
             done = f"step {self.state.global_step} of {self.state.max_steps}"
             log.warning("stopped by signal %d after %s; the same command continues from there", stop.received, done)
             stop.requeue()
             raise Interrupted(stop.received)
+
+    def delete_checkpoints(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            for folder in Path(self.args.output_dir).glob("checkpoint-*"):
+                shutil.rmtree(folder)
 
     def before_training(self) -> None:
         """Called once before the first step, but not when a run is resumed. Subclasses may override it."""
@@ -316,6 +329,8 @@ class EpochRecords(TrainerCallback):
         )
         trainer.history.append({"epoch": epoch, **record})
         trainer.log(record)
+        if trainer.min_utility is not None and record.get("utility", math.inf) < trainer.min_utility:
+            raise Pruned(epoch, record["utility"], trainer.min_utility)
 
     def time_left(self) -> str:
         """[hours:]minutes:seconds until the last step, if the steps take as long as those since the start or resumption."""

@@ -48,7 +48,7 @@ class Run:
         folder: of its files.
         name: the method, or the recipe that finetuned it.
         result: its result.json; empty if it has none.
-        status: "done", "failed: <why>" or "unfinished".
+        status: "done", "failed: <why>", "pruned: <why>" or "unfinished".
         reference: whether it is not an unlearned model, but one to compare with.
         evaluations: folder -> result.json of the evaluations of this model, the newest last.
         of_evaluation: whether it stands for one evaluation of a sweep, with the settings of that evaluation.
@@ -377,13 +377,9 @@ def _read_results(path: Path) -> tuple[dict | None, dict[str, dict], str]:
         result = checked_result(path)
         before = {name: found for name in BEFORE if (found := checked_result(path / name))}
     except UserError as error:  # one broken file does not spoil the report of all others
-        return None, {}, f"failed: {failure or error}"
+        return None, {}, failure or f"failed: {error}"
     without_failure = "unfinished" if result is None else "done"
-    return (
-        result,
-        before,
-        f"failed: {failure}" if failure else without_failure,
-    )  # a result beside a failure is an older one
+    return result, before, failure or without_failure  # a result beside a failure is an older one
 
 
 def _run_without_result(path: Path, status: str) -> Run:

@@ -185,6 +185,16 @@ def run_stage(stage: str, *overrides: str, cwd: Path = ROOT, check: bool = True,
     return done
 
 
+def wait_for(process: subprocess.Popen, text: str) -> list[str]:
+    """Read a process's output until a line has the text; returns the lines."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"{text!r} was never printed:\n{''.join(lines)}")
+
+
 def run_imported(
     script: Path, argv: list[str], cwd: Path = ROOT, environments: Sequence[dict[str, str]] = ({},)
 ) -> list[subprocess.CompletedProcess]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from common.files import ROOT
-from tests.helpers import run_imported, run_stage
+from tests.helpers import run_imported, run_stage, wait_for
 
 QUICK = ["-cn=PMC-unlearn-tiny", "training.num_epochs=2", "method.num_samples=2", "evaluation.every_epochs=0"]
 
@@ -152,15 +152,6 @@ def start(folder, models_dir):
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-
-
-def wait_for(process, text):
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            return lines
-    raise AssertionError(f"{text!r} was never printed:\n{''.join(lines)}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

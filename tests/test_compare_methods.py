@@ -131,7 +131,7 @@ def test_a_recipe_that_names_the_folder_of_each_stage_keeps_them_with_other_data
         ("output_dir=m/3/b", "seed=3", "data.path=d"),
     ]
     unlearn = commands[3]
-    assert unlearn[:4] == ("unlearning", "finetuned=m/3/b", "-cn=unlearn-tiny", "method=npo")
+    assert unlearn[:4] == ("unlearning", "-cn=unlearn-tiny", "finetuned=m/3/b", "method=npo")
     assert "data.path=d" in unlearn and not any("before/" in word for word in unlearn)
 
 

@@ -14,7 +14,8 @@ from common.files import ROOT
 from tests.helpers import run_imported
 
 OURS = ("benchmarks", "common", "evaluation", "finetuning", "generation", "scripts", "unlearning")
-MODULES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
+PLUGINS = "hydra_plugins"  # the package in which Hydra looks; launchers install into it as well
+MODULES = sorted(path for package in (*OURS, PLUGINS) for path in (ROOT / package).rglob("*.py"))
 
 
 def imported(source: str) -> set[str]:
@@ -41,6 +42,7 @@ BELOW = {
     "evaluation": {"common", "generation"},
     "finetuning": {"common", "generation"},
     "benchmarks": {"common", "generation", "unlearning", "evaluation", "finetuning"},
+    PLUGINS: {"common"},
     "scripts": {"common", "generation", "unlearning", "evaluation", "finetuning"},
 }
 
@@ -61,8 +63,8 @@ def test_a_module_imports_only_what_lies_below_it(path):
 
 
 def test_every_package_is_looked_at():
-    assert {path.relative_to(ROOT).parts[0] for path in MODULES} == set(OURS)
-    assert {path.parent.name for path in MODULES} == {*OURS, "methods", "metrics"}
+    assert {path.relative_to(ROOT).parts[0] for path in MODULES} == {*OURS, PLUGINS}
+    assert {path.parent.name for path in MODULES} == {*OURS, PLUGINS, "methods", "metrics"}
     assert packages_of_ours(ROOT / "unlearning" / "main.py") == {"common", "evaluation", "generation", "unlearning"}
 
 

@@ -3,15 +3,19 @@
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 from hydra import compose, initialize_config_dir
 
-from common.checkpoints import StopSignals
-from common.files import CONFIGS, read_json
+from common.checkpoints import StopSignals, last_complete_checkpoint
+from common.files import CONFIGS, ROOT, read_json
 from tests.helpers import run_stage
 
-PLUGINS = {"joblib": "hydra_joblib_launcher", "submitit_local": "hydra_submitit_launcher"}
+PLUGINS = {"joblib": "hydra_joblib_launcher", "submitit_local": "hydra_submitit_launcher", "ray": "hydra_ray_launcher"}
 
 
 def needs(launcher: str) -> None:
@@ -33,8 +37,16 @@ def test_a_sweep_in_other_processes_ends_as_one_in_this_process(launcher, tmp_pa
         f"models_dir={tmp_path}",
         "training.learning_rate=1e-3,-1",
         check=False,
+        **(
+            {"RAY_DEDUP_LOGS": "0"} if launcher == "ray" else {}
+        ),  # also starts a process of its own: Ray hangs in a fork
     )
     assert done.returncode != 0
+    if launcher in ("joblib", "ray"):
+        assert "job 1 of 2: " in done.stdout and "job 2 of 2: " in done.stdout
+    elif launcher == "submitit_local":
+        logs = [path.read_text() for path in (tmp_path / "sweeps" / ".submitit").rglob("*.out")]
+        assert sorted(re.findall(r"job \d of \d", "".join(logs))) == ["job 1 of 2", "job 2 of 2"]
     report = done.stdout.partition("1 of 2 runs are finished.")[2]
     assert re.search(r"- seed-0.*learning_rate--1.*: failed: training.learning_rate=-1: expected float", report)
     runs = tmp_path / "finetuned" / "pretrain-tiny"
@@ -42,6 +54,52 @@ def test_a_sweep_in_other_processes_ends_as_one_in_this_process(launcher, tmp_pa
     assert "training.learning_rate-0.001" in good.parent.name
     (failed,) = (runs / ".failed").iterdir()
     assert "training.learning_rate=-1" in read_json(failed)["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "number"), [("joblib", signal.SIGINT), ("submitit_local", signal.SIGTERM)])
+def test_a_signal_to_the_sweep_stops_the_jobs_with_a_checkpoint(launcher, number, models_dir, tmp_path):
+    needs(launcher)
+    words = ["-m", "-cn=PMC-unlearn-tiny", f"hydra/launcher={launcher}", f"models_dir={tmp_path}"]
+    words += [
+        f"finetuned={models_dir}/finetuned/tiny/seed-0",
+        "seed=0,1,2",
+        "save_model=false",
+        "training.num_epochs=500",
+    ]
+    words += ["training.save_strategy=no", "evaluation.start=false", "evaluation.every_epochs=0"]
+    if launcher == "joblib":
+        words.append("hydra.launcher.n_jobs=2")
+    command = [sys.executable, str(ROOT / "unlearning" / "main.py"), *words]
+    sweep = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    runs = tmp_path / "unlearned" / "PMC-unlearn-tiny"
+    for _ in range(600):
+        if len(list(runs.glob("*/in_progress/run.json"))) == (2 if launcher == "joblib" else 3):
+            break
+        time.sleep(0.2)
+    time.sleep(8)  # loading the model
+    # Ctrl-C goes to all processes of the terminal, as here
+    os.killpg(sweep.pid, number) if number == signal.SIGINT else sweep.send_signal(number)
+    output, _ = sweep.communicate(timeout=120)
+    assert sweep.returncode == 128 + number, output
+    assert "0 of 3 runs are finished." in output
+    begun = list(runs.glob("*/in_progress"))
+    assert begun and all(last_complete_checkpoint(folder) for folder in begun), output
+    for _ in range(100):  # joblib's resource tracker ends when it sees that the others have
+        left = [pid for pid in psutil.pids() if session_of(pid) == sweep.pid]
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left
+
+
+def session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def test_the_slurm_launcher_is_submitit_s_with_our_settings():

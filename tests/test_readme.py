@@ -7,6 +7,8 @@ from typing import Literal
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 from pydantic import Field, PositiveFloat
 
 from common.cli import allow_new_key
@@ -21,7 +23,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README} | {
     f"docs/{path.name}": path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
 }
-PACKAGES = ("benchmarks", "common", "evaluation", "finetuning", "generation", "scripts", "unlearning")
+PACKAGES = ("benchmarks", "common", "evaluation", "finetuning", "generation", "hydra_plugins", "scripts", "unlearning")
 
 
 def commands_of(text: str) -> list[str]:
@@ -59,9 +61,21 @@ def test_command_composes(command, monkeypatch):
         assert words[script] in ("scripts/plot_curves.py", "scripts/convert_gguf.py", "scripts/make_embedded_data.py")
         return
     overrides = [word for word in words[script + 1 :] if not word.startswith("-")]
-    overrides = [allow_new_key(word if re.search(r"[\[{]", word) else word.split(",")[0]) for word in overrides]
+    if "hydra/launcher=ray" in overrides:
+        pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    overrides = [allow_new_key(of_first_job(word)) for word in overrides]
     with initialize_config_dir(str(CONFIGS), version_base=None):
         compose(recipe, overrides=overrides)
+
+
+def of_first_job(word: str) -> str:
+    """An override with its first value, if a sweep has several."""
+    override = OverridesParser.create().parse_override(word)
+    if not override.is_sweep_override():
+        return word
+    value = override.value()
+    first = value.start if isinstance(value, IntervalSweep) else next(override.sweep_string_iterator())
+    return f"{override.get_key_element()}={first}"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -37,6 +37,7 @@ from common.prompts import PromptFormat, check_passages_fit, check_prompt_length
 from common.results import copy_result, headline_scores, stored_result
 from common.rouge import use_words
 from common.runs import RunFolder, training_run
+from common.sweeps import utility_floor
 from common.training_arguments import training_arguments
 from evaluation.during_training import Evaluator
 from evaluation.report import report_sweep, write_page
@@ -93,6 +94,7 @@ def train(run: RunFolder, method: type[UnlearningTrainer], config: RunConfig) ->
             evaluator.start(work / "finetuned", run.start, model)
     if config.evaluation.every_epochs:
         trainer.evaluate_model, trainer.evaluate_every = evaluator.headline, config.evaluation.every_epochs
+        trainer.min_utility = utility_floor()
     trainer.train_or_resume()
     evaluator.finish(trainer, work, stage="unlearning")
     if is_first_process():
