@@ -261,7 +261,7 @@ def leaderboard_page(path: Path) -> str:
     recipe = OmegaConf.merge({"models_dir": "models"}, OmegaConf.load(CONFIGS / f"compare/{path.stem}.yaml")).comparison
     shared = recipe.get("unlearning", "")
     commands = "".join(
-        f"- {name}: `{' '.join(f'python unlearning/main.py -cd=configs {shared} {words}'.split()).replace('{seed}', '0')}`\n"
+        f"- {name}: `{' '.join(f'python unlearning/main.py -cd=configs {words} {shared}'.split()).replace('{seed}', '0')}`\n"
         for name, words in recipe.methods.items()
         if name in results
     )
