@@ -278,10 +278,11 @@ def run_all(
             model = path.replace("{seed}", str(seed))
             found.append(commands.reference(name, model, seed, folder / name / f"seed-{seed}", settings))
         for name, words in settings.methods.items():
-            words_of_run = [
-                *start,
-                *words_of(f"{settings.unlearning} {words}", seed),
-            ]  # its own finetuned=FOLDER counts
+            own = words_of(words, seed)
+            options = [word for word in own if word.startswith("-")]  # Hydra takes none behind an override
+            # Of a key that is set twice the last value counts: the method's own.
+            overrides = [word for word in own if word not in options]
+            words_of_run = [*options, *start, *words_of(settings.unlearning, seed), *overrides]
             found.append(commands.method(name, words_of_run, seed, folder / name / f"seed-{seed}", settings))
     return list(filter(None, found))
 
@@ -290,7 +291,8 @@ def report(found: list[Run], settings: ComparisonSettings, failed: dict[str, str
     """Write the plot and report.html; write and print the table and the arguments of each method."""
     groups = grouped(found)
     plot_methods(groups, folder / "comparison.png")
-    write_reports(found, groups, folder, f"Comparison {folder.name}")
+    if found:
+        write_reports(found, groups, folder, f"Comparison {folder.name}")
     arguments = "\n".join(f"- {as_text(name)}: {as_code(words)}" for name, words in settings.methods.items())
     seeds = ", ".join(map(str, settings.seeds))
     table = method_table(groups) if groups else "No run succeeded."
@@ -299,7 +301,7 @@ def report(found: list[Run], settings: ComparisonSettings, failed: dict[str, str
         text += "\nFailed, and not in the table:\n\n" + "".join(f"- {as_code(command)}\n" for command in failed)
     path = folder / "comparison.md"
     write_text(path, f"# Unlearning methods\n\n![Unlearn quality and utility](comparison.png)\n\n{text}")
-    print(f"\n{text}\nWritten to {path}, comparison.png and report.html")
+    print(f"\n{text}\nWritten to {path}" + (", comparison.png and report.html" if found else ""))
     if failed:
         commands = "\n".join(f"{command}\n  {message}" for command, message in failed.items())
         raise UserError(f"these commands failed; the table has the other runs:\n{commands}")

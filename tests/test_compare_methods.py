@@ -58,6 +58,13 @@ def test_a_method_that_fails_leaves_a_gap_and_an_error(tmp_path, models_dir):
     assert (folder / "comparison.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
+def test_a_comparison_without_a_successful_run_names_every_failure(tmp_path, models_dir):
+    done = run(written(tmp_path, [0], "{Bad: -cn=unlearn-tiny method=wga method.beta=-1}"), f"models_dir={models_dir}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "No run succeeded." in done.stdout and "method.beta=-1: expected float" in done.stderr
+
+
 VALID = {"seeds": [0], "before": [], "methods": {"A": "-cn=unlearn-tiny"}, "metrics": ["headline"]}
 
 
@@ -146,6 +153,9 @@ def test_a_method_that_names_its_start_has_it_and_the_others_the_finetuned_model
     pmc, undo = ([word for word in words if "finetuned" in word] for stage, *words in commands if stage == "unlearning")
     assert pmc == ['++finetuned="folder/before/seed-3"']
     assert undo == [*pmc, "finetuned=m/PMC/seed-3"], "the last one counts"
+    for _, *words in commands:
+        options = [word.startswith("-") for word in words]
+        assert options == sorted(options, reverse=True), "Hydra takes no option behind an override"
 
 
 def test_other_data_is_refused_where_the_recipe_names_models_of_its_own(tmp_path):
