@@ -45,6 +45,9 @@ def search(monkeypatch, tmp_path):
             "hydra/sweeper=optuna",
             f"hydra.sweeper.n_trials={n_trials}",
             f"models_dir={tmp_path}",
+            # Configuring logging closes absl's handler, and with it the stream that pytest captures.
+            "hydra.job_logging.root=null",
+            "hydra.hydra_logging.root=null",
         ]
         with initialize_config_dir(str(CONFIGS), version_base=None):
             hydra = GlobalHydra.instance().hydra

@@ -23,6 +23,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README} | {
     f"docs/{path.name}": path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
 }
+SCRIPTS = [f"scripts/{name}.py" for name in ("plot_curves", "plot_ablations", "convert_gguf", "make_embedded_data")]
 PACKAGES = ("benchmarks", "common", "evaluation", "finetuning", "generation", "hydra_plugins", "scripts", "unlearning")
 
 
@@ -58,7 +59,7 @@ def test_command_composes(command, monkeypatch):
         assert report.argument_parser().parse_args(words[script + 1 :]).folders
         return
     if recipe is None:  # the scripts without a configuration
-        assert words[script] in ("scripts/plot_curves.py", "scripts/convert_gguf.py", "scripts/make_embedded_data.py")
+        assert words[script] in SCRIPTS
         return
     overrides = [word for word in words[script + 1 :] if not word.startswith("-")]
     if "hydra/launcher=ray" in overrides:
