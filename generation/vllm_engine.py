@@ -183,6 +183,8 @@ def _new_engine(model: PreTrainedModel, max_length: int, memory_fraction: float)
             max_model_len=max_length,
             gpu_memory_utilization=memory_fraction,
             enforce_eager=model.device.type == "cpu",  # compiling takes minutes there
+            # vLLM takes back a seeded draw after a part of a prompt, which generators on a CPU cannot.
+            enable_chunked_prefill=model.device.type != "cpu",
             trust_remote_code=False,
             disable_log_stats=True,
         )
