@@ -57,7 +57,7 @@ def test_a_sweep_in_other_processes_ends_as_one_in_this_process(launcher, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "number"), [("joblib", signal.SIGINT), ("submitit_local", signal.SIGTERM)])
+@pytest.mark.parametrize(("launcher", "number"), [("submitit_local", signal.SIGTERM)])
 def test_a_signal_to_the_sweep_stops_the_jobs_with_a_checkpoint(launcher, number, models_dir, tmp_path):
     needs(launcher)
     words = ["-m", "-cn=PMC-unlearn-tiny", f"hydra/launcher={launcher}", f"models_dir={tmp_path}"]
