@@ -23,7 +23,7 @@ def needs(launcher: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", PLUGINS)
+@pytest.mark.parametrize("launcher", ["joblib", "ray"])
 def test_a_sweep_in_other_processes_ends_as_one_in_this_process(launcher, tmp_path):
     needs(launcher)
     quick = ["training.max_steps=1", "evaluation.every_epochs=0", "evaluation.start=false", "save_model=false"]
