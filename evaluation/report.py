@@ -46,6 +46,8 @@ from evaluation.run_records import (
 from evaluation.summary import summary
 from evaluation.tables import COLUMNS, as_text, cell
 
+DIGITS = 4  # significant digits of a setting in tables; results.csv has all
+
 log = logging.getLogger(__name__)
 
 
@@ -119,7 +121,7 @@ def method_table(groups: Sequence[Group]) -> str:
     lines = [f"| {' | '.join(map(as_text, header))} |", "|---|" + "---:|" * (len(header) - 1)]
     for group in groups:
         cells = [f"{as_text(group.name)}{' *' if group.on_front else ''}"]
-        cells += [as_text(shown_value(group.varied[key])) if key in group.varied else "" for key in keys]
+        cells += [as_text(shown_value(group.varied[key], DIGITS)) if key in group.varied else "" for key in keys]
         cells += [str(len(group.runs))] if seeds > 1 else []
         for score, digits in columns.values():
             text = with_count(group, score, digits)
@@ -167,7 +169,7 @@ def latex(groups: Sequence[Group]) -> str:
     rows = []
     for group in groups:
         cells = [as_latex(group.name)]
-        cells += [as_latex(shown_value(group.varied[key])) if key in group.varied else "" for key in keys]
+        cells += [as_latex(shown_value(group.varied[key], DIGITS)) if key in group.varied else "" for key in keys]
         for score, digits in columns.values():
             text = as_latex(with_count(group, score, digits))
             cells.append(rf"\textbf{{{text}}}" if score in group.best else text)

@@ -200,7 +200,10 @@ def shortened(keys: Iterable[str]) -> dict[str, str]:
     return {key: part if parts[part := key.split(".", 1)[-1]] == 1 else key for key in keys}
 
 
-def shown_value(value: Any) -> str:
+def shown_value(value: Any, digits: int = 17) -> str:
+    """A setting as text; numbers that are not whole with so many significant digits."""
+    if isinstance(value, float):
+        value = float(f"{value:.{digits}g}")
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -480,6 +480,15 @@ def test_text_in_latex():
     )
 
 
+def test_a_sampled_number_is_rounded_in_the_tables_alone(tmp_path):
+    make_run(tmp_path, 0, 90.0, 99.0, learning_rate=1.8877843577590545)
+    make_run(tmp_path, 0, 90.0, 99.0, learning_rate=2e-05)
+    written(read_runs([tmp_path]), tmp_path / "out", "one")
+    for name, shown in {"report.md": "1.888", "report.tex": "1.888", "results.csv": "1.8877843577590545"}.items():
+        text = (tmp_path / "out" / name).read_text()
+        assert re.search(rf"\b{re.escape(shown)}\b", text) and "2e-05" in text
+
+
 def test_the_page_has_the_words_shared_with_the_truth(tmp_path):
     make_run(tmp_path, 0, 90.0, 99.0, text="no true thing, answers")
     rows = data_of(written(read_runs([tmp_path]), tmp_path / "out", "one").read_text())["answers"]

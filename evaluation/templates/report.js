@@ -48,6 +48,9 @@ function plain(text) { return String(text).replaceAll("&", "&amp;").replaceAll("
 
 // --- small helpers ---
 
+// A setting; of a number that is not whole, four significant digits.
+function setting(value) { return String(typeof value === "number" && !Number.isInteger(value) ? Number(value.toPrecision(4)) : value); }
+
 function fillSelect(id, options, chosen) {
   const select = byId(id);
   select.replaceChildren(...options.map(([value, label]) => new Option(label, value, false, value === chosen)));
@@ -79,7 +82,7 @@ const textCell = () => DataTable.render.text();
 function settingsTable() {
   const columns = [{title: "method", data: g => g.name, render: (v, type, g) => type === "display" ? plain(v + (g.front ? " ★" : "")) : v}];
   for (const key of data.keys)
-    columns.push({title: key.short, data: g => g.settings[key.name] ?? null, render: (v, type) => type === "display" ? plain(v === null ? "" : String(v)) : v ?? ""});
+    columns.push({title: key.short, data: g => g.settings[key.name] ?? null, render: (v, type) => type === "display" ? plain(v === null ? "" : setting(v)) : v ?? ""});
   if (data.seeds > 1) columns.push({title: "seeds", data: g => g.runs});
   for (const score of data.scores)
     columns.push({
