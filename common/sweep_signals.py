@@ -4,6 +4,7 @@ The sweep's process sends SIGTERM to the jobs, waits until each has saved a chec
 leaves Ctrl-C, which a terminal sends to all processes, to it.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -47,18 +48,27 @@ def stop_jobs(folders: Iterable[Path]) -> None:
     folders, sent = list(folders), set()
     while working := {holder_of(folder).get("pid") for folder in folders} & _processes_of_jobs().keys():
         for pid in working - sent:
-            os.kill(pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # has just ended
+                os.kill(pid, signal.SIGTERM)
         sent |= working
         time.sleep(CHECK_INTERVAL)
     for process in _processes_of_jobs().values():
         # Has not begun to work. Those of submitit would outlive this process.
-        if any("submitit" in word for word in process.cmdline()):
-            process.kill()
+        with contextlib.suppress(psutil.Error):  # has just ended
+            if any("submitit" in word for word in process.cmdline()):
+                process.kill()
 
 
 def _processes_of_jobs() -> dict[int, psutil.Process]:
-    """Process id -> process of each one that this process started, directly or not."""
-    return {process.pid: process for process in psutil.Process().children(recursive=True)}
+    """Process id -> process of each one that this process started, directly or not, and that has not ended."""
+    return {process.pid: process for process in psutil.Process().children(recursive=True) if not _has_ended(process)}
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def leave_signals_to_sweep() -> None:

@@ -60,12 +60,28 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
         raise UserError("training.deepspeed: DeepSpeed is not installed; pip install -r requirements-deepspeed.txt")
     with library_errors_as_user_error("training"):
         args = TrainingArguments(output_dir=str(output_dir), seed=config.seed, remove_unused_columns=False, **values)
+        check_precision(args)
         check_deepspeed(args)
         _check_parts(args, num_rows)
     if args.n_gpu > 1:
         log.info("using one of %d GPUs; torchrun --nproc-per-node N uses more", args.n_gpu)
         args._n_gpu = 1  # prevents DataParallel, which splits every tensor along its first dimension
     return args
+
+
+def check_precision(args: TrainingArguments) -> None:
+    """Check that a launcher's settings have not changed the precision of training.
+
+    Raises:
+        UserError: if ACCELERATE_MIXED_PRECISION, which `accelerate launch` sets, says otherwise than the configuration.
+    """
+    chosen = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    if args.mixed_precision != chosen:
+        raise UserError(
+            f"ACCELERATE_MIXED_PRECISION={args.mixed_precision}: set by accelerate launch or its configuration file, but the "
+            f"run has training.bf16={args.bf16} and training.fp16={args.fp16}; use accelerate launch "
+            f"--mixed_precision={chosen}, or set training.{args.mixed_precision}=true"
+        )
 
 
 def check_deepspeed(args: TrainingArguments) -> None:
@@ -123,6 +139,6 @@ def _check_parts(args: TrainingArguments, num_rows: int) -> None:
 
 
 def _steps_per_epoch(values: dict[str, Any], num_rows: int) -> int:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
     rows_per_step = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * processes
     return math.ceil(num_rows / rows_per_step)

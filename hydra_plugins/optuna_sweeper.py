@@ -12,7 +12,8 @@ import importlib.util
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from common.errors import Pruned, UserError
+from common.cli import allow_new_key
+from common.errors import Pruned, UserError, library_errors_as_user_error
 from common.runs import differing_keys, stored_config
 from common.sweeps import current_sweep, job_of
 
 log = logging.getLogger(__name__)
+FAILURES = 3  # a command whose first trials, so many of them, all fail starts no others
 
 
 class OptunaSweeper(Sweeper):
@@ -67,7 +70,9 @@ class OptunaSweeper(Sweeper):
             UserError: for settings that cannot be searched, and for a study of another configuration.
             Exception: at the end, the error of the first job that failed.
         """
-        words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
+        if not isinstance(self.params, Mapping):
+            raise UserError(f"hydra.sweeper.params={self.params}: expected settings, {{KEY: interval(0.5,8)}}")
+        words = [*(allow_new_key(f"{key}={value}") for key, value in self.params.items()), *arguments]
         overrides = OverridesParser.create(config_loader=self.context.config_loader).parse_overrides(words)
         last = {item.key_or_group: item for item in overrides}  # of several values of a key Hydra takes the last one
         searched = {key: item for key, item in last.items() if item.is_sweep_override()}
@@ -78,7 +83,7 @@ class OptunaSweeper(Sweeper):
         ]
         self.elements = {key: item.get_key_element() for key, item in searched.items()}  # "++key"
         self.check(searched)
-        self.space = {key: distribution(item) for key, item in searched.items()}
+        self.space = {key: checked_distribution(item) for key, item in searched.items()}
         self.study = self.open_study()
         before = {trial.number for trial in self.trials() if trial.state.name == "FAIL"}
         results: list[JobReturn] = []
@@ -93,10 +98,13 @@ class OptunaSweeper(Sweeper):
                     for trial, result in zip(batch, found, strict=True):
                         self.tell(trial, result)
                     results += found
+                    if len(results) >= FAILURES and all(failed(result) for result in results):
+                        log.error("the first %d trials failed; no others are started", len(results))
+                        break
         finally:
             self.add_to_sweep(self.trials())
         for result in results:
-            if result.status == JobStatus.FAILED and not isinstance(result._return_value, Pruned):
+            if failed(result):
                 _ = result.return_value  # raises its error
         return results
 
@@ -126,6 +134,8 @@ class OptunaSweeper(Sweeper):
             value = getattr(self, key)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"hydra.sweeper.{key}={value}: expected a positive integer")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise UserError(f"hydra.sweeper.seed={self.seed}: expected an integer, 0 or more")
         floor = self.min_utility
         if floor is not None and not (isinstance(floor, int | float) and 0 <= floor <= 100):
             raise UserError(f"hydra.sweeper.min_utility={floor}: expected a utility in percent, 0 to 100")
@@ -144,7 +154,7 @@ class OptunaSweeper(Sweeper):
         """The study in the folder of the sweep's report, created if there is none.
 
         Raises:
-            UserError: if its trials were run with another configuration.
+            UserError: if its trials were run with another configuration or another `min_utility`.
         """
         import optuna
 
@@ -152,7 +162,8 @@ class OptunaSweeper(Sweeper):
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "study.db"
         _, base = job_of(self.config, self.fixed)
-        wanted = stored_config(base)
+        # Trials that were pruned at another floor are not comparable with those of this one.
+        wanted = stored_config(base) | {"hydra": {"sweeper": {"min_utility": self.min_utility}}}
         with FileLock(self.folder / "study.lock"):
             study = optuna.create_study(
                 storage=f"sqlite:///{path}",
@@ -255,6 +266,27 @@ def are_scores(value: Any) -> bool:
     return isinstance(value, Sequence) and len(value) == 2 and all(x is not None and math.isfinite(x) for x in value)
 
 
+def failed(result: JobReturn) -> bool:
+    return result.status == JobStatus.FAILED and not isinstance(result._return_value, Pruned)
+
+
+def checked_distribution(item: Override) -> Any:
+    """`distribution`, after a check of what it would leave out in silence.
+
+    Raises:
+        UserError: names the setting.
+    """
+    value, typed = item.value(), item.input_line
+    if getattr(value, "shuffle", False):
+        raise UserError(f"{typed}: the order of the values has no meaning for Optuna; leave out shuffle")
+    if value.tags and not (value.tags == {"log"} and isinstance(value, IntervalSweep)):
+        raise UserError(f"{typed}: the only tag is log, and only of an interval: tag(log,interval(1e-5,1e-3))")
+    if isinstance(value, RangeSweep) and not list(item.sweep_iterator()):
+        raise UserError(f"{typed}: the range is empty")
+    with library_errors_as_user_error(typed):
+        return distribution(item)
+
+
 def distribution(item: Override) -> Any:
     """The values of a setting, in Hydra's syntax, as Optuna has them.
 
@@ -268,7 +300,11 @@ def distribution(item: Override) -> Any:
         of_type = IntDistribution if isinstance(value.start, int) and isinstance(value.end, int) else FloatDistribution
         return of_type(value.start, value.end, log="log" in value.tags)
     if isinstance(value, RangeSweep):
-        numbers = [float(number) if isinstance(number, float) else int(number) for number in item.sweep_iterator()]
-        of_type = IntDistribution if all(isinstance(number, int) for number in numbers) else FloatDistribution
-        return of_type(min(numbers), max(numbers), step=abs(type(numbers[0])(value.step)))
+        numbers = list(item.sweep_iterator())
+        of_type = float if any(isinstance(number, float) for number in numbers) else int
+        # As decimals: Optuna leaves out the last value if a sum of floats is not exactly a number of steps away.
+        start, step = Decimal(str(numbers[0])), Decimal(str(value.step))
+        low, high = sorted((start, start + (len(numbers) - 1) * step))
+        distribution_of = FloatDistribution if of_type is float else IntDistribution
+        return distribution_of(of_type(low), of_type(high), step=of_type(abs(step)))
     return CategoricalDistribution(list(item.sweep_string_iterator()))

@@ -14,6 +14,7 @@ from common.results import result_of
 from evaluation import chat
 from tests.helpers import ROWS, run_imported
 
+pytestmark = pytest.mark.slow  # nearly all load two checkpoints
 QUESTION = ROWS[0].question
 
 

@@ -36,6 +36,7 @@ def change_one_byte(path):
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_checkpoint_with_a_damaged_file_is_passed_over(trained, caplog, name):
     newest = trained / "checkpoint-6" / name

@@ -151,6 +151,7 @@ def test_a_mistyped_file_of_a_group_is_explained_with_the_files_of_the_group(exi
 PROGRAM_PATHS = ["finetuning/main.py", *PROGRAMS.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAM_PATHS)
 def test_recipes_belong_to_the_program_that_takes_them_composed(program, monkeypatch):
     monkeypatch.setenv("PMC_ROOT", str(ROOT))

@@ -16,6 +16,7 @@ from generation.cuda_graphs import GraphDecoder, decoder_with_cache, use_cuda_gr
 from generation.decoder import Decoder
 from tests.helpers import random_model, random_prompts, sampled
 
+pytestmark = pytest.mark.slow  # nearly all draw hundreds of tokens
 PROMPTS, KEYS = random_prompts((3, 14, 7, 5, 11)), [(0, 1, i) for i in range(5)]
 draw = partial(sampled, prompts=PROMPTS, keys=KEYS, top_p=0.95, max_length=90)
 

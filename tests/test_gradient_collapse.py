@@ -48,6 +48,7 @@ def test_components_that_are_rounding_errors_are_not_counted():
     assert not collapse(torch.zeros(3, 5), 2).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (2, 2)])
 def test_a_step_has_the_collapsed_forget_gradient_and_the_whole_retain_gradient(
     batch_size, accumulation, learned, prompts, tmp_path

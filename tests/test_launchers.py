@@ -12,7 +12,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from common.checkpoints import StopSignals, last_complete_checkpoint
-from common.files import CONFIGS, ROOT, read_json
+from common.files import CONFIGS, ROOT, read_json, write_json
+from common.lock import LOCK
+from common.sweep_signals import stop_jobs
 from tests.helpers import run_stage
 
 PLUGINS = {"joblib": "hydra_joblib_launcher", "submitit_local": "hydra_submitit_launcher", "ray": "hydra_ray_launcher"}
@@ -131,3 +133,12 @@ def test_other_signals_do_not_requeue():
         stop.requeue()
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+def test_jobs_that_have_ended_and_were_not_waited_for_stop_nothing(tmp_path):
+    ended = subprocess.Popen(["true"])
+    while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    write_json(tmp_path / LOCK, {"pid": ended.pid})
+    stop_jobs([tmp_path])  # without an end if the zombie counted as working
+    ended.wait()

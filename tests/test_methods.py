@@ -239,6 +239,7 @@ def test_rmu_is_that_of_the_paper(learned, prompts, tmp_path):
     assert loss.item() == pytest.approx(0.7 * steered + 1.9 * kept, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OTHERS if name not in ("dpo", "altpo")])
 def test_micro_batches_and_passes_do_not_change_a_step(name, learned, prompts, tmp_path, monkeypatch):
     """One batch of eight rows against four of two, and one pass against one for every length."""
@@ -281,6 +282,7 @@ def likelihood(model, prompts, rows):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OTHERS if name not in ("retain_only", "undo", "grpo")])
 def test_a_few_steps_make_the_forget_answers_less_likely(name, learned, prompts, tmp_path):
     trainer = make(
@@ -297,6 +299,7 @@ def test_a_few_steps_make_the_forget_answers_less_likely(name, learned, prompts,
     assert likelihood(trainer.model, prompts, ROWS[:4]) < likelihood(learned, prompts, ROWS[:4]) - 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RETAIN_ANSWERS_ARE_TRAINED)
 def test_the_retain_loss_makes_the_retain_answers_likelier(name, learned, prompts, tmp_path):
     """Than the same steps without it, or, where it is all there is, than before."""
@@ -362,6 +365,7 @@ def test_a_weight_of_0_rises_again_when_the_retain_loss_is_above_its_bound(learn
     assert trainer.dual.value > 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_with_the_dual_variable_of_its_checkpoint(learned, prompts, tmp_path):
     def trainer_in(folder):
         settings = {"lambda_unlearning": "auto"}
@@ -394,6 +398,7 @@ def outputs(model, prompts):
         return model(torch.tensor([prompts.prompt(ROWS[0].question)])).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kl_min", "npo", "dpo", "undial", "rmu", "altpo", "jensun", "shred", "undo"])
 def test_the_model_before_unlearning_stays_as_it_was(name, learned, prompts, tmp_path):
     trainer = make(name, learned, prompts, tmp_path, rows=ROWS[:4], learning_rate=1e-2, max_steps=3)
@@ -610,6 +615,7 @@ def test_the_weight_of_a_token_has_no_gradient(name, learned, prompts, tmp_path)
     torch.testing.assert_close(gradient, -weight / len(p))
 
 
+@pytest.mark.slow
 def test_a_row_whose_answer_is_cut_away_counts_nothing(learned, prompts, tmp_path):
     """Its prompt fills max_length: no answer token, a finite loss."""
     rows = [ROWS[0], replace(ROWS[1], question="Who? " * 60)]

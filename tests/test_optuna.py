@@ -26,7 +26,7 @@ from tests.test_report import result
 
 optuna = pytest.importorskip("optuna")
 
-from hydra_plugins.optuna_sweeper import distribution  # noqa: E402
+from hydra_plugins.optuna_sweeper import checked_distribution  # noqa: E402
 
 SEARCH = ["method.lambda_unlearning=interval(0.5,8)", "method.num_samples=range(2,11,4)"]
 
@@ -179,6 +179,14 @@ def test_a_run_below_the_floor_is_pruned_and_the_report_says_when(search, capsys
         (["seed=0,1"], "seed: Optuna would keep the seed"),
         ([*SEARCH, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: expected a positive"),
         ([*SEARCH, "hydra.sweeper.n_jobs=0"], "hydra.sweeper.n_jobs=0: expected a positive"),
+        ([*SEARCH, "hydra.sweeper.seed=-1"], "hydra.sweeper.seed=-1: expected an integer, 0 or more"),
+        ([*SEARCH, "+hydra.sweeper.params=5"], "hydra.sweeper.params=5: expected settings"),
+        (["method.num_samples=shuffle(2,3)"], r"shuffle\(2,3\): the order of the values has no meaning"),
+        (["method.num_samples=tag(log,range(1,9))"], "the only tag is log, and only of an interval"),
+        (["method.num_samples=tag(Log,interval(1,9))"], "the only tag is log, and only of an interval"),
+        (["method.num_samples=range(9,2)"], r"range\(9,2\): the range is empty"),
+        (["method.lambda_unlearning=interval(8,0.5)"], r"lambda_unlearning=interval\(8,0.5\): .*low <= high"),
+        (["method.lambda_unlearning=tag(log,interval(0,8))"], r"lambda_unlearning=.*low > 0"),
         ([*SEARCH, "hydra.sweeper.min_utility=900"], "min_utility=900: expected a utility in percent"),
         ([*SEARCH, "hydra.sweeper.min_utility=90", "evaluation.every_epochs=0"], "set evaluation.every_epochs=1"),
     ],
@@ -200,6 +208,29 @@ def test_trials_of_another_configuration_are_not_continued(search):
 
 
 @pytest.mark.slow
+def test_trials_pruned_at_another_floor_are_not_continued(search):
+    search(scores_of, *SEARCH, "hydra.sweeper.min_utility=90", n_trials=1)
+    with pytest.raises(UserError, match=r"study.db: its trials .*hydra.sweeper.min_utility: 90 -> 20"):
+        search(scores_of, *SEARCH, "hydra.sweeper.min_utility=20", n_trials=2)
+
+
+@pytest.mark.slow
+def test_no_trials_are_started_after_three_that_failed(search):
+    def fails(cfg):
+        raise UserError("a wrong setting")
+
+    with pytest.raises(UserError, match="a wrong setting"):
+        search(fails, n_trials=9)
+    assert states(study()) == ["FAIL"] * 3
+
+
+@pytest.mark.slow
+def test_a_setting_of_the_yaml_need_not_be_in_the_recipe(search):
+    found = search(scores_of, "+hydra.sweeper.params={training.max_grad_norm:'0.5,1'}", n_trials=1)
+    assert states(found) == ["COMPLETE"]
+
+
+@pytest.mark.slow
 def test_settings_to_search_may_be_in_yaml(search):
     first = search(scores_of, "+hydra.sweeper.params={method.num_samples:'4,6'}", n_trials=2)
     folder = current_sweep().folder
@@ -215,6 +246,9 @@ def test_settings_to_search_may_be_in_yaml(search):
         ("tag(log,interval(1e-5,1e-3))", "FloatDistribution(high=0.001, log=True, low=1e-05, step=None)"),
         ("int(interval(2,8))", "IntDistribution(high=8, log=False, low=2, step=1)"),
         ("range(2,11,4)", "IntDistribution(high=10, log=False, low=2, step=4)"),
+        ("range(0,1.2,0.3)", "FloatDistribution(high=0.9, log=False, low=0.0, step=0.3)"),  # 0.3 + 0.3 + 0.3 is no 0.9
+        ("range(1.6,0.2,-0.3)", "FloatDistribution(high=1.6, log=False, low=0.4, step=0.3)"),
+        ("range(10,2,-4)", "IntDistribution(high=10, log=False, low=6, step=4)"),
         ("range(0.5,2,0.5)", "FloatDistribution(high=1.5, log=False, low=0.5, step=0.5)"),
         ("npo,simnpo", "CategoricalDistribution(choices=('npo', 'simnpo'))"),
         ("choice(ab,1,true)", "CategoricalDistribution(choices=('ab', '1', 'True'))"),
@@ -222,7 +256,7 @@ def test_settings_to_search_may_be_in_yaml(search):
 )
 def test_hydra_s_syntax_is_that_of_the_search(typed, expected):
     (item,) = OverridesParser.create().parse_overrides([f"key={typed}"])
-    assert str(distribution(item)) == expected
+    assert str(checked_distribution(item)) == expected
 
 
 @pytest.mark.slow

@@ -76,6 +76,7 @@ def test_relearning_against_itself_brings_nothing_back_and_is_done_once(context,
     assert scores.values["relearning/rougeL_recall_beyond_retain_model"] == 0 and len(calls) == 1
 
 
+@pytest.mark.slow
 def test_a_fraction_is_taught_and_the_others_are_scored_by_themselves(context):
     context.config.sections["relearning"].fraction = 0.5
     context.find_retain_model = no_model

@@ -158,6 +158,7 @@ def test_another_training_split_is_refused(tmp_path, monkeypatch):
     assert error_of(tmp_path, *words).startswith("data.splits.train: unlearning does not read it; name a checkpoint")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", ["model.lora={r:4}", "data.max_length=99"])
 def test_an_adapter_or_another_length_is_warned_about_with_the_folders_beside(tmp_path, caplog, override):
     folder = finetuned(tmp_path)

@@ -275,3 +275,18 @@ def test_a_tracker_gets_the_quantities_of_the_history_by_their_names(stage, mode
         assert [name for name in own.keys() & record.keys() if own[name] != pytest.approx(record[name], rel=1e-4)] == []
     if stage == "unlearning":
         assert {"unlearn_quality", "utility", "collapse_loss", "seconds_sampling"} <= trainer.history[-1].keys()
+
+
+def test_a_launcher_that_changes_the_precision_in_silence_is_refused(tmp_path, monkeypatch):
+    training = {
+        "num_epochs": 1,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+    }
+    config = run_config(tmp_path, training | {"bf16": False})
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(UserError, match="^ACCELERATE_MIXED_PRECISION=bf16: .* training.bf16=False"):
+        training_arguments(config, tmp_path, num_rows=len(ROWS))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert not training_arguments(config, tmp_path, num_rows=len(ROWS)).bf16
