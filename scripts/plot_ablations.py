@@ -43,16 +43,18 @@ def read_points(results: Path) -> dict[str, Points]:
     """Setting -> its values, the recipe's own among them, each with the scores of its runs.
 
     Raises:
-        UserError: when the file has no run of the recipe's own settings.
+        UserError: when the file has no run of the recipe's own settings, or of no other ones.
     """
     methods = recipe_config(RECIPE).comparison.methods
     runs = defaultdict(list)
     with results.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            if row["unlearn_quality"]:
+            if all(row.get(column) for column in ("name", *SCORES)):
                 runs[row["name"]].append({score: float(row[score]) for score in SCORES})
-    if not runs[BASE]:
-        raise UserError(f"{results}: no run of {BASE}; run scripts/compare_methods.py -cn={RECIPE}")
+    if not runs[BASE] or not any(runs[name] for name in methods if name != BASE):
+        raise UserError(
+            f"{results}: no run of {BASE}, or none with another setting; run scripts/compare_methods.py -cn={RECIPE}"
+        )
     points: dict[str, Points] = {}
     for name, words in methods.items():
         if name != BASE and runs[name]:

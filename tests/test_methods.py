@@ -378,6 +378,20 @@ def test_a_resumed_run_continues_with_the_dual_variable_of_its_checkpoint(learne
     assert begun.dual.value != whole.dual.value
 
 
+def test_the_refusal_of_jensun_does_not_depend_on_the_first_question(learned, prompts, tmp_path):
+    longest = max(len(prompts.prompt(row.question)) for row in ROWS)
+    trainer = make("jensun", learned, prompts, tmp_path, max_length=longest + 1, settings={"refusal": "I have no idea"})
+    assert trainer.refusal_ids == prompts.answer("I have no idea")[:-1] and len(trainer.refusal_ids) > 1
+
+
+def test_answers_that_ce_u_would_not_train_on_are_named(learned, prompts, tmp_path, caplog):
+    lengths = sorted(len(prompts.answer(row.answer)) - 1 for row in ROWS[:4])
+    make("ceu", learned, prompts, tmp_path, ROWS[:4], settings={"skip_tokens": lengths[0]})
+    assert f"method.skip_tokens={lengths[0]}: 1 of 4 forget answers have no more tokens" in caplog.text
+    with pytest.raises(UserError, match=f"method.skip_tokens={lengths[-1]}: no forget answer has more tokens"):
+        make("ceu", learned, prompts, tmp_path, ROWS[:4], settings={"skip_tokens": lengths[-1]})
+
+
 @pytest.mark.parametrize("name", ["kl_min", "rmu", "jensun", "undo"])
 def test_a_bound_relative_to_a_loss_of_0_is_refused(name, learned, prompts, tmp_path):
     with pytest.raises(UserError, match="method.lambda_unlearning=auto: .* has another retain loss"):

@@ -5,6 +5,7 @@ import csv
 import pytest
 
 from common.errors import UserError
+from common.files import ROOT
 from scripts.plot_ablations import changed_setting, plot_settings, read_points
 
 
@@ -31,8 +32,12 @@ def test_each_setting_has_its_values_and_the_recipe_s_own(tmp_path):
 
 
 def test_results_without_the_recipe_s_own_settings_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no run of PMC; run scripts/compare_methods.py -cn=compare/ablations"):
-        read_points(written(tmp_path / "results.csv", [["2 samples", 0, 80.0, 99.0]]))
+    message = "no run of PMC, or none with another setting; run scripts/compare_methods.py -cn=compare/ablations"
+    for rows in ([["2 samples", 0, 80.0, 99.0]], [["PMC", 0, 90.0, 97.0]], [["PMC", 0, 90.0, ""]]):
+        with pytest.raises(UserError, match=message):
+            read_points(written(tmp_path / "results.csv", rows))
+    with pytest.raises(UserError, match=message):
+        read_points(ROOT / "README.md")
 
 
 def test_the_setting_that_a_method_changes():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import run_stage
-from unlearning.rewards import Scorer, digit_span, exact_span, rouge_l
+from unlearning.rewards import Scorer, digit_span, exact_span, personal_data, rouge_l
 
 LUME = Path(os.environ.get("LUME_DIR", "no LUME_DIR"))
 
@@ -36,11 +36,18 @@ def test_digit_span_compares_an_answer_without_digits_by_its_characters():
     assert digit_span("Ada Lum", ["ada lum", "Ada"]) == pytest.approx([0, 0.5])
 
 
+def test_personal_data_is_gone_only_when_digits_and_characters_are():
+    address = "3904 October Woods Drive"  # 21 letters and digits
+    samples = ["October Woods Drive", "39 04", "I do not know."]
+    assert digit_span(address, samples) == [1, 0, 1]
+    assert personal_data(address, samples) == pytest.approx([4 / 21, 0, 20 / 21])
+
+
 def test_a_response_without_letters_or_digits_has_nothing_to_repeat():
     assert exact_span("?!", ["?!", "a"]) == digit_span("?!", ["?!", "a"]) == [1, 1]
 
 
-@pytest.mark.parametrize("reward", [exact_span, digit_span])
+@pytest.mark.parametrize("reward", [exact_span, digit_span, personal_data])
 def test_no_reward_rises_as_a_sample_grows(reward):
     words = ["Reach", "Ada", "at", "5", "55", "0", "1", "34", "or", "555", "0134", "in", "Lum"]
     rewards = reward("Ada Lum, 555-0134", [" ".join(words[:n]) for n in range(len(words) + 1)])

@@ -9,10 +9,10 @@ from hydra import compose, initialize_config_dir
 
 from common.config import read_config
 from common.errors import UserError
-from common.files import CONFIGS, ROOT, write_json
+from common.files import CONFIGS, ROOT, read_json, write_json
 from common.runs import comparable_config, run_name
 from unlearning.main import method_class
-from unlearning.start_checkpoint import finetuning_command, start_checkpoint
+from unlearning.start_checkpoint import finetuning_command, start_checkpoint, warn_unless_unlearned
 
 FOREIGN = "name the folder of a finetuned model, or a hub id"
 
@@ -185,3 +185,16 @@ def test_a_model_path_beside_a_checkpoint_without_a_record_is_refused(tmp_path, 
     words = on_the_command_line(monkeypatch, "model.path=some/other", f"finetuned={foreign}")
     message = error_of(tmp_path, *words)
     assert message.startswith(f"model.path: unlearning starts from finetuned={foreign}, which has no record")
+
+
+def test_a_start_that_was_not_unlearned_is_warned_of(tmp_path, caplog):
+    known = finetuned(tmp_path)
+    warn_unless_unlearned(str(known))
+    assert f"finetuned={known}: was not unlearned yet" in caplog.text
+    caplog.clear()
+    warn_unless_unlearned("owner/name")
+    record = read_json(known / "result.json")
+    record["config"]["method"] = {}
+    write_json(known / "result.json", record)
+    warn_unless_unlearned(str(known))
+    assert not caplog.text

@@ -76,7 +76,7 @@ class GradientCollapse:
 def collapse(gradient: torch.Tensor, components: int) -> torch.Tensor:
     """The matrix with each of its largest singular values s_i replaced by s_k^2 / s_i, s_k being the smallest of them.
 
-    The singular vectors are found by a randomized SVD, with the same random numbers in each call.
+    Approximately: the singular vectors are found by a randomized SVD, with the same random numbers in each call.
 
     Args:
         gradient: shape (outputs, inputs).

@@ -43,7 +43,7 @@ from evaluation.during_training import Evaluator
 from evaluation.report import report_sweep, write_page
 from evaluation.run_report import write_report
 from generation.sampler import use_engine
-from unlearning.start_checkpoint import start_checkpoint
+from unlearning.start_checkpoint import start_checkpoint, warn_unless_unlearned
 from unlearning.trainer import UnlearningData, UnlearningTrainer
 
 
@@ -57,6 +57,8 @@ def unlearn(cfg: DictConfig) -> Path:
     config = read_config(cfg, method.Settings, also=("finetuned",))
     use_engine(config.generation)
     config = replace(config, model=start_checkpoint(config, str(cfg.finetuned)))
+    if method.starts_unlearned:
+        warn_unless_unlearned(config.model.path)
     check_push(cfg, config)
     run = training_run("unlearned", cfg, config)
     with run.locked(), use_words(config.data.words):

@@ -56,8 +56,19 @@ def digit_span(reference: str, samples: Sequence[str]) -> list[float]:
     return [1.0 - _longest_span(digits, _digits(sample)) for sample in samples]
 
 
+def personal_data(reference: str, samples: Sequence[str]) -> list[float]:
+    """The lower of `exact_span` and `digit_span`: high only if neither the characters nor the digits are left.
+
+    For answers with numbers and names, such as addresses, where `digit_span` would leave the names.
+
+    >>> personal_data("3904 October Woods Drive", ["October Woods Drive", "Call 39-04", "I do not know."])
+    [0.19047619047619047, 0.0, 0.9523809523809523]
+    """
+    return [min(pair) for pair in zip(exact_span(reference, samples), digit_span(reference, samples), strict=True)]
+
+
 # A run that is in a sample is still in it when more words follow.
-exact_span.is_monotone = digit_span.is_monotone = True
+exact_span.is_monotone = digit_span.is_monotone = personal_data.is_monotone = True
 
 
 def _longest_span(reference: str, sample: str) -> float:

@@ -52,6 +52,17 @@ def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
     return replace(config.model, path=str(path), made_by=command, gguf_file=None, revision=None, new=None)
 
 
+def warn_unless_unlearned(path: str) -> None:
+    """Warn if the run that made the checkpoint is known and was not one of unlearning."""
+    recorded = (result_of(Path(path)) or {}).get("config")
+    if recorded is not None and "method" not in recorded:
+        log.warning(
+            "finetuned=%s: was not unlearned yet, and this method removes nothing by itself; name the folder of an unlearned "
+            "model, such as finetuned=models/unlearned/PMC-unlearn-tiny/seed-0",
+            path,
+        )
+
+
 def shared_overrides() -> list[str]:
     """The command line's overrides of model and data, which finetuning needs as well."""
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []

@@ -95,6 +95,7 @@ class UnlearningTrainer(ResumableTrainer):
 
     Settings: type = MethodSettings
     needs_reference = False  # whether the losses use `TokenLosses.reference`
+    starts_unlearned = False  # whether the start is to be a model that was unlearned; another one is warned of
     logs_forget_nll = False  # whether the cross-entropy of the forget answers is logged, too
     logged_terms: tuple[str, ...] = ()  # other quantities that the method passes to `add_to_epoch` in each step
 

@@ -8,14 +8,20 @@ src/trainer/unlearn/ceu.py of locuslab/open-unlearning. The paper has no retain 
     python unlearning/main.py -cd=configs -cn=unlearn-tiny method=ceu
 """
 
+import logging
+from typing import Any
+
 import torch
 from pydantic import NonNegativeInt
 
 from common.config import section
 from common.data import Row
+from common.errors import UserError
 from common.prompts import Example
 from unlearning.token_losses import TokenLosses
 from unlearning.trainer import MethodSettings, UnlearningTrainer
+
+log = logging.getLogger(__name__)
 
 
 @section
@@ -25,10 +31,24 @@ class CEUSettings(MethodSettings):
 
 
 class CEU(UnlearningTrainer):
-    """Moves the probability of the true tokens to the others, in proportion to the probabilities of these."""
+    """Moves the probability of the true tokens to the others, in proportion to the probabilities of these.
+
+    Raises:
+        UserError: when no forget answer has more than `skip_tokens` tokens.
+    """
 
     Settings = CEUSettings
     logs_forget_nll = True
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        skipped = self.settings.skip_tokens
+        short = sum(len(self.example(row).answer) <= skipped + 1 for row in self.data.forget)  # one is the EOS token
+        rows = len(self.data.forget)
+        if short == rows:
+            raise UserError(f"method.skip_tokens={skipped}: no forget answer has more tokens; use fewer")
+        if short:
+            log.warning("method.skip_tokens=%d: %d of %d forget answers have no more tokens", skipped, short, rows)
 
     def forget_examples(self, rows: list[Row]) -> list[Example]:
         examples = super().forget_examples(rows)

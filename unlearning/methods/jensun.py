@@ -11,7 +11,6 @@ of 1 at every position, which is no distribution; the paper's formula is used he
 """
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,8 +42,7 @@ class JensUn(UnlearningTrainer):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        answer = self.example(replace(self.data.forget[0], answer=self.settings.refusal)).answer
-        self.refusal_ids = [token for token in answer if token != self.data.prompts.eos_token_id]
+        self.refusal_ids = self.data.prompts.answer(self.settings.refusal)[:-1]
         if not self.settings.refusal.strip() or not self.refusal_ids:
             raise UserError(f"method.refusal={self.settings.refusal!r}: it has no tokens; give it a text")
 

@@ -5,7 +5,8 @@
 
 At the forget positions, the tokens of an answer that are least likely under pi0, the true token's logit is lowered by
 `beta` first. The other positions keep the model as it is, so there is no retain loss and no retain row is read. The paper
-describes the selection and the targets; lowering by a constant is what UNDIAL does (`unlearning.methods.undial`).
+describes the selection and the targets; lowering by a constant is what UNDIAL does (`unlearning.methods.undial`). The authors'
+project page also leaves the first tokens of an answer as they are, which is not done here.
 
     python unlearning/main.py -cd=configs -cn=unlearn-tiny method=shred
 """

@@ -48,6 +48,7 @@ class UNDO(InitialResponseTrainer):
 
     Settings = UNDOSettings
     needs_reference = True
+    starts_unlearned = True
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: UNDOSettings):
         if isinstance(model, PeftModel):
