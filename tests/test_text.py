@@ -76,7 +76,7 @@ def test_a_window_that_would_be_cut_off_is_refused(tokenizer):
     length = len(prompts.prompt(passage[0])) + len(prompts.answer(passage[1]))
     check_passages_fit(prompts, [passage], length, "data.max_length")
     with pytest.raises(
-        UserError, match=f"data.max_length={length - 1}: the longest window of a text has {length} tokens"
+        UserError, match=f"data.max_length={length - 1}: the longest passage or window of a text has {length} tokens"
     ):
         check_passages_fit(prompts, [passage], length - 1, "data.max_length")
 
