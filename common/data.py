@@ -322,13 +322,13 @@ def _wrong_name(path: str, configuration: str, split: str, error: Exception) -> 
     if not isinstance(error, ValueError):  # what the library raises for a wrong name
         return None
     try:
-        known, kind, word = get_dataset_config_names(path), "configuration", configuration
+        known, kind, place, word = get_dataset_config_names(path), "configuration", "", configuration
         if not configuration or configuration in known:
             known = get_dataset_split_names(path, *([configuration] if configuration else []))
-            kind, word = "split" + (f" in {configuration}" if configuration else ""), split
+            kind, place, word = "split", f" in {configuration}" if configuration else "", split
     except Exception:  # no connection
         return None
-    return None if word in known else f"{kind} {word!r}{did_you_mean(word, known)} (there: {', '.join(known)})"
+    return None if word in known else f"{kind} {word!r}{place}{did_you_mean(word, known)} (there: {', '.join(known)})"
 
 
 def _to_row(index: int, record: dict, where: str, columns: Columns) -> Row:

@@ -106,9 +106,7 @@ class ModelOutputs:
     def completions(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Token ids of the greedy continuation of each prompt's token ids, at most `max_new_tokens`, EOS included."""
         max_length = max(map(len, prompts)) + max_new_tokens
-        settings = SamplingSettings(
-            max_length, batch_size=self.evaluation.batch_size, max_new_tokens=max_new_tokens
-        )
+        settings = SamplingSettings(max_length, batch_size=self.evaluation.batch_size, max_new_tokens=max_new_tokens)
         with self._timed("completions"):
             return [ids for (ids,) in self._generate([tuple(prompt) for prompt in prompts], settings)]
 

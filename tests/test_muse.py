@@ -14,7 +14,12 @@ from evaluation.metrics import muse
 from evaluation.scores import Scores
 from tests.helpers import ROWS, context_of, no_model, outputs_of
 
-STARTS = ["Ada Novak was born", "Who is Bram Toll, and", "Cass Ember lives in a small town by", "In 1961, the first book"]
+STARTS = [
+    "Ada Novak was born",
+    "Who is Bram Toll, and",
+    "Cass Ember lives in a small town by",
+    "In 1961, the first book",
+]
 EXAMPLES = ROWS[:3]
 ASKED = ROWS[3:7]
 FORGET = [Row(i, "", f"{row.question} {row.answer} Nobody knows it.") for i, row in enumerate(ROWS[:5])]
@@ -67,7 +72,9 @@ def measured(model, prompts, rows, retain_model=None):
 def rows(model, prompts):
     """One answer in two is what the model says, so that the scores lie between 0 and 100."""
     said = [generated(model, prompts, text, 128) for text in STARTS]
-    passages = [Row(i, text, f"{said[i]} {said[i]}" if i % 2 else "The walks are long.") for i, text in enumerate(STARTS)]
+    passages = [
+        Row(i, text, f"{said[i]} {said[i]}" if i % 2 else "The walks are long.") for i, text in enumerate(STARTS)
+    ]
     return {
         "forget_passages": passages,
         "forget_questions": ASKED,
@@ -89,13 +96,19 @@ def test_verbatim_memorization_is_muse_s(model, prompts, rows):
     assert 0 < score.value < 100 and score.count == 4
 
 
+def test_words_are_not_stemmed():
+    assert muse.rouge("two storms", "two storm") == f1("two storms", "two storm") == 50
+
+
 @pytest.mark.parametrize(("name", "role"), [("knowmem_f", "forget_questions"), ("knowmem_r", "retain_questions")])
 def test_knowledge_memorization_is_muse_s(model, prompts, rows, name, role):
     before = "".join(f"Question: {row.question}\nAnswer: {row.answer}\n\n" for row in rows[f"{role}_icl"])
     said = [generated(model, prompts, f"{before}Question: {row.question}\nAnswer: ", 32) for row in rows[role]]
     for word in ("\n\n", "\nQuestion", "Question:"):
         said = [text.split(word)[0] for text in said]
-    rows[role] = [Row(row.index, row.question, f"{text} {row.answer}") for row, text in zip(rows[role], said, strict=True)]
+    rows[role] = [
+        Row(row.index, row.question, f"{text} {row.answer}") for row, text in zip(rows[role], said, strict=True)
+    ]
     expected = [f1(row.answer, text) for row, text in zip(rows[role], said, strict=True)]
     score = measured(model, prompts, rows)[f"muse/{name}"]
     assert score.value == pytest.approx(np.mean(expected))
@@ -129,7 +142,7 @@ def test_privacy_leakage_is_muse_s(model, prompts, rows):
         values = [min_40(each, prompts.tokenizer, row.answer) for row in FORGET + HOLDOUT]
         aucs.append(roc_auc_score([1] * len(FORGET) + [0] * len(HOLDOUT), values))
     score = measured(model, prompts, rows, retain_model)["muse/privleak"]
-    assert aucs[0] != aucs[1] and 0 < aucs[1]
+    assert aucs[0] != aucs[1] and aucs[1] > 0
     assert score.value == pytest.approx((aucs[0] - aucs[1]) / aucs[1] * 100)
     assert (score.ideal, score.count) == (0.0, len(FORGET) + len(HOLDOUT))
 

@@ -1,8 +1,8 @@
 """MUSE's four scores with its own conventions (arXiv 2407.06460), so that a row can stand in its tables.
 
 The prompts are MUSE's, not those of `model.prompt`: plain text after the tokenizer's BOS token. Answers are greedy. ROUGE-L
-compares words of a-z and 0-9 that are not stemmed. All scores are percentages. Source: github.com/swj0419/muse_bench, eval.py and
-metrics/ (verbmem, knowmem, privleak).
+compares words of a-z and 0-9 that are not stemmed. All scores are percentages. Source: eval.py, verbmem, knowmem and privleak
+in github.com/swj0419/muse_bench.
 
     verbmem_f = mean of ROUGE-L F1 of 128 new tokens, against the first 128 tokens (BOS included) of the true continuation
     knowmem   = mean of ROUGE-L F1 of 32 new tokens after "Question: ...\\nAnswer: ", which ten answered questions precede;
