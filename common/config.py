@@ -67,8 +67,11 @@ class PromptConfig:
 
     @property
     def is_bare(self) -> bool:
-        """Whether a prompt and its answer are tokenized as one running text, with a space between them."""
-        return (self.style, self.question, self.answer) == ("plain", "{question}", " {answer}")
+        """Whether a prompt and its answer are tokenized as one running text, with a space between them.
+
+        A tokenizer that itself puts a space before every text, as that of Llama 2, needs the answer without one.
+        """
+        return (self.style, self.question) == ("plain", "{question}") and self.answer in (" {answer}", "{answer}")
 
 
 @section
@@ -121,6 +124,8 @@ class ModelConfig:
     """Format of the questions and answers."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer; null: that of the path."""
     gguf_file: str | None = None
     """Name of a GGUF file inside the path, dequantized on loading."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -142,14 +147,17 @@ class ModelConfig:
         return path
 
 
+Column = str | Annotated[list[str], Field(min_length=1)]
+
+
 class Columns(TypedDict):
-    question: str
-    answer: str
-    paraphrased_question: NotRequired[str]
-    paraphrased_answer: NotRequired[str]
-    perturbed_answer: NotRequired[str]
-    entity: NotRequired[str]
-    text: NotRequired[str]
+    question: Column
+    answer: Column
+    paraphrased_question: NotRequired[Column]
+    paraphrased_answer: NotRequired[Column]
+    perturbed_answer: NotRequired[Column]
+    entity: NotRequired[Column]
+    text: NotRequired[Column]
 
 
 @section
@@ -188,8 +196,12 @@ class Splits(TypedDict, total=False):
     world_facts: str | None
     forget_passages: str | None
     forget_questions: str | None
+    forget_questions_icl: str | None
     retain_questions: str | None
+    retain_questions_icl: str | None
     holdout: str | None
+    forget_texts: str | None
+    holdout_texts: str | None
     unrelated: str | None
 
 
@@ -198,9 +210,9 @@ class DataConfig:
     path: str
     """Hub id, or a local folder of <split>.json files in JSON lines."""
     splits: Splits
-    """role: split, or null if the data set has none."""
+    """role: split, or configuration/split, or null if the data set has none."""
     columns: Columns
-    """field: column of the data files."""
+    """field: column of the data files, or a list of columns of which each split has one."""
     windows: WindowsConfig | None = None
     """How the texts of columns.text are cut into prompts and continuations; null: the data set has none."""
     words: Literal["latin", "unicode"] = "latin"
@@ -309,7 +321,7 @@ def read_config(
     if read.data.windows and not read.model.prompt.is_bare:
         raise UserError(
             "data.windows: texts are continued without a template; set model.prompt.style=plain, model.prompt.question="
-            "'{question}' and model.prompt.answer=' {answer}'"
+            "'{question}' and model.prompt.answer=' {answer}' ('{answer}' for a tokenizer that puts a space before every text)"
         )
     return RunConfig(
         **{name: getattr(read, name) for name in fields_of(StageConfig)},

@@ -1,31 +1,39 @@
-"""Load questions and answers, or texts to continue: splits of TOFU from the hub, or JSON-lines files of any data set.
+"""Load questions and answers, or texts to continue: splits of a data set from the hub, or JSON files of any data set.
 
 Slices and sums of splits are written as in the `datasets` library: "forget01[:20] + retain99[:60]". A filter keeps the
-rows whose columns have these values, in which * stands for any characters: "forget{task=Task2,id=*sc1}[:20]".
+rows whose columns have these values, in which * stands for any characters: "forget{task=Task2,id=*sc1}[:20]". A split of a
+configuration of the hub is "configuration/split"; in a local folder that is the file FOLDER/configuration/split.json.
 """
 
 import json
 import logging
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from common.config import DataConfig, WindowsConfig, problem_list
+from common.config import Columns, DataConfig, WindowsConfig, problem_list
 from common.errors import UserError, did_you_mean
 from common.files import ROOT, SURROGATE, looks_local, resolve_path
 
 log = logging.getLogger(__name__)
 
 SCORED_RETAIN_ROWS = 400
-_PART = re.compile(r"^(?P<name>[\w.\-]+)(?:\{(?P<filter>[^{}]*)\})?(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$")
+WHOLE_TEXTS = ("forget_texts", "holdout_texts")  # roles whose texts are not cut into windows
+_PART = re.compile(
+    r"^(?P<name>[\w.\-]+(?:/[\w.\-]+)?)(?:\{(?P<filter>[^{}]*)\})?(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$"
+)
 
 
 class HubError(UserError):
     """The hub cannot be reached or lacks the data. Loading stops: every other split would wait for the same retries."""
+
+
+class UnusableText(UserError):
+    """A text of which no window leaves words to continue."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Row:
     """A question with its answer. `index` is its position in the split and identifies it, as questions may repeat.
 
     `entity` is the part of the answer that holds the knowledge. `is_passage`: the row is a window of a text; the question
-    is its beginning and the answer its continuation.
+    is its beginning and the answer its continuation. A whole text (`WHOLE_TEXTS`) is an answer to an empty question.
     """
 
     index: int
@@ -55,21 +63,35 @@ def load_split(data: DataConfig, role: str) -> list[Row]:
     if data.splits.get(role) is None:
         known = ", ".join(data.splits)
         raise UserError(f"data.splits.{role}: missing{did_you_mean(role, data.splits)} (given: {known})")
-    return load_rows(data, data.splits[role], f"data.splits.{role}")
+    return load_rows(data, data.splits[role], f"data.splits.{role}", whole_texts=role in WHOLE_TEXTS)
 
 
-def load_rows(data: DataConfig, splits: str, key: str) -> list[Row]:
+def load_rows(data: DataConfig, splits: str, key: str, whole_texts: bool = False) -> list[Row]:
     """Load a split, filtered or sliced, or a sum of these. A text becomes one row per window.
+
+    Texts that `windows_of` refuses are left out with a warning, unless all are refused.
 
     Args:
         key: the configuration key that names the splits, for error messages.
+        whole_texts: every row must have a text, and is that text as a whole.
     Raises:
         UserError: as `load_split`.
     """
-    rows = [row for part in splits.split("+") for row in _load_part(data, key, part.strip())]
-    if not rows:
+    records = [record for part in splits.split("+") for record in _load_part(data, key, part.strip())]
+    if not records:
         raise UserError(f"{key}={splits}: has no row")
-    rows = [row for where, record in rows for row in _in_windows(data, record, where)]
+    if whole_texts:
+        return [Row(index, "", _text_of(data, record, where)) for index, (where, record) in enumerate(records)]
+    rows, unusable = [], []
+    for where, record in records:
+        try:
+            rows += _in_windows(data, record, where)
+        except UnusableText as error:
+            unusable.append(error)
+    if not rows:
+        raise unusable[0]
+    if unusable:
+        log.warning("%s: %d of %d rows are left out: %s", key, len(unusable), len(records), unusable[0])
     return [_to_row(index, record, where, data.columns) for index, (where, record) in enumerate(rows)]
 
 
@@ -129,11 +151,11 @@ def _load_part(data: DataConfig, key: str, part: str) -> list[tuple[str, dict]]:
     start, stop = (int(bound) if bound else None for bound in (match["start"], match["stop"]))
     path = resolve_path(data.path)
     if Path(path).is_dir():
-        records = _read_json_lines(Path(path), match["name"], key)
+        records = _read_json(Path(path), match["name"], key)
     elif looks_local(data.path):
         raise UserError(f"data.path={data.path}: no such folder (looked in the working folder and in {ROOT})")
     else:
-        records = _read_from_hub(data, match["name"])
+        records = _read_from_hub(data, match["name"], key)
     if match["filter"] is not None:
         records = _filtered(records, match["filter"], f"{key}={part}")
     if max(start or 0, stop or 0) > len(records) or not records[start:stop]:
@@ -156,19 +178,45 @@ def _filtered(records: list[tuple[str, dict]], conditions: str, key: str) -> lis
     return records
 
 
-def _in_windows(data: DataConfig, record: dict, where: str) -> Iterator[tuple[str, dict]]:
+def column_of(columns: Columns, field: str, record: dict, where: str) -> str | None:
+    """The record's column for a field; None if the record has none, or the configuration names none.
+
+    Raises:
+        UserError: if the record has several of the columns that the configuration names as alternatives.
+    """
+    named = columns.get(field, [])
+    found = [column for column in ([named] if isinstance(named, str) else named) if column in record]
+    if len(found) > 1:
+        raise UserError(f"{where}: has {' and '.join(found)}; which is meant? (data.columns.{field})")
+    return found[0] if found else None
+
+
+def _in_windows(data: DataConfig, record: dict, where: str) -> list[tuple[str, dict]]:
     """A record with a text as one record per window, with its question and answer; any other record as it is."""
-    column = data.columns.get("text")
-    if column not in record:
-        yield where, record
-        return
-    question, answer, text = data.columns["question"], data.columns["answer"], record[column]
-    if question in record or answer in record:
+    column = column_of(data.columns, "text", record, where)
+    if column is None:
+        return [(where, record)]
+    if any(column_of(data.columns, field, record, where) for field in ("question", "answer")):
         raise UserError(f"{where}: has a text ({column}) and a question or an answer; which is to be learned?")
-    if not isinstance(text, str):
-        raise UserError(f"{where}: {column} is not text: {text!r}")
-    for number, (prompt, continuation) in enumerate(windows_of(text, data.windows, where), start=1):
-        yield f"{where}, window {number}", {column: text, question: prompt, answer: continuation}
+    question, answer = (
+        named if isinstance(named := data.columns[field], str) else named[0] for field in ("question", "answer")
+    )
+    windows = windows_of(_text_of(data, record, where), data.windows, where)
+    return [
+        (f"{where}, window {number}", {column: record[column], question: prompt, answer: continuation})
+        for number, (prompt, continuation) in enumerate(windows, start=1)
+    ]
+
+
+def _text_of(data: DataConfig, record: dict, where: str) -> str:
+    column = column_of(data.columns, "text", record, where)
+    if column is None:
+        named = data.columns.get("text")
+        raise UserError(f"{where}: no text (data.columns.text={named}); has {', '.join(record)}")
+    text = record[column]
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: {column} is empty or not text: {text!r}")
+    return text
 
 
 def windows_of(text: str, windows: WindowsConfig, where: str) -> list[tuple[str, str]]:
@@ -192,7 +240,7 @@ def windows_of(text: str, windows: WindowsConfig, where: str) -> list[tuple[str,
         pairs = zip(window[windows.prompt_words - 1 :], window[windows.prompt_words :], strict=False)
         cut = next((end for (_, end), (begin, _) in pairs if text[end:begin] == " "), None)
         if cut is None:
-            raise UserError(
+            raise UnusableText(
                 f"{where}: a window of {len(window)} words has no space after data.windows.prompt_words="
                 f"{windows.prompt_words} words, so nothing is left to continue; lower it, or leave the text out"
             )
@@ -200,42 +248,66 @@ def windows_of(text: str, windows: WindowsConfig, where: str) -> list[tuple[str,
     return found
 
 
-def _read_json_lines(folder: Path, name: str, key: str) -> list[tuple[str, dict]]:
-    paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jsonl") and path.is_file()]
-    files = {path.stem: path for path in paths}
+def _read_json(folder: Path, name: str, key: str) -> list[tuple[str, dict]]:
+    """The objects in the file <name>.json or <name>.jsonl: one in each line, or all in one array."""
+    paths = [path for path in sorted(folder.glob("*.json*")) + sorted(folder.glob("*/*.json*")) if _is_json(path)]
+    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
     if name not in files:
         hint, found = did_you_mean(name, files), ", ".join(sorted(files)) or "none"
         raise UserError(f"{key}={name}: no {folder / name}.json{hint} (there: {found})")
     file = files[name]
-    if sum(path.stem == name for path in paths) > 1:
+    if file.with_suffix(".json").is_file() and file.with_suffix(".jsonl").is_file():
         raise UserError(f"{key}={name}: {folder} has {name}.json and {name}.jsonl; remove one of them")
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines() would also split at other characters
+        text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text ({error})") from error
-    numbered = ((f"{file}, line {number}", line) for number, line in enumerate(lines, start=1))
+    if re.match(r"\s*\[\s*\{", text):
+        records = _parse(text, str(file), list)
+        wrong = next((number for number, record in enumerate(records) if not isinstance(record, dict)), None)
+        if wrong is not None:
+            raise UserError(f"{file}, row {wrong}: not a JSON object but {type(records[wrong]).__name__}")
+        return [(f"{file}, row {number}", record) for number, record in enumerate(records)]
+    lines = enumerate(text.split("\n"), start=1)  # splitlines() would also split at other characters
+    numbered = ((f"{file}, line {number}", line) for number, line in lines)
     return [(where, _parse(line, where)) for where, line in numbered if line.strip()]
 
 
-def _parse(line: str, where: str) -> dict:
+def _is_json(path: Path) -> bool:
+    return path.suffix in (".json", ".jsonl") and path.is_file()
+
+
+def _parse(text: str, where: str, expected: type = dict) -> Any:
     try:
-        record = json.loads(line)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not a JSON object ({error.msg}, column {error.colno})") from error
+        line = f"line {error.lineno}, " if expected is list else ""
+        kind = "array" if expected is list else "object"
+        raise UserError(f"{where}: not a JSON {kind} ({error.msg}, {line}column {error.colno})") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or very deep nesting
         raise UserError(f"{where}: not readable as JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: not a JSON object but {type(record).__name__}")
-    return record
+    if not isinstance(value, expected):
+        raise UserError(f"{where}: not a JSON object but {type(value).__name__}")
+    return value
 
 
-def _read_from_hub(data: DataConfig, name: str) -> list[tuple[str, dict]]:
+def _read_from_hub(data: DataConfig, name: str, key: str) -> list[tuple[str, dict]]:
+    """The rows of "split" or "configuration/split" of a data set on the hub.
+
+    Raises:
+        UserError: if the data set has no such configuration or split; lists those that it has.
+        HubError: for any other reason.
+    """
     from datasets import load_dataset
 
+    configuration, _, split = name.rpartition("/")
+    if not configuration and data.hub_configurations:
+        configuration, split = name, "train"
     try:
-        names, split = ((name,), "train") if data.hub_configurations else ((), name)
-        dataset = load_dataset(data.path, *names, split=split)
+        dataset = load_dataset(data.path, *([configuration] if configuration else []), split=split)
     except Exception as error:  # errors of datasets, huggingface_hub, HTTP and the file system
+        if wrong := _wrong_name(data.path, configuration, split, error):
+            raise UserError(f"{key}={name}: {data.path} has no {wrong}") from error
         raise HubError(
             f"data.path={data.path}, split {name}: could not be loaded from the hub ({type(error).__name__}: "
             f"{str(error).splitlines()[0][:200]}). Without the hub: data.path=FOLDER with {name}.json in it"
@@ -243,20 +315,38 @@ def _read_from_hub(data: DataConfig, name: str) -> list[tuple[str, dict]]:
     return [(f"{data.path}/{name}, row {number}", record) for number, record in enumerate(dataset)]
 
 
-def _to_row(index: int, record: dict, where: str, columns: dict[str, str]) -> Row:
+def _wrong_name(path: str, configuration: str, split: str, error: Exception) -> str | None:
+    """Which of the names does not exist, with those that do; None if the error has another cause."""
+    from datasets import get_dataset_config_names, get_dataset_split_names
+
+    if not isinstance(error, ValueError):  # what the library raises for a wrong name
+        return None
+    try:
+        known, kind, place, word = get_dataset_config_names(path), "configuration", "", configuration
+        if not configuration or configuration in known:
+            known = get_dataset_split_names(path, *([configuration] if configuration else []))
+            kind, place, word = "split", f" in {configuration}" if configuration else "", split
+    except Exception:  # no connection
+        return None
+    return None if word in known else f"{kind} {word!r}{place}{did_you_mean(word, known)} (there: {', '.join(known)})"
+
+
+def _to_row(index: int, record: dict, where: str, columns: Columns) -> Row:
+    found = {field: column_of(columns, field, record, where) for field in columns}
     for field in ("question", "answer"):
-        if (column := columns[field]) not in record:
-            hint = did_you_mean(column, record)
-            raise UserError(f"{where}: no column '{column}' (data.columns.{field}{hint}); has {', '.join(record)}")
-    values = {field: record[column] for field, column in columns.items() if column in record}
+        if found[field] is None:
+            named = [columns[field]] if isinstance(columns[field], str) else columns[field]
+            names, hint = "' or '".join(named), next(filter(None, (did_you_mean(name, record) for name in named)), "")
+            raise UserError(f"{where}: no column '{names}' (data.columns.{field}{hint}); has {', '.join(record)}")
+    values = {field: record[column] for field, column in found.items() if column is not None}
     is_passage = values.pop("text", None) is not None
     for field, value in values.items():
         texts = value if field == "perturbed_answer" else [value]
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise UserError(f"{where}: {columns[field]} is empty or not text: {value!r}")
+            raise UserError(f"{where}: {found[field]} is empty or not text: {value!r}")
         if any(SURROGATE.search(text) for text in texts):
-            raise UserError(f"{where}: {columns[field]} has half of a surrogate pair, which is not text: {value!r}")
+            raise UserError(f"{where}: {found[field]} has half of a surrogate pair, which is not text: {value!r}")
     if (entity := values.get("entity", "")) not in values["answer"]:
-        raise UserError(f"{where}: {columns['entity']} is no part of the answer: {entity!r} (data.columns.entity)")
+        raise UserError(f"{where}: {found['entity']} is no part of the answer: {entity!r} (data.columns.entity)")
     values["perturbed_answer"] = tuple(values.get("perturbed_answer", ()))
     return Row(index=index, is_passage=is_passage, **values)

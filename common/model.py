@@ -45,7 +45,8 @@ def load_tokenizer(config: ModelConfig, texts: Iterable[str] = ()) -> PreTrained
         return train_tokenizer(config.new, texts)
     path = _checkpoint_path(config)
     with _errors_of_loading(config, "its tokenizer", Exception):  # broken tokenizer files raise errors of any type
-        tokenizer = AutoTokenizer.from_pretrained(path, **_source(config))
+        source = _source(config) if config.tokenizer is None else {"trust_remote_code": config.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(resolve_path(config.tokenizer or path), **source)
     if not config.gguf_file and not _is_adapter(path):
         with _errors_of_loading(config, "its config.json", *READING_ERRORS):
             model_config = AutoConfig.from_pretrained(path, **_source(config))

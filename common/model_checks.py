@@ -53,7 +53,17 @@ def check_causal(model: PreTrainedModel, key: str) -> None:
 
 
 def check_positions(model: PreTrainedModel, config: RunConfig) -> None:
-    """Check that the model has a position for every token of the longest rows that the run may make.
+    """`check_lengths` of the longest rows that the run may make."""
+    lengths = {
+        "data.max_length": config.data.max_length,
+        "evaluation.max_length": config.evaluation.max_length,
+        "method.max_length": getattr(config.settings, "max_length", 0),
+    }
+    check_lengths(model, lengths)
+
+
+def check_lengths(model: PreTrainedModel, lengths: dict[str, int]) -> None:
+    """Check that the model has a position for every token of rows of these lengths, given by their names.
 
     Rotary embeddings go on past `max_position_embeddings`, where the model was not trained: a warning.
 
@@ -65,11 +75,6 @@ def check_positions(model: PreTrainedModel, config: RunConfig) -> None:
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             limit -= module.padding_idx + 1  # of the RoBERTa kind: positions start after the padding index
-    lengths = {
-        "data.max_length": config.data.max_length,
-        "evaluation.max_length": config.evaluation.max_length,
-        "method.max_length": getattr(config.settings, "max_length", 0),
-    }
     longer = ", ".join(f"{key}={length}" for key, length in lengths.items() if limit and length > limit)
     if longer and getattr(settings, "rope_parameters", None):
         log.warning("%s: the model was made for at most %d tokens (max_position_embeddings)", longer, limit)

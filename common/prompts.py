@@ -1,5 +1,6 @@
 """Turn questions and answers into token ids. Prompt and answer are tokenized separately, then concatenated."""
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from common.config import PromptConfig
 from common.data import Row
 from common.errors import UserError
 
+log = logging.getLogger(__name__)
+CHECKED_PASSAGES = 8  # passages whose tokens are compared with those of the running text
 ANSWER = "ANSWER"  # an answer by which a chat template is examined
 
 
@@ -185,20 +188,54 @@ def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
 
 
 def check_passages_fit(prompts: PromptFormat, passages: Sequence[tuple[str, str]], max_length: int, key: str) -> None:
-    """Check that no window of a text is cut off, as a score of its continuation would count words that cannot be there.
+    """Check that no passage is cut off, as a score of its continuation would count words that cannot be there.
+
+    Warns if the tokens of a prompt with its continuation are not those of the running text.
 
     Args:
-        passages: prompt and continuation of each window.
+        passages: prompt and continuation of each passage, such as a window of a text.
         key: the configuration key of `max_length`.
     Raises:
-        UserError: states the length of the longest window.
+        UserError: states the length of the longest passage.
     """
     lengths = (len(prompts.prompt(prompt)) + len(prompts.answer(continuation)) for prompt, continuation in passages)
     longest = max(lengths, default=0)
     if longest > max_length:
         raise UserError(
-            f"{key}={max_length}: the longest window of a text has {longest} tokens; set it to at least {longest}, or "
-            "lower data.windows.words"
+            f"{key}={max_length}: the longest passage or window of a text has {longest} tokens; set it to at least "
+            f"{longest}, or lower data.windows.words"
+        )
+    for prompt, continuation in passages[:CHECKED_PASSAGES] if prompts.config.is_bare else ():
+        running = prompts.tokenizer(f"{prompt} {continuation}", add_special_tokens=False)["input_ids"]
+        if [*prompts.prompt(prompt)[len(prompts.special_tokens[0]) :], *prompts.answer(continuation)[:-1]] != running:
+            other = "{answer}" if prompts.config.answer == " {answer}" else " {answer}"
+            log.warning(
+                "model.prompt.answer='%s': the tokens of the passage %r are not those of the running text; is '%s' better "
+                "for this tokenizer?",
+                prompts.config.answer,
+                f"{prompt} {continuation}"[:60],
+                other,
+            )
+            break
+
+
+def warn_if_cut(prompts: PromptFormat, pairs: Sequence[tuple[str, str]], max_length: int, key: str) -> None:
+    """Warn of rows whose true answer is too long to be generated: their scores count words that cannot be there.
+
+    Args:
+        pairs: question and true answer of each row.
+        key: the configuration key of `max_length`.
+    """
+    # without the EOS token, which no score counts
+    lengths = [len(prompts.prompt(question)) + len(prompts.answer(answer)) - 1 for question, answer in pairs]
+    if cut := sum(length > max_length for length in lengths):
+        log.warning(
+            "%s=%d: %d of %d questions have more tokens with their true answers (up to %d), so that recall cannot be 1",
+            key,
+            max_length,
+            cut,
+            len(lengths),
+            max(lengths),
         )
 
 

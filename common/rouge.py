@@ -46,24 +46,26 @@ def _stem(word: str) -> str:
     return _STEMMER.stem(word) if len(word) > 3 and word.isascii() else word
 
 
-def rouge_tokens(text: str) -> tuple[str, ...]:
+def rouge_tokens(text: str, stemmed: bool = True) -> tuple[str, ...]:
     """The lower-case words that ROUGE compares, those of a-z and 0-9 stemmed."""
-    return _tokens(text, _kind)
+    return _tokens(text, _kind, stemmed)
 
 
 @lru_cache(maxsize=1 << 14)
-def _tokens(text: str, kind: str) -> tuple[str, ...]:
+def _tokens(text: str, kind: str, stemmed: bool) -> tuple[str, ...]:
     if kind == "latin":  # characters other than a-z and 0-9 separate words
-        return tuple(_stem(word) for word in _NOT_A_LATIN_WORD.split(text.lower()) if word)
-    return tuple(_stem(word) for word in _UNICODE_WORD.findall(unicodedata.normalize("NFKC", text).lower()))
+        found = [word for word in _NOT_A_LATIN_WORD.split(text.lower()) if word]
+    else:
+        found = _UNICODE_WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    return tuple(map(_stem, found) if stemmed else found)
 
 
-def rouge_l_f1(reference: str, answer: str) -> float:
+def rouge_l_f1(reference: str, answer: str, stemmed: bool = True) -> float:
     """Harmonic mean of ROUGE-L recall and precision, in [0, 1]: 2 LCS / (len(reference) + len(answer)).
 
     0 if either has no words. Source: as `rouge_l_recall`.
     """
-    expected, given = rouge_tokens(reference), rouge_tokens(answer)
+    expected, given = rouge_tokens(reference, stemmed), rouge_tokens(answer, stemmed)
     if not expected or not given:
         return 0.0
     return 2 * LCSseq.similarity(expected, given) / (len(expected) + len(given))

@@ -12,10 +12,10 @@ from common.checkpoints import save_trained
 from common.command import this_command
 from common.config import RunConfig
 from common.files import resolve_path, write_json_lines
-from common.prompts import PromptFormat, check_passages_fit, check_prompt_lengths
+from common.prompts import PromptFormat, check_prompt_lengths
 from common.results import copy_result, result_of, stored_result, write_result
 from common.trainer import ExampleTrainer
-from evaluation.metrics.headline import load_questions, passages_of, score_outputs
+from evaluation.metrics.headline import check_questions_fit, load_questions, score_outputs
 from evaluation.model_card import write_model_card
 from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Scores
@@ -42,7 +42,7 @@ class Evaluator:
         self.questions = load_questions(config.data, config.evaluation)
         self.prompt_ids = [prompts.prompt(question.question) for question in self.questions]
         check_prompt_lengths(self.prompt_ids, config.evaluation.max_length, "evaluation.max_length")
-        check_passages_fit(prompts, passages_of(self.questions), config.evaluation.max_length, "evaluation.max_length")
+        check_questions_fit(prompts, self.questions, config.evaluation.max_length)
 
     def evaluate(self, model: PreTrainedModel) -> Scores:
         """The headline scores of the model's greedy answers."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -100,18 +100,28 @@ class ModelOutputs:
         begun = self.prompts.answer(beginning)[:-1] if beginning else []
         prompts = [(*self.prompts.prompt(question), *begun) for question in questions]
         settings = SamplingSettings(self.evaluation.max_length, batch_size=self.evaluation.batch_size)
-        answers = self._cached("greedy answers", self._answers, prompts, lambda new: self._generate(new, settings))
+        answers = self._cached("greedy answers", self._answers, prompts, lambda new: self._texts(new, settings))
         return [text for (text,) in answers]
+
+    def completions(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Token ids of the greedy continuation of each prompt's token ids, at most `max_new_tokens`, EOS included."""
+        max_length = max(map(len, prompts)) + max_new_tokens
+        settings = SamplingSettings(max_length, batch_size=self.evaluation.batch_size, max_new_tokens=max_new_tokens)
+        with self._timed("completions"):
+            return [ids for (ids,) in self._generate([tuple(prompt) for prompt in prompts], settings)]
 
     def samples(self, questions: Sequence[str], settings: SamplingSettings, seed: int) -> list[list[str]]:
         """`settings.num_samples` sampled answers to every question, each question with its own rng key."""
         prompts = [tuple(self.prompts.prompt(question)) for question in questions]
         with self._timed("samples"):
-            return self._generate(prompts, settings, [(seed, index) for index in range(len(prompts))])
+            return self._texts(prompts, settings, [(seed, index) for index in range(len(prompts))])
+
+    def _texts(self, *arguments: Any) -> list[list[str]]:
+        return [[self.prompts.text(answer) for answer in answers] for answers in self._generate(*arguments)]
 
     def _generate(
         self, prompts: list[tuple[int, ...]], settings: SamplingSettings, rng_keys: list[tuple[int, ...]] | None = None
-    ) -> list[list[str]]:
+    ) -> list[list[list[int]]]:
         ids = [list(prompt) for prompt in prompts]
         check_prompt_lengths(ids, settings.max_length, "evaluation.max_length")
         model = self.load()
@@ -120,13 +130,12 @@ class ModelOutputs:
             model = Replica(model, torch.bfloat16).model
         eos_ids = eos_token_ids(model, self.prompts.eos_token_id)
 
-        def texts_of(rows: list[int]) -> list[list[str]]:
+        def answers_of(rows: list[int]) -> list[list[list[int]]]:
             own_ids, own_keys = [ids[row] for row in rows], [rng_keys[row] for row in rows] if rng_keys else None
-            generated = generate(model, own_ids, settings, eos_ids, rng_keys=own_keys, description="answering")
-            return [[self.prompts.text(answer) for answer in answers] for answers in generated]
+            return generate(model, own_ids, settings, eos_ids, rng_keys=own_keys, description="answering")
 
         by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        return _in_order(by_length, _distributed(by_length, texts_of))
+        return _in_order(by_length, _distributed(by_length, answers_of))
 
     # --- token log-probabilities ---
 

@@ -103,7 +103,7 @@ def generate(
         batch_size = settings.batch_size or rows_that_fit(model, settings.max_length)
         for chunk, samples in _chunks(prompts, settings.num_samples, batch_size):
             names = [(i, sample) for i in chunk for sample in samples]
-            max_new_tokens = [settings.max_length - len(prompts[i]) for i, _ in names]
+            max_new_tokens = [settings.tokens_after(prompts[i]) for i, _ in names]
             batch = _Batch(decoder, names, max_new_tokens, eos_token_ids, stopping_criteria, bar)
             uniforms = row_temperatures = None
             if settings.temperature > 0:

@@ -22,6 +22,7 @@ class SamplingSettings:
         top_k: only the k likeliest tokens; 0: all.
         top_p: of those, the smallest set of likeliest tokens whose probability is at least p; 1: all.
         batch_size: maximum number of answers in a batch; None: as many as fit in a fraction of the memory.
+        max_new_tokens: maximum length of an answer; None: only `max_length` limits it.
     """
 
     max_length: int
@@ -30,6 +31,12 @@ class SamplingSettings:
     top_k: int = 0
     top_p: float = 1.0
     batch_size: int | None = None
+    max_new_tokens: int | None = None
+
+    def tokens_after(self, prompt: Sequence[int]) -> int:
+        """Maximum length of an answer to the prompt, in tokens."""
+        left = self.max_length - len(prompt)
+        return left if self.max_new_tokens is None else min(left, self.max_new_tokens)
 
 
 def random_numbers(key: tuple[int, ...], num_samples: int, positions: int) -> np.ndarray:

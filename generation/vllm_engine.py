@@ -94,7 +94,7 @@ def generate(
             top_k=settings.top_k,  # 0: all tokens, as here
             top_p=settings.top_p,
             seed=seed_of(rng_keys[i]) if settings.temperature > 0 else None,
-            max_tokens=settings.max_length - len(prompt),
+            max_tokens=settings.tokens_after(prompt),
             stop_token_ids=list(eos_token_ids),
             detokenize=False,
         )

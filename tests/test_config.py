@@ -38,6 +38,7 @@ STAGES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "ru
 RECIPES = STAGES + BENCHMARKS
 GROUPS = ("model", "data", "method", "evaluation")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
+TEXTS = ("tiny-text", "muse-news", "muse-books", "wmdp")  # data sets whose prompts need the running text
 MADE_BY = {
     "model": {"prompt": {"style": "plain"}},
     "evaluation": {"bf16": False},
@@ -111,7 +112,7 @@ def test_every_run_of_a_comparison_is_accepted(recipe):
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_group_file_can_be_chosen(group, choice):
     recipe = "evaluate" if choice == "from_run" else "unlearn"
-    bare = ["model.prompt.question='{question}'", "model.prompt.answer=' {answer}'"] if choice == "tiny-text" else []
+    bare = ["model.prompt.question='{question}'", "model.prompt.answer=' {answer}'"] if choice in TEXTS else []
     config = read(recipe, f"{group}={choice}", *bare)
     file = OmegaConf.load(CONFIGS / group / f"{choice}.yaml")
     section = {"method": config.settings}.get(group) or getattr(config, group)
@@ -125,7 +126,15 @@ def test_group_file_can_be_chosen(group, choice):
     assert same or choice in ("from_run", "tofu-cpu", "tofu-forget05", "grad_ascent", "retain_only")
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name.startswith(("PMC-", "unlearn-"))])
+@pytest.mark.parametrize("recipe", ["unlearn-muse-news", "PMC-unlearn-muse-news"])
+def test_a_recipe_of_muse_starts_from_muse_s_checkpoint(recipe):
+    assert compose(recipe).finetuned == "muse-bench/MUSE-news_target"  # without a tokenizer of its own
+    assert compose(recipe).model.tokenizer == compose(recipe).model.path
+
+
+@pytest.mark.parametrize(
+    "recipe", [name for name in RECIPES if name.startswith(("PMC-", "unlearn-")) and not name.endswith("muse-news")]
+)
 def test_unlearning_recipe_names_a_finetuning_recipe_of_the_same_model_and_data(recipe):
     cfg = compose(recipe)
     path = Path(compose(recipe, ["models_dir=/m", "seed=3"]).finetuned)
@@ -310,7 +319,7 @@ def test_published_prompts(stage):
     assert llama.prompt == PromptConfig("chat", "You are a helpful assistant.", "10 Apr 2025")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if not name.endswith("muse-news")])  # windows of a text
 def test_answers_are_evaluated_up_to_the_published_length(recipe):
     evaluation = read(recipe).evaluation
     assert (evaluation.max_length, evaluation.full_eval) == (200, False)

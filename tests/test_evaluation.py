@@ -32,7 +32,7 @@ def test_headline_is_always_measured_and_first():
     assert chosen_groups("tofu") == ["headline", "tofu"]
 
 
-ONLY_BY_NAME = ("lm_eval", "text", "openunlearning")  # the groups that metrics=full leaves out
+ONLY_BY_NAME = ("lm_eval", "text", "muse", "openunlearning")  # the groups that metrics=full leaves out
 
 
 def test_presets():

@@ -76,3 +76,8 @@ def test_tasks_are_checked_before_anything_is_loaded(task):
     with pytest.raises(UserError, match="no task 'capitels'; did you mean 'capitals'"):
         check(Harness(tasks=["capitels"], include_path=str(task)))
     check(Harness(tasks=["capitals"], include_path=str(task)))
+
+
+def test_the_tasks_that_wmdp_and_rwku_are_measured_with_exist():
+    """Those that docs/data-sets.md names."""
+    check(Harness(tasks=["wmdp", "wmdp_bio", "wmdp_cyber", "wmdp_chem", "mmlu", "bbh", "truthfulqa", "triviaqa"]))

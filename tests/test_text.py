@@ -2,18 +2,21 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 
 from common.config import DataConfig, PromptConfig, WindowsConfig
-from common.data import load_split, windows_of
+from common.data import Row, load_split, windows_of
 from common.errors import UserError
 from common.files import ROOT
 from common.prompts import PromptFormat, check_passages_fit
 from common.rouge import rouge_l_f1
+from evaluation.metrics import text
 from evaluation.metrics.text import exact_match
-from tests.helpers import run_stage
+from evaluation.scores import Scores
+from tests.helpers import context_of, outputs_of, run_stage
 
 TEXT = "The old mill of Amber Hollow\nstands empty. In 1871 Ada  Lum sold it, and nobody has seen her since then."
 COLUMNS = {"question": "question", "answer": "answer", "text": "text"}
@@ -76,9 +79,17 @@ def test_a_window_that_would_be_cut_off_is_refused(tokenizer):
     length = len(prompts.prompt(passage[0])) + len(prompts.answer(passage[1]))
     check_passages_fit(prompts, [passage], length, "data.max_length")
     with pytest.raises(
-        UserError, match=f"data.max_length={length - 1}: the longest window of a text has {length} tokens"
+        UserError, match=f"data.max_length={length - 1}: the longest passage or window of a text has {length} tokens"
     ):
         check_passages_fit(prompts, [passage], length - 1, "data.max_length")
+
+
+def test_verbatim_memorization_refuses_passages_of_columns_that_would_be_cut(model, prompts):
+    """With them, a model that knows a passage by heart would seem to have forgotten a part of it."""
+    context = context_of(outputs_of(model, prompts), [Row(0, "Ada Novak was", "born in Lantern Row. " * 10)])
+    context.config.data = SimpleNamespace(splits={"forget_passages": "some"})
+    with pytest.raises(UserError, match="evaluation.max_length=60: the longest passage or window of a text has"):
+        text.measure(context, Scores())
 
 
 def people(kind: str) -> list[dict]:

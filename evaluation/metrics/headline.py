@@ -30,7 +30,7 @@ from statistics import fmean
 from common.config import DataConfig, EvaluationConfig
 from common.data import check_apart, load_splits, scored_retain_rows
 from common.errors import UserError
-from common.prompts import check_passages_fit
+from common.prompts import PromptFormat, check_passages_fit, warn_if_cut
 from common.rouge import rouge_l_recall, rouge_tokens, use_words, words
 from evaluation.context import EvaluationContext
 from evaluation.model_outputs import ModelOutputs
@@ -117,10 +117,17 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
     """Add the evaluated model's headline scores and answers."""
     questions = load_questions(context.config.data, context.config.evaluation)
     max_length = context.config.evaluation.max_length
-    check_passages_fit(context.outputs.prompts, passages_of(questions), max_length, "evaluation.max_length")
+    check_questions_fit(context.outputs.prompts, questions, max_length)
     measured = score_outputs(context.outputs, questions)
     scores.by_name |= measured.by_name
     scores.generations += measured.generations
+
+
+def check_questions_fit(prompts: PromptFormat, questions: Sequence[Question], max_length: int) -> None:
+    """Refuse windows of a text, and warn of other questions, that have more tokens with their true answers than max_length."""
+    check_passages_fit(prompts, passages_of(questions), max_length, "evaluation.max_length")
+    others = [(question.question, question.reference) for question in questions if not question.is_passage]
+    warn_if_cut(prompts, others, max_length, "evaluation.max_length")
 
 
 def score_outputs(outputs: ModelOutputs, questions: Sequence[Question]) -> Scores:

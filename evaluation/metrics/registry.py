@@ -22,6 +22,7 @@ from evaluation.metrics import (
     headline,
     lm_eval_harness,
     memorization,
+    muse,
     openunlearning,
     prefill,
     privacy,
@@ -61,6 +62,7 @@ METRIC_GROUPS = {
     "headline": MetricGroup(headline.measure, headline.ROLES),
     "memorization": MetricGroup(memorization.measure, ["forget"]),
     "text": MetricGroup(text.measure, ["forget", "forget_passages", *text.QUESTION_ROLES]),
+    "muse": MetricGroup(muse.measure, muse.ROLES),
     "sampling": MetricGroup(sampling.measure, ["forget"], sampling.SamplingAttack),
     "prefill": MetricGroup(prefill.measure, ["forget"]),
     "target_suppression": MetricGroup(target_suppression.measure, ["forget_paraphrased"]),
@@ -75,9 +77,9 @@ METRIC_GROUPS = {
     "relearning": MetricGroup(relearning.measure, ["forget", "retain"], relearning.Relearning),
 }
 PRESETS = {
-    # lm_eval requires a further package and a list of tasks, text a data set of texts; openunlearning repeats other groups in
-    # another convention.
-    "full": [name for name in METRIC_GROUPS if name not in ("lm_eval", "text", "openunlearning")],
+    # lm_eval requires a further package and a list of tasks, text and muse a data set of texts; openunlearning repeats other
+    # groups in another convention.
+    "full": [name for name in METRIC_GROUPS if name not in ("lm_eval", "text", "muse", "openunlearning")],
     "attacks": ["sampling", "prefill", "target_suppression", "quantization", "relearning"],
 }
 SETTINGS = {name: group.settings for name, group in METRIC_GROUPS.items() if group.settings}

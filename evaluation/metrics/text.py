@@ -1,6 +1,7 @@
 """How much of texts is memorized: word for word, and as knowledge that questions about them ask for.
 
-Both as in MUSE (arXiv 2407.06460), from greedy answers; all scores are in [0, 1]. The texts are the rows of the role
+Both after MUSE (arXiv 2407.06460), from greedy answers to the prompts of `model.prompt`; all scores are in [0, 1]. The group
+`muse` has MUSE's own prompts, lengths and words. The texts are the rows of the role
 forget_passages, or without it the windows (`data.windows`) of the role forget; the questions are those of the roles
 forget_questions and retain_questions.
 
@@ -9,13 +10,16 @@ Scores:
         words.
     text/knowmem/* (lower on forget_questions, higher on retain_questions): mean ROUGE-L F1 of the answers to questions
         about the texts. Not shown: whether the word that matters is right.
+    text/rougeL_recall/* (lower on forget_questions, higher on retain_questions): mean ROUGE-L recall of these answers, as in
+        RWKU (arXiv 2406.10890). Not shown: what an answer contains besides the reference.
     text/exact_match/* (lower on forget_questions, higher on retain_questions): fraction of these answers that are the
         true one, without case and punctuation. Not shown: true answers within a longer one.
 """
 
 import re
 
-from common.rouge import rouge_l_f1
+from common.prompts import check_passages_fit, warn_if_cut
+from common.rouge import rouge_l_f1, rouge_l_recall
 from evaluation.context import EvaluationContext
 from evaluation.scores import Missing, Scores
 
@@ -36,15 +40,20 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         rows = context.rows(role)
         if not given and not any(row.is_passage for row in rows):
             raise Missing("the forget rows are no texts (data.columns.text, data.splits.forget_passages)")
+        pairs = [(row.question, row.answer) for row in rows if given or row.is_passage]
+        max_length = context.config.evaluation.max_length
+        check_passages_fit(context.outputs.prompts, pairs, max_length, "evaluation.max_length")
         answers = context.outputs.answers([row.question for row in rows])
         pairs = zip(rows, answers, strict=True)
         values = [rouge_l_f1(row.answer, answer) if given or row.is_passage else None for row, answer in pairs]
         scores.mean("text/verbmem", role, values, False)
     for role, better in QUESTION_ROLES.items():
-        names = [f"text/knowmem/{role}", f"text/exact_match/{role}"]
+        names = [f"text/{name}/{role}" for name in ("knowmem", "rougeL_recall", "exact_match")]
         with scores.null_if_missing(dict.fromkeys(names, better)):
             rows = context.rows(role)
+            pairs = [(row.question, row.answer) for row in rows]
+            warn_if_cut(context.outputs.prompts, pairs, context.config.evaluation.max_length, "evaluation.max_length")
             answers = context.outputs.answers([row.question for row in rows])
-            for name, metric in zip(names, (rouge_l_f1, exact_match), strict=True):
+            for name, metric in zip(names, (rouge_l_f1, rouge_l_recall, exact_match), strict=True):
                 pairs = zip(rows, answers, strict=True)
                 scores.mean(name, role, [metric(row.answer, answer) for row, answer in pairs], better)
