@@ -9,7 +9,6 @@ import json
 import logging
 import re
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +163,10 @@ def _load_part(data: DataConfig, key: str, part: str) -> list[tuple[str, dict]]:
 
 
 def _filtered(records: list[tuple[str, dict]], conditions: str, key: str) -> list[tuple[str, dict]]:
-    """The records that meet all conditions "column=value,column=value"; * in a value stands for any characters."""
+    """The records that meet all conditions "column=value,column=value".
+
+    In a value, * stands for any characters and ? for one. Values that are no text have their JSON spelling (true, null).
+    """
     for condition in conditions.split(","):
         column, equals, value = (part.strip() for part in condition.partition("="))
         if not equals or not column:
@@ -172,10 +174,15 @@ def _filtered(records: list[tuple[str, dict]], conditions: str, key: str) -> lis
         for where, record in records:
             if column not in record:
                 raise UserError(f"{where}: no column '{column}' ({key}{did_you_mean(column, record)})")
-        records = [found for found in records if fnmatchcase(str(found[1][column]), value)]
+        wanted = re.compile(re.escape(value).replace(r"\*", ".*").replace(r"\?", "."), re.DOTALL)
+        records = [found for found in records if wanted.fullmatch(_as_text(found[1][column]))]
         if not records:
             raise UserError(f"{key}: no row has {condition.strip()}")
     return records
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def column_of(columns: Columns, field: str, record: dict, where: str) -> str | None:

@@ -124,6 +124,23 @@ def test_a_filter_keeps_the_rows_with_the_value(lume, splits, count):
     assert len(load_split(DataConfig(str(lume), {"forget": splits}, columns), "forget")) == count
 
 
+def test_a_filter_s_value_is_read_as_it_is_written(tmp_path):
+    rows = [("a[1]", True), ("a1", None), ("a(1)", "null")]
+    records = [{"question": tag, "answer": "x", "tag": tag, "flag": flag} for tag, flag in rows]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def found(condition):
+        data = DataConfig(str(tmp_path), {"forget": f"s{{{condition}}}"}, {"question": "question", "answer": "answer"})
+        return [row.question for row in load_split(data, "forget")]
+
+    assert (
+        found("tag=a[1]") == ["a[1]"]
+        and found("tag=a(?)") == ["a(1)"]
+        and found("tag=a*1*") == [tag for tag, _ in rows]
+    )
+    assert found("flag=true") == ["a[1]"] and found("flag=null") == ["a1", "a(1)"]
+
+
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
@@ -142,6 +159,10 @@ def test_scores_of_texts():
     assert rouge_l_f1("a b c d", "a b") == pytest.approx(2 * 2 / 6)
     assert rouge_l_f1("a b", "") == 0.0
     assert (exact_match("Ada Lum", "ada lum."), exact_match("Ada Lum", "It is Ada Lum")) == (1.0, 0.0)
+    same = [("Café", "cafe\u0301"), ("1950-1960", "1950-1960."), ("$", " $"), ("-5", "-5")]
+    assert [exact_match(*pair) for pair in same] == [1.0] * 4
+    others = [("की", "का"), ("$", "€"), ("$", ""), ("-5", "5"), ("ü", "u")]
+    assert [exact_match(*pair) for pair in others] == [0.0] * 5
 
 
 @pytest.mark.slow

@@ -16,19 +16,29 @@ Scores:
         true one, without case and punctuation. Not shown: true answers within a longer one.
 """
 
-import re
+import unicodedata
+
+import regex
 
 from common.prompts import check_passages_fit, warn_if_cut
 from common.rouge import rouge_l_f1, rouge_l_recall
 from evaluation.context import EvaluationContext
 from evaluation.scores import Missing, Scores
 
+WORD = regex.compile(
+    r"(?:(?<!\w)-(?=\d))?[\w\p{M}]+"
+)  # with vowel signs and accents, and the sign of a negative number
 QUESTION_ROLES = {"forget_questions": False, "retain_questions": True}  # role: whether higher is better
 
 
 def exact_match(reference: str, answer: str) -> float:
-    """1 if both have the same words in the same order, without case and punctuation; else 0."""
-    expected, given = (re.findall(r"\w+", text.casefold()) for text in (reference, answer))
+    """1 if both have the same words in the same order, without case and punctuation; else 0.
+
+    A reference without letters and digits, such as "$", must be given as it is.
+    """
+    expected, given = (unicodedata.normalize("NFKC", text).casefold().strip() for text in (reference, answer))
+    if words := WORD.findall(expected):
+        return float(words == WORD.findall(given))
     return float(expected == given)
 
 
