@@ -37,6 +37,7 @@ TOLERANCE_16_BIT = 0.25
 
 log = logging.getLogger(__name__)
 
+
 class Engine(Protocol):
     """What has weights of its own, and generates."""
 
@@ -74,7 +75,9 @@ def use_vllm(config: GenerationConfig) -> None:
     _server = None
     if _config is None:
         if config.vllm_server:
-            raise UserError("generation.vllm_server: it is used with generation.engine=vllm only; set that, or leave it out")
+            raise UserError(
+                "generation.vllm_server: it is used with generation.engine=vllm only; set that, or leave it out"
+            )
         return
     if config.vllm_server is None and find_spec("vllm") is None:
         raise UserError("generation.engine=vllm: vLLM is not installed; pip install -r requirements-vllm.txt")
@@ -244,7 +247,9 @@ def _check_weights(engine: Engine, model: PreTrainedModel, prompt: list[int]) ->
     expected = float(logits.float().log_softmax(-1)[token])
     if not abs(found - expected) <= TOLERANCES.get(model.dtype, TOLERANCE_16_BIT):
         dtype = str(model.dtype).removeprefix("torch.")
-        advice = f"start the server with --dtype {dtype} and a folder of this model" if _server else "vLLM cannot compute it"
+        advice = (
+            f"start the server with --dtype {dtype} and a folder of this model" if _server else "vLLM cannot compute it"
+        )
         raise UserError(
             f"generation.engine=vllm: {type(model).__name__} has the log-probability {expected:.4g} where vLLM has {found:.4g} "
             f"(token {token} after the first prompt), so vLLM computes another model; {advice}, or use generation.engine=own"

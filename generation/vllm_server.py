@@ -1,10 +1,10 @@
 """A vLLM server that generates for the stage (generation.vllm_server), on another GPU or machine.
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve models/finetuned/phi/seed-0 --host 127.0.0.1 --dtype bfloat16
+    VLLM_SERVER_DEV_MODE=1 vllm serve models/finetuned/phi/seed-0 --host 127.0.0.1 --dtype bfloat16 --tokens-only
     python unlearning/main.py -cd=configs -cn=PMC-unlearn-phi generation.engine=vllm generation.vllm_server=http://127.0.0.1:8000
 
-Prompts and answers are token ids. Weights are passed as safetensors in a folder that the server reads (vLLM's `reload_weights`).
-Each passing has a random version; vLLM labels every token with the version that it was drawn under, so that answers under
+Prompts and answers are token ids. Weights are passed as safetensors in a folder that the server reads, by vLLM's
+`reload_weights`. Each passing has a random version; vLLM labels every token with the version that it was drawn under, so that answers under
 weights that another run passed are refused. docs/several-gpus.md has the commands and what the server must be started with.
 """
 
@@ -29,11 +29,12 @@ from common.errors import UserError
 KEY = "generation.vllm_server"
 FOLDER_KEY = "generation.vllm_weights_dir"
 API_KEY = "VLLM_API_KEY"  # the environment variable that the server reads as well
+ANSWERS = "/inference/v1/generate"
 IN_MEMORY = "/dev/shm"
 MIN_VERSION = (0, 32)
 QUESTIONS_AT_ONCE = 256  # requests that the server has at the same time
 CONNECT_SECONDS, ANSWER_SECONDS = 10, 3600
-COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER (docs/several-gpus.md)"
+COMMAND = "VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER --tokens-only (docs/several-gpus.md)"
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -59,7 +60,13 @@ class VLLMServer:
 
     def __init__(self, address: str, weights_dir: str | None):
         parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or parts.username
+            or parts.query
+            or parts.fragment
+        ):
             raise UserError(
                 f"{KEY}: expected an address such as http://127.0.0.1:8000, without a user name or a key: the key of a server "
                 f"comes from the environment variable {API_KEY}"
@@ -67,15 +74,18 @@ class VLLMServer:
         self.address = address.rstrip("/")
         self.weights_dir = weights_dir or IN_MEMORY
         if not Path(self.weights_dir).is_dir():
-            raise UserError(f"{FOLDER_KEY}: there is no folder {self.weights_dir}; name one that the server has as well")
+            raise UserError(
+                f"{FOLDER_KEY}: there is no folder {self.weights_dir}; name one that the server has as well"
+            )
         self.opener = urllib.request.build_opener(_NoRedirects)
-        self.version = ""
         self.check_version()
         try:
             (model,) = self.call("/v1/models", seconds=CONNECT_SECONDS)["data"]
             self.name, self.max_length = model["root"], int(model["max_model_len"])
         except (KeyError, TypeError, ValueError) as error:
             raise self.error("does not serve one model; start it without LoRA modules") from error
+        self.version = self.call("/weight_info", seconds=CONNECT_SECONDS).get("weight_version", "")
+        self.first_token([0])
 
     def check_version(self) -> None:
         found = self.call("/version", seconds=CONNECT_SECONDS).get("version", "")
@@ -83,7 +93,6 @@ class VLLMServer:
         if number < MIN_VERSION:
             needed = ".".join(map(str, MIN_VERSION))
             raise self.error(f"runs vLLM {found or 'of an unknown version'}; {needed} or later is needed")
-        self.call("/weight_info", seconds=CONNECT_SECONDS)
 
     # --- requests ---
 
@@ -176,7 +185,7 @@ class VLLMServer:
         """The answers to a prompt in their order, as the server gives them: whole ones, under the weights that were passed."""
         # Without ignore_eos, tokens of the served folder's generation config would end answers as well.
         body = {"token_ids": list(prompt), "sampling_params": {**params, "ignore_eos": True, "detokenize": False}}
-        found = self.call("/inference/v1/generate", body)
+        found = self.call(ANSWERS, body)
         try:
             choices = sorted(found["choices"], key=lambda choice: choice["index"])
             versions = {span["version"] for choice in choices for span in choice["weight_versions"]}
@@ -186,7 +195,9 @@ class VLLMServer:
                 for choice in choices
             ]
         except (KeyError, TypeError, IndexError) as error:
-            raise self.error(f"gives answers of another form ({type(error).__name__}: {error}); see MIN_VERSION") from error
+            raise self.error(
+                f"gives answers of another form ({type(error).__name__}: {error}); requirements-vllm.txt has the version that is known to work"
+            ) from error
         if versions != {self.version}:
             raise self.error("has weights that another run passed; each run needs a server of its own")
         if len(whole) != params["n"] or not all(whole):
@@ -196,9 +207,18 @@ class VLLMServer:
 
 def _meaning(error: urllib.error.HTTPError, path: str) -> str:
     """What an HTTP error of a path means, and what to do."""
+    if error.code == 403 and path == ANSWERS:
+        return f"takes no token ids, as it was started without --tokens-only; start it with {COMMAND}"
     if error.code in (401, 403):
-        return f"refuses the key ({error.code}); set the environment variable {API_KEY} to that of the server's --api-key"
-    if error.code == 404 and path in ("/weight_info", "/update_weight_version", "/collective_rpc", "/reset_prefix_cache"):
+        return (
+            f"refuses the key ({error.code}); set the environment variable {API_KEY} to that of the server's --api-key"
+        )
+    if error.code == 404 and path in (
+        "/weight_info",
+        "/update_weight_version",
+        "/collective_rpc",
+        "/reset_prefix_cache",
+    ):
         return f"takes no weights, as it was started without VLLM_SERVER_DEV_MODE=1; start it with {COMMAND}"
     if error.code in (404, 405):
         return f"has no {path}, so it is not vLLM's; the address is without a path such as /v1"
