@@ -4,8 +4,8 @@
     python unlearning/main.py -cd=configs -cn=PMC-unlearn-phi generation.engine=vllm generation.vllm_server=http://127.0.0.1:8000
 
 Prompts and answers are token ids. Weights are passed as safetensors in a folder that the server reads, by vLLM's
-`reload_weights`. Each passing has a random version; vLLM labels every token with the version that it was drawn under, so that answers under
-weights that another run passed are refused. docs/several-gpus.md has the commands and what the server must be started with.
+`reload_weights`. Each passing has a random version; vLLM labels every token with the version that it was drawn under, so that
+answers under weights that another run passed are refused. docs/several-gpus.md has the commands and options of the server.
 """
 
 import json
@@ -195,9 +195,8 @@ class VLLMServer:
                 for choice in choices
             ]
         except (KeyError, TypeError, IndexError) as error:
-            raise self.error(
-                f"gives answers of another form ({type(error).__name__}: {error}); requirements-vllm.txt has the version that is known to work"
-            ) from error
+            problem = f"gives answers of another form ({type(error).__name__}: {error})"
+            raise self.error(f"{problem}; requirements-vllm.txt has a version that works") from error
         if versions != {self.version}:
             raise self.error("has weights that another run passed; each run needs a server of its own")
         if len(whole) != params["n"] or not all(whole):
