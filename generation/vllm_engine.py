@@ -143,6 +143,11 @@ def generate(
     return [[list(ids) for ids in answers[request]] for request in requests]
 
 
+def current_engine() -> Engine | None:
+    """The server or the engine in this process; None where the first process asks the server instead of this one."""
+    return _server if _config.vllm_server else InProcess(_config.vllm_memory_fraction)
+
+
 def _share(requests: list[Request]) -> list[Request]:
     """The requests that this process has answered: with a server, the first process has all of them answered."""
     state = PartialState()
@@ -155,8 +160,8 @@ def _answers(
     model: PreTrainedModel, requests: list[Request], settings: SamplingSettings, eos_token_ids: Sequence[int]
 ) -> list[tuple[Request, list[list[int]]]]:
     """Each request of this process with its answers."""
-    engine = _server if _config.vllm_server else InProcess(_config.vllm_memory_fraction)
-    if engine is None:  # the first process asks the server
+    engine = current_engine()
+    if engine is None:
         return []
     engine.load(model, settings.max_length)
     if not requests:
