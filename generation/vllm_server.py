@@ -146,7 +146,7 @@ class VLLMServer:
         self.version = secrets.token_hex(8)
         self.call("/update_weight_version", {"new_version": self.version})
         # A new name each time: no cache of a network disk has an older file of that name.
-        with tempfile.TemporaryDirectory(prefix="weights-", dir=self.weights_dir) as folder:
+        with tempfile.TemporaryDirectory(prefix="pmc-weights-", dir=self.weights_dir) as folder:
             model.save_pretrained(folder)
             try:
                 kwargs = {"weights_path": str(Path(folder).resolve())}

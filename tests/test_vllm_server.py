@@ -14,6 +14,7 @@ from common.files import ROOT
 from generation.sampler import generate, use_engine
 from generation.token_sampling import SamplingSettings
 from tests.helpers import random_model
+from tests.test_processes import QUICK, assert_equal_histories, assert_equal_weights, run
 from tests.vllm_stub import VLLMStub
 
 EOS = 7
@@ -64,7 +65,7 @@ def test_each_call_sends_the_current_weights_and_leaves_no_file(server, tmp_path
 
 def test_answers_of_other_weights_are_refused(server):
     connect(server)
-    server.kept_weights = True
+    server.keeps_weights = True
     with pytest.raises(UserError, match="vLLM computes another model; start the server with --dtype float32"):
         generate(random_model(), PROMPTS, SETTINGS, [EOS], KEYS)
 
@@ -86,7 +87,7 @@ def test_weights_that_another_run_sends_are_noticed(server, monkeypatch):
 @pytest.mark.parametrize("answer", [[9], [9, 9]])
 def test_answers_that_are_cut_are_refused(server, answer):
     connect(server)
-    server.answer = answer
+    server.answer_of = lambda prompt, params: answer
     with pytest.raises(UserError, match="fewer or shorter answers than were asked for"):
         generate(random_model(), PROMPTS, SETTINGS, [EOS], KEYS)
 
@@ -166,7 +167,7 @@ def test_weights_that_the_server_cannot_load_are_explained(server, tmp_path, mon
 
 def test_two_processes_have_the_answers_that_one_has(server):
     """Each process has other questions; the second has none in the second call. The server is asked once for each."""
-    server.own_answers = True
+    server.answer_of = lambda prompt, params: [prompt[-1], 10 + (params["seed"] or 0) % 10, EOS]
     script = ROOT / "tests" / "vllm_ranks.py"
     found = {}
     for processes in (1, 2):
@@ -179,3 +180,27 @@ def test_two_processes_have_the_answers_that_one_has(server):
         found[processes] = done.stdout.splitlines()[-1]
         assert len(server.requests) == 10
     assert found[1] == found[2]
+
+
+def test_pmc_in_two_processes_trains_as_in_one(server, models_dir, tmp_path):
+    """All questions but one are solved in the first step, so later one of the two processes has nothing to sample."""
+    greedy = []
+
+    def answer(prompt, params):
+        if params["temperature"] == 0:
+            greedy.append(prompt)
+            return [300, 301, *params["stop_token_ids"]]
+        return [300 if prompt == min(greedy) else 400, 401, *params["stop_token_ids"]]
+
+    server.max_model_len, server.answer_of = 512, answer
+    words = (
+        "-cn=PMC-unlearn-tiny",
+        "method.min_len=0",
+        "generation.engine=vllm",
+        f"generation.vllm_server={server.address}",
+        *QUICK,
+    )
+    histories = [run(processes, tmp_path / str(processes), models_dir, *words) for processes in (1, 2)]
+    assert [record["solved"] for record in histories[0]] == [pytest.approx(29 / 30)] * 3
+    assert_equal_histories(*histories)
+    assert_equal_weights(tmp_path / "1", tmp_path / "2")

@@ -9,23 +9,25 @@ from transformers import AutoModelForCausalLM
 
 
 class VLLMStub(ThreadingHTTPServer):
-    """Serves a model from its own thread. All answers are [9, stop token], or the question's own with `own_answers`.
+    """Serves a model from a thread of its own.
 
     Attributes:
-        requests: the bodies of the requests for answers.
+        requests: prompt and sampling parameters of the requests for answers.
         failures: path -> status and text that it answers instead.
-        kept_weights: new weights are not taken over.
-        own_answers: an answer begins with the prompt's last token and the seed's last digit instead.
+        keeps_weights: new weights are not taken over.
+        answer_of: (prompt, sampling parameters) -> token ids of every answer.
     """
 
     daemon_threads = True
+    request_queue_size = 512  # connections that wait
 
     def __init__(self, model):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model = model
         self.requests, self.headers, self.failures, self.versions, self.resets = [], [], {}, ["default"], 0
         self.vllm_version, self.max_model_len = "0.32.0", 64
-        self.kept_weights, self.own_answers, self.answer = False, False, None
+        self.keeps_weights = False
+        self.answer_of = lambda prompt, params: [9, params["stop_token_ids"][0]]
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -37,9 +39,7 @@ class VLLMStub(ThreadingHTTPServer):
             logprobs = {"content": [{"token_id": token, "logprob": float(logits[token]), "top_logprobs": []}]}
             return [([token], logprobs)]
         self.requests.append((prompt, params))
-        stop = params["stop_token_ids"][0]
-        ids = [prompt[-1], 10 + (params["seed"] or 0) % 10, stop] if self.own_answers else [9, stop]
-        return [(self.answer or ids, None)] * params["n"]
+        return [(self.answer_of(prompt, params), None)] * params["n"]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -72,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
             return {"success": True}
         if self.path == "/collective_rpc":
             assert body["method"] == "reload_weights"
-            if not server.kept_weights:
+            if not server.keeps_weights:
                 server.model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
             return {"results": [None]}
         if self.path == "/reset_prefix_cache":
