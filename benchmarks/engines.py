@@ -1,8 +1,10 @@
 """Time sampling with three engines on the same prompts: the project's own, Hugging Face's `generate` and `generate_batch`.
 
-vLLM is a fourth where it is installed (requirements-vllm.txt); weights are passed to it before each round, as in training.
+vLLM is a fourth with generation.engine=vllm: in this process, or a server (docs/several-gpus.md). Weights are passed to it
+before each round, as in training.
 
     python benchmarks/engines.py -cn=benchmark/smollm2
+    python benchmarks/engines.py -cn=benchmark/tiny generation.engine=vllm generation.vllm_memory_fraction=0.1
 
 `generate_batch` is transformers' continuous batching over a paged cache. All answers have the same length here, because
 it takes one length for all. The engines take turns; the table has the median over the rounds.
@@ -20,7 +22,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 
 import hydra
@@ -35,6 +37,7 @@ from common.config import RunConfig
 from common.files import CONFIGS
 from common.forward import evaluation_mode
 from generation import vllm_engine
+from generation.sampler import use_engine
 from generation.token_sampling import SamplingSettings
 
 ANSWER_LENGTH = 37  # the mean of TOFU's
@@ -51,26 +54,30 @@ def engines(config: RunConfig, model, prompts: list[list[int]]) -> dict[str, Cal
     settings = SamplingSettings(s.max_length, s.num_samples, s.temperature, s.top_k, s.top_p)
     lengths = [[ANSWER_LENGTH] * s.num_samples for _ in prompts]
     rng_keys = [(0, index) for index in range(len(prompts))]
-    settings_of_vllm = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "n": s.num_samples}
+    of_vllm = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "n": s.num_samples}
+    of_vllm |= {"max_tokens": ANSWER_LENGTH, "ignore_eos": True}
     paged = GenerationConfig(max_new_tokens=ANSWER_LENGTH, eos_token_id=-1, pad_token_id=0, **options)
+    own = replace(config.generation, engine="own", vllm_server=None)
+
+    def optimized() -> list:
+        use_engine(own)
+        return generate_lengths(lengths, model, prompts, settings, [], rng_keys)
+
     found = {
-        "optimized": lambda: generate_lengths(lengths, model, prompts, settings, [], rng_keys),
+        "optimized": optimized,
         "generate": lambda: baseline_answers(model, repeated, [ANSWER_LENGTH] * len(repeated), [], 0, **options),
         "generate_batch": lambda: list(model.generate_batch(inputs=repeated, generation_config=paged).values()),
     }
-    if find_spec("vllm"):
-        found["vllm"] = lambda: answers_of_vllm(model, prompts, config, settings_of_vllm)
+    if config.generation.engine == "vllm":
+        found["vllm"] = lambda: answers_of_vllm(model, prompts, config, of_vllm)
     return found
 
 
-def answers_of_vllm(model, prompts: list[list[int]], config: RunConfig, options: dict) -> list:
-    from vllm import SamplingParams
-
-    params = SamplingParams(max_tokens=ANSWER_LENGTH, ignore_eos=True, detokenize=False, **options)
-    engine = vllm_engine.engine_with_weights_of(
-        model, config.settings.max_length, config.generation.vllm_memory_fraction
-    )
-    return engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+def answers_of_vllm(model, prompts: list[list[int]], config: RunConfig, params: dict) -> list[list[list[int]]]:
+    use_engine(config.generation)
+    engine = vllm_engine.current_engine()
+    engine.load(model, config.settings.max_length)
+    return engine.answers(prompts, [params] * len(prompts))
 
 
 def compare(cfg: DictConfig) -> None:

@@ -252,9 +252,13 @@ class GenerationConfig:
     cuda_graphs: Literal[False, "auto"] = False
     """Record the decode step as CUDA graphs: false, or auto on an NVIDIA GPU."""
     engine: Literal["own", "vllm"] = "own"
-    """Own: the sampler of this project; vllm: vLLM in the same process (docs/speed.md names what it cannot do)."""
+    """Own: the sampler of this project; vllm: vLLM (docs/speed.md names what it cannot do)."""
     vllm_memory_fraction: Fraction = 0.3
-    """Fraction of the GPU's memory for vLLM's weights and cache; training needs the rest."""
+    """Fraction of the GPU's memory for vLLM's weights and cache in this process; training needs the rest."""
+    vllm_server: str | None = None
+    """Address of a vLLM server (docs/several-gpus.md), such as http://127.0.0.1:8000; null: vLLM in this process."""
+    vllm_weights_dir: str | None = None
+    """Folder in which weights are passed to the server, which must have it too; null: /dev/shm, on the same machine."""
 
 
 @section

@@ -57,7 +57,7 @@ FIGURES = (
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "adapter_config.json")
 FAILURES = ".failed"  # beside the runs of a sweep: a file for each job that failed
 # Keys that do not influence the result. They are not part of a folder's name, and a change does not make a result stale.
-NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoints", "generation")
+NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoints")
 # The same for keys of `training`: a finished run is pushed without training it again.
 PUSH_KEYS = ("push_to_hub", "hub_model_id", "hub_private_repo")
 
@@ -81,7 +81,8 @@ def run_name(seed: int | str, overrides: list[str]) -> str:
 def settings_of_the_result(overrides: list[str]) -> list[str]:
     """The overrides that influence the result, the seed included."""
     keys = [*NOT_PART_OF_THE_RUN, *(f"training.{key}" for key in PUSH_KEYS)]
-    ignored = re.compile(rf"[+~]*(hydra|({'|'.join(map(re.escape, keys))})([.=]|$))")
+    # Of `generation` only another engine draws other samples.
+    ignored = re.compile(rf"[+~]*(hydra|({'|'.join(map(re.escape, keys))})([.=]|$)|generation(?!\.engine=(?!own$)))")
     return [override for override in overrides if not ignored.match(override)]
 
 
@@ -168,6 +169,9 @@ def comparable_config(cfg: DictConfig, start_id: str | None = None) -> dict[str,
     """
     plain = OmegaConf.to_container(cfg, resolve=True)
     plain = {key: value for key, value in plain.items() if key not in NOT_PART_OF_THE_RUN}
+    engine = plain.pop("generation", {}).get("engine", "own")
+    if engine != "own":  # its samples are other ones
+        plain["generation"] = {"engine": engine}
     if isinstance(plain.get("training"), dict):
         plain["training"] = {key: value for key, value in plain["training"].items() if key not in PUSH_KEYS}
     if start_id is not None:

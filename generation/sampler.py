@@ -94,6 +94,8 @@ def generate(
             finished = [PartialSample(i, j, ids) for i, drawn in enumerate(answers) for j, ids in enumerate(drawn)]
             stopping_criteria.check(finished, [])
         return answers
+    if not prompts:
+        return []
     answers: list[list[list[int]]] = [[] for _ in prompts]
     total = len(prompts) * settings.num_samples
     # disable=None: a bar on a terminal only

@@ -496,3 +496,12 @@ def test_a_broken_result_is_named(folder):
     (folder / "result.json").write_text("{")
     with pytest.raises(UserError, match="result.json: not readable"):
         RunFolder(folder, CONFIG).is_done()
+
+
+def test_another_engine_is_another_run_and_its_other_settings_are_not():
+    for engine, kept in {"own": {}, "vllm": {"generation": {"engine": "vllm"}}}.items():
+        found = comparable_config(configuration(generation={"engine": engine, "vllm_memory_fraction": 0.5}))
+        assert found == comparable_config(configuration()) | kept
+    words = ["generation.cuda_graphs=auto", "generation.vllm_server=http://127.0.0.1:1", "generation.engine=own"]
+    assert run_name(0, words) == "seed-0"
+    assert run_name(0, [*words, "generation.engine=vllm"]) == "seed-0+generation.engine-vllm"

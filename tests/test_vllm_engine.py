@@ -41,7 +41,7 @@ class StandIn:
         self.resets += 1
 
     def generate(self, requests, params, use_tqdm):
-        if not isinstance(params, list):  # the check of the weights
+        if hasattr(params[0], "logprobs"):  # the check of the weights
             logits = self.model(torch.tensor([requests[0]["prompt_token_ids"]])).logits[0, -1].log_softmax(-1)
             token = int(logits.argmax())
             logprobs = [{token: SimpleNamespace(logprob=float(logits[token]))}]
@@ -127,16 +127,23 @@ def test_criteria_score_all_answers_and_stop_none(vllm):
     assert checked == [([(i, j, [9, EOS]) for i in range(2) for j in range(2)], [])]
 
 
-def test_what_vllm_cannot_do_is_refused(vllm, monkeypatch):
+def test_what_vllm_cannot_do_is_refused(vllm):
     with pytest.raises(UserError, match="sampling_batch_size"):
         generate(random_model(), PROMPTS, SamplingSettings(20, batch_size=4), [EOS])
     adapted = random_model()
     adapted.peft_config = {}
     with pytest.raises(UserError, match="LoRA"):
         generate(adapted, PROMPTS, SamplingSettings(20), [EOS])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="in one process only"):
-        use_engine(GenerationConfig(engine="vllm"))
+    with pytest.raises(UserError, match="used with generation.engine=vllm only"):
+        use_engine(GenerationConfig(vllm_server="http://127.0.0.1:8000"))
+
+
+def test_equal_prompts_are_answered_once(vllm):
+    answers = generate(random_model(), [*PROMPTS, PROMPTS[0]], SamplingSettings(20), [EOS])
+    assert len(vllm[0].requests) == 2
+    assert answers == [[[9, EOS]]] * 3
+    answers[0][0].append(1)
+    assert answers[2] == [[9, EOS]]
 
 
 def test_vllm_must_be_installed(monkeypatch):

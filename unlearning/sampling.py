@@ -162,8 +162,6 @@ class OwnAnswerTrainer(InitialResponseTrainer):
         prompts = [self.prompt_ids[row.index] for row in rows]
         rng_keys = [(self.args.seed, self.state.global_step, row.index) for row in rows]
         with self.sampled_model() as model:  # also without rows, as the other processes may have some
-            if not rows:
-                return []
             return generate(
                 model,
                 prompts,
