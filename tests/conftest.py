@@ -1,11 +1,13 @@
 """Fixtures: small models, tokenizers and runs that tests share. Nothing is downloaded; helpers are in tests/helpers.py."""
 
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from common.collate import collate
 from common.config import DataConfig, EvaluationConfig, ModelConfig, PromptConfig, RunConfig
@@ -37,9 +39,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
-    # With a file for each worker, a long one at the end would leave the other workers idle.
+    # With a file for each worker, a long one at the end would leave the other workers idle. The first file is one that needs
+    # no models_dir, so that only one worker begins by making it.
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (-slow[item.path], str(item.path)))
+    need_models = {item.path for item in items if "models_dir" in item.fixturenames}
+    first = max(set(slow) - need_models, key=lambda path: (slow[path], str(path)), default=None)
+    items.sort(key=lambda item: (item.path != first, -slow[item.path], str(item.path)))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -121,14 +126,22 @@ def tofu():
 @pytest.fixture(scope="session")
 def models_dir(tmp_path_factory):
     """A folder of runs with a pretrained and a finetuned tiny model (few epochs: enough to have answers)."""
-    folder = tmp_path_factory.mktemp("models")
+    own = tmp_path_factory.getbasetemp()
+    made = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "made" / "models"
+    made.parent.mkdir(exist_ok=True)
+    with FileLock(f"{made}.lock"):  # the first worker makes it, the others copy it
+        if not made.is_dir():
+            make_models(made.with_name("unfinished"))
+            made.with_name("unfinished").rename(made)
+    return Path(shutil.copytree(made, tmp_path_factory.mktemp("models"), dirs_exist_ok=True))
+
+
+def make_models(folder: Path) -> None:
     where = f"models_dir={folder}"
-    run_stage("finetuning", "-cn=pretrain-tiny", where, "training.num_epochs=12")
-    base = folder / "finetuned" / "pretrain-tiny"
-    (base / "seed-0+training.num_epochs-12").rename(base / "seed-0")
-    run_stage("finetuning", "-cn=tiny", where, "training.num_epochs=12")
-    (folder / "finetuned/tiny/seed-0+training.num_epochs-12").rename(folder / "finetuned/tiny/seed-0")
-    return folder
+    for recipe in ("pretrain-tiny", "tiny"):
+        run_stage("finetuning", f"-cn={recipe}", where, "training.num_epochs=12")
+        runs = folder / "finetuned" / recipe
+        (runs / "seed-0+training.num_epochs-12").rename(runs / "seed-0")
 
 
 @pytest.fixture
