@@ -226,7 +226,7 @@ class DataConfig:
     @field_validator("windows")
     @classmethod
     def has_texts(cls, windows: WindowsConfig | None, info: ValidationInfo) -> WindowsConfig | None:
-        if (windows is None) == ("text" in info.data.get("columns", {})):
+        if "columns" in info.data and (windows is None) == ("text" in info.data["columns"]):
             raise ValueError("columns.text and windows need each other; give both, or neither")
         return windows
 

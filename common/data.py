@@ -31,10 +31,6 @@ class HubError(UserError):
     """The hub cannot be reached or lacks the data. Loading stops: every other split would wait for the same retries."""
 
 
-class UnusableText(UserError):
-    """A text of which no window leaves words to continue."""
-
-
 @dataclass(frozen=True)
 class Row:
     """A question with its answer. `index` is its position in the split and identifies it, as questions may repeat.
@@ -68,7 +64,7 @@ def load_split(data: DataConfig, role: str) -> list[Row]:
 def load_rows(data: DataConfig, splits: str, key: str, whole_texts: bool = False) -> list[Row]:
     """Load a split, filtered or sliced, or a sum of these. A text becomes one row per window.
 
-    Texts that `windows_of` refuses are left out with a warning, unless all are refused.
+    Windows that `windows_of` cannot cut are left out with a warning, unless none is left.
 
     Args:
         key: the configuration key that names the splits, for error messages.
@@ -81,16 +77,16 @@ def load_rows(data: DataConfig, splits: str, key: str, whole_texts: bool = False
         raise UserError(f"{key}={splits}: has no row")
     if whole_texts:
         return [Row(index, "", _text_of(data, record, where)) for index, (where, record) in enumerate(records)]
-    rows, unusable = [], []
-    for where, record in records:
-        try:
-            rows += _in_windows(data, record, where)
-        except UnusableText as error:
-            unusable.append(error)
-    if not rows:
-        raise unusable[0]
-    if unusable:
-        log.warning("%s: %d of %d rows are left out: %s", key, len(unusable), len(records), unusable[0])
+    found = [made for where, record in records for made in _in_windows(data, record, where)]
+    rows = [(where, record) for where, record in found if record is not None]
+    if unusable := [where for where, record in found if record is None]:
+        message = (
+            f"{key}: {len(unusable)} of {len(found)} windows have no space after data.windows.prompt_words="
+            f"{data.windows.prompt_words} words, so nothing is left to continue (the first: {unusable[0]})"
+        )
+        if not rows:
+            raise UserError(f"{message}; lower it, or leave these texts out")
+        log.warning("%s; they are left out", message)
     return [_to_row(index, record, where, data.columns) for index, (where, record) in enumerate(rows)]
 
 
@@ -114,22 +110,22 @@ def passages_of(rows: list[Row]) -> list[tuple[str, str]]:
     return [(row.question, row.answer) for row in rows if row.is_passage]
 
 
-def check_apart(forget: list[Row], others: list[Row], role: str) -> None:
-    """Warn of rows of another role that are also to be forgotten.
+def check_apart(rows: list[Row], others: list[Row], other_role: str, role: str = "forget") -> None:
+    """Warn of rows of one role that are also in another, of which they must not be.
 
     Args:
-        role: of the other rows, retain or holdout.
+        other_role: of `others`, such as retain or holdout.
+        role: of `rows`.
     Raises:
-        UserError: if all of them are also forget rows.
+        UserError: if all of `others` are also in `rows`.
     """
-    to_forget = {(row.question, row.answer) for row in forget}
-    shared = sum((row.question, row.answer) in to_forget for row in others)
+    known = {(row.question, row.answer) for row in rows}
+    shared = sum((row.question, row.answer) in known for row in others)
+    key = f"data.splits.{other_role}"
     if shared == len(others):
-        raise UserError(
-            f"data.splits.{role}: all {shared} rows are also in data.splits.forget; name a split of other rows"
-        )
+        raise UserError(f"{key}: all {shared} rows are also in data.splits.{role}; name a split of other rows")
     if shared:
-        log.warning("data.splits.%s: %d of %d rows are also in data.splits.forget", role, shared, len(others))
+        log.warning("%s: %d of %d rows are also in data.splits.%s", key, shared, len(others), role)
 
 
 def scored_retain_rows(rows: list[Row], full_eval: bool) -> list[Row]:
@@ -158,7 +154,8 @@ def _load_part(data: DataConfig, key: str, part: str) -> list[tuple[str, dict]]:
     if match["filter"] is not None:
         records = _filtered(records, match["filter"], f"{key}={part}")
     if max(start or 0, stop or 0) > len(records) or not records[start:stop]:
-        raise UserError(f"{key}={part}: {match['name']} has {len(records)} rows")
+        which = f"{match['name']}{{{match['filter']}}}" if match["filter"] is not None else match["name"]
+        raise UserError(f"{key}={part}: {which} has {len(records)} rows")
     return records[start:stop]
 
 
@@ -170,7 +167,9 @@ def _filtered(records: list[tuple[str, dict]], conditions: str, key: str) -> lis
     for condition in conditions.split(","):
         column, equals, value = (part.strip() for part in condition.partition("="))
         if not equals or not column:
-            raise UserError(f"{key}: {condition!r} is no filter; write column=value")
+            raise UserError(
+                f"{key}: {condition!r} is no filter; write column=value, with ? in place of , + {{ and }} in a value"
+            )
         for where, record in records:
             if column not in record:
                 raise UserError(f"{where}: no column '{column}' ({key}{did_you_mean(column, record)})")
@@ -192,14 +191,19 @@ def column_of(columns: Columns, field: str, record: dict, where: str) -> str | N
         UserError: if the record has several of the columns that the configuration names as alternatives.
     """
     named = columns.get(field, [])
-    found = [column for column in ([named] if isinstance(named, str) else named) if column in record]
+    named = [named] if isinstance(named, str) else named
+    # Where rows differ, the library datasets fills the columns that a row does not have with None.
+    found = [column for column in named if record.get(column) is not None]
     if len(found) > 1:
         raise UserError(f"{where}: has {' and '.join(found)}; which is meant? (data.columns.{field})")
     return found[0] if found else None
 
 
-def _in_windows(data: DataConfig, record: dict, where: str) -> list[tuple[str, dict]]:
-    """A record with a text as one record per window, with its question and answer; any other record as it is."""
+def _in_windows(data: DataConfig, record: dict, where: str) -> list[tuple[str, dict | None]]:
+    """A record with a text as one record per window, with its question and answer; any other record as it is.
+
+    A window that cannot be cut is None.
+    """
     column = column_of(data.columns, "text", record, where)
     if column is None:
         return [(where, record)]
@@ -208,10 +212,9 @@ def _in_windows(data: DataConfig, record: dict, where: str) -> list[tuple[str, d
     question, answer = (
         named if isinstance(named := data.columns[field], str) else named[0] for field in ("question", "answer")
     )
-    windows = windows_of(_text_of(data, record, where), data.windows, where)
     return [
-        (f"{where}, window {number}", {column: record[column], question: prompt, answer: continuation})
-        for number, (prompt, continuation) in enumerate(windows, start=1)
+        (f"{where}, window {number}", pair and {column: record[column], question: pair[0], answer: pair[1]})
+        for number, pair in enumerate(windows_of(_text_of(data, record, where), data.windows), start=1)
     ]
 
 
@@ -223,20 +226,21 @@ def _text_of(data: DataConfig, record: dict, where: str) -> str:
     text = record[column]
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: {column} is empty or not text: {text!r}")
+    if SURROGATE.search(text):
+        raise UserError(f"{where}: {column} has half of a surrogate pair, which is not text: {text!r}")
     return text
 
 
-def windows_of(text: str, windows: WindowsConfig, where: str) -> list[tuple[str, str]]:
+def windows_of(text: str, windows: WindowsConfig) -> list[tuple[str, str] | None]:
     """The windows of a text as (prompt, continuation), which a single space separates in the text.
+
+    A window that is too short, or has no single space after the prompt, is None.
 
     The last window is moved back so that it ends with the text; a shorter text is one window. A prompt whose last word is
     followed by other whitespace than a space is longer by the words up to the next space: the tokens of prompt and
     continuation are then those of the running text.
 
-    Raises:
-        UserError: for a text that is too short, or without a space after the prompt.
-
-    >>> windows_of("a b c d e f g", WindowsConfig(words=4, prompt_words=1, stride=4), "x")
+    >>> windows_of("a b c d e f g", WindowsConfig(words=4, prompt_words=1, stride=4))
     [('a', 'b c d'), ('d', 'e f g')]
     """
     spans = [match.span() for match in re.finditer(r"\S+", text)]
@@ -246,12 +250,7 @@ def windows_of(text: str, windows: WindowsConfig, where: str) -> list[tuple[str,
         window = spans[start : start + windows.words]
         pairs = zip(window[windows.prompt_words - 1 :], window[windows.prompt_words :], strict=False)
         cut = next((end for (_, end), (begin, _) in pairs if text[end:begin] == " "), None)
-        if cut is None:
-            raise UnusableText(
-                f"{where}: a window of {len(window)} words has no space after data.windows.prompt_words="
-                f"{windows.prompt_words} words, so nothing is left to continue; lower it, or leave the text out"
-            )
-        found.append((text[window[0][0] : cut], text[cut + 1 : window[-1][1]]))
+        found.append(None if cut is None else (text[window[0][0] : cut], text[cut + 1 : window[-1][1]]))
     return found
 
 
@@ -343,6 +342,8 @@ def _to_row(index: int, record: dict, where: str, columns: Columns) -> Row:
     for field in ("question", "answer"):
         if found[field] is None:
             named = [columns[field]] if isinstance(columns[field], str) else columns[field]
+            if null := [name for name in named if name in record]:
+                raise UserError(f"{where}: {null[0]} is empty or not text: None")
             names, hint = "' or '".join(named), next(filter(None, (did_you_mean(name, record) for name in named)), "")
             raise UserError(f"{where}: no column '{names}' (data.columns.{field}{hint}); has {', '.join(record)}")
     values = {field: record[column] for field, column in found.items() if column is not None}

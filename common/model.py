@@ -22,15 +22,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import cached_file
 
 from common.config import LoraSettings, ModelConfig
-from common.errors import UserError
+from common.errors import UserError, reason
 from common.files import looks_local, read_json, resolve_path
 from common.model_checks import check_causal
 from common.new_model import new_model, train_tokenizer
 
 log = logging.getLogger(__name__)
 ADAPTER = "adapter_config.json"
+PROBE = "Question: Where was Zoë born, in 1987?\nAnswer: in Łódź, naïvely."  # a text that tokenizers split differently
 # What transformers and peft raise for broken files; for a JSON file with a list, errors such as AttributeError.
 READING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, TypeError, AttributeError, LookupError)
 
@@ -44,13 +46,46 @@ def load_tokenizer(config: ModelConfig, texts: Iterable[str] = ()) -> PreTrained
     if config.new:
         return train_tokenizer(config.new, texts)
     path = _checkpoint_path(config)
-    with _errors_of_loading(config, "its tokenizer", Exception):  # broken tokenizer files raise errors of any type
-        source = _source(config) if config.tokenizer is None else {"trust_remote_code": config.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(resolve_path(config.tokenizer or path), **source)
+    if config.tokenizer is None:
+        with _errors_of_loading(config, "its tokenizer", Exception):  # broken tokenizer files raise errors of any type
+            tokenizer = AutoTokenizer.from_pretrained(path, **_source(config))
+    else:
+        tokenizer = _other_tokenizer(config, path)
     if not config.gguf_file and not _is_adapter(path):
         with _errors_of_loading(config, "its config.json", *READING_ERRORS):
             model_config = AutoConfig.from_pretrained(path, **_source(config))
         _check_vocabulary(config, tokenizer, model_config.get_text_config().vocab_size)
+    return tokenizer
+
+
+def has_tokenizer(path: str, source: dict[str, Any]) -> bool:
+    """Whether a folder or hub repository has the files of a tokenizer; True where that cannot be found out."""
+    names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
+    try:
+        return any(cached_file(path, name, revision=source.get("revision"), **options) for name in names)
+    except OSError:  # no such folder, or no hub: loading says so
+        return True
+
+
+def _other_tokenizer(config: ModelConfig, path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that `model.tokenizer` names.
+
+    Raises:
+        UserError: if the checkpoint has a tokenizer that gives a text other ids.
+    """
+    key = f"model.tokenizer={config.tokenizer}"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_path(config.tokenizer), trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:  # broken tokenizer files raise errors of any type
+        raise UserError(f"{key}: could not be loaded ({reason(error)})") from error
+    if has_tokenizer(path, _source(config)):
+        with _errors_of_loading(config, "its tokenizer", Exception):
+            own = AutoTokenizer.from_pretrained(path, **_source(config))
+        if own(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
+            raise UserError(f"{key}: gives other token ids than the tokenizer in {config.path}; leave it out")
     return tokenizer
 
 

@@ -76,11 +76,12 @@ def check_precision(args: TrainingArguments) -> None:
         UserError: if ACCELERATE_MIXED_PRECISION, which `accelerate launch` sets, says otherwise than the configuration.
     """
     chosen = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-    if args.mixed_precision != chosen:
+    found = os.environ.get("ACCELERATE_MIXED_PRECISION", chosen).lower()
+    if found not in (chosen, "no"):  # accelerate launch sets "no" unless it is told otherwise
         raise UserError(
-            f"ACCELERATE_MIXED_PRECISION={args.mixed_precision}: set by accelerate launch or its configuration file, but the "
-            f"run has training.bf16={args.bf16} and training.fp16={args.fp16}; use accelerate launch "
-            f"--mixed_precision={chosen}, or set training.{args.mixed_precision}=true"
+            f"ACCELERATE_MIXED_PRECISION={found}: set by accelerate launch or its configuration file, but the run has "
+            f"training.bf16={args.bf16} and training.fp16={args.fp16}; use accelerate launch --mixed_precision={chosen}, or "
+            "the settings of training"
         )
 
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.config import ModelConfig, RunConfig
 from common.data import Row, load_split
 from common.errors import UserError
-from common.model import load_model, load_tokenizer
+from common.files import resolve_path
+from common.model import has_tokenizer, load_model, load_tokenizer
 from common.model_checks import check_positions
 from common.prompts import PromptFormat
 from evaluation.model_outputs import ModelOutputs
@@ -128,6 +129,12 @@ class EvaluationContext:
             raise Missing(f"the model before unlearning cannot be loaded (base_model.path): {error}") from error
 
     def open_other(self, name: str) -> EvaluatedModel:
-        """Open a model to compare to, with the settings of the evaluated model, except those that describe its files."""
-        of_files = {"revision": None, "gguf_file": None, "lora": None, "made_by": None}
-        return self.loader.open(self.config, replace(self.config.model, path=self.others[name], **of_files))
+        """Open a model to compare to, with the settings of the evaluated model, except those that describe its files.
+
+        One without a tokenizer gets that of the evaluated model.
+        """
+        own, path = self.config.model, self.others[name]
+        of_files = {"revision": None, "gguf_file": None, "lora": None, "made_by": None, "tokenizer": None}
+        if not has_tokenizer(resolve_path(path), {}):
+            of_files["tokenizer"] = own.tokenizer or own.path
+        return self.loader.open(self.config, replace(own, path=path, **of_files))

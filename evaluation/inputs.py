@@ -4,7 +4,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from common.config import RunConfig, read_config, section
+from common.config import DataConfig, EvaluationConfig, RunConfig, fields_of, read_config, section
 from common.errors import UserError
 from common.runs import with_portable_paths
 from evaluation.metrics.registry import SETTINGS
@@ -72,10 +72,17 @@ def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
         for key in ("splits", "columns"):
             cfg.data[key] = {**made_by["data"][key], **(cfg.data[key] or {})}
         with open_dict(cfg):
-            cfg.data.windows = cfg.data.get("windows") or made_by["data"].get("windows")
+            for key in ("windows", "hub_configurations"):
+                if cfg.data.get(key) is None and made_by["data"].get(key) is not None:
+                    cfg.data[key] = made_by["data"][key]
     if cfg.data.get("words") is None:
         with open_dict(cfg):
             cfg.data.words = made_by["data"].get("words", "latin") if made_by else "latin"
+    for name, schema in (("data", DataConfig), ("evaluation", EvaluationConfig)):
+        if cfg[name].get("max_length") is None:
+            found = made_by[name].get("max_length") if made_by else None
+            with open_dict(cfg):
+                cfg[name].max_length = found or fields_of(schema)["max_length"].default
     if cfg.evaluation.bf16 is None:
         cfg.evaluation.bf16 = made_by["evaluation"].get("bf16", "auto") if made_by else "auto"
     for name, keys in needed.items():

@@ -98,7 +98,7 @@ class OptunaSweeper(Sweeper):
                     for trial, result in zip(batch, found, strict=True):
                         self.tell(trial, result)
                     results += found
-                    if len(results) >= FAILURES and all(failed(result) for result in results):
+                    if len(results) >= FAILURES and all(useless(result) for result in results):
                         log.error("the first %d trials failed; no others are started", len(results))
                         break
         finally:
@@ -267,7 +267,13 @@ def are_scores(value: Any) -> bool:
 
 
 def failed(result: JobReturn) -> bool:
+    """Whether a job ended with an error."""
     return result.status == JobStatus.FAILED and not isinstance(result._return_value, Pruned)
+
+
+def useless(result: JobReturn) -> bool:
+    """Whether a job ended with an error, or without scores."""
+    return failed(result) or (result.status == JobStatus.COMPLETED and not are_scores(result._return_value))
 
 
 def checked_distribution(item: Override) -> Any:
@@ -281,9 +287,11 @@ def checked_distribution(item: Override) -> Any:
         raise UserError(f"{typed}: the order of the values has no meaning for Optuna; leave out shuffle")
     if value.tags and not (value.tags == {"log"} and isinstance(value, IntervalSweep)):
         raise UserError(f"{typed}: the only tag is log, and only of an interval: tag(log,interval(1e-5,1e-3))")
-    if isinstance(value, RangeSweep) and not list(item.sweep_iterator()):
-        raise UserError(f"{typed}: the range is empty")
+    if isinstance(value, IntervalSweep) and not (math.isfinite(value.start) and math.isfinite(value.end)):
+        raise UserError(f"{typed}: expected finite bounds")
     with library_errors_as_user_error(typed):
+        if isinstance(value, RangeSweep) and not list(item.sweep_iterator()):
+            raise UserError(f"{typed}: the range is empty")
         return distribution(item)
 
 

@@ -583,6 +583,16 @@ def test_evaluation_fills_nulls_from_the_run():
     assert config.data == DataConfig(**MADE_BY["data"])
 
 
+def test_evaluation_has_the_lengths_of_the_run_that_made_the_model(monkeypatch):
+    known = {"data": {"max_length": 300, "hub_configurations": False}, "evaluation": {"max_length": 150}}
+    monkeypatch.setitem(MADE_BY, "data", MADE_BY["data"] | known["data"])
+    monkeypatch.setitem(MADE_BY, "evaluation", MADE_BY["evaluation"] | known["evaluation"])
+    config = read("evaluate")
+    assert (config.data.max_length, config.data.hub_configurations, config.evaluation.max_length) == (300, False, 150)
+    config = read("evaluate", "evaluation.max_length=99", "data.max_length=98")
+    assert (config.data.max_length, config.evaluation.max_length) == (98, 99)
+
+
 def test_a_split_that_the_command_names_stands_beside_the_run_s():
     assert read("evaluate", "++data.splits.holdout=held").data.splits == {"forget": "forget", "holdout": "held"}
 

@@ -14,6 +14,7 @@ from common.config import LoraSettings, ModelConfig, NewModelConfig, PromptConfi
 from common.errors import UserError
 from common.losses import answer_losses
 from common.model import ADAPTER, add_adapter, eos_token_ids, load_model, load_tokenizer
+from common.new_model import train_tokenizer
 from common.prompts import PromptFormat
 from tests.helpers import NEW, ROWS, SETTINGS
 
@@ -376,3 +377,17 @@ def test_a_json_file_of_a_checkpoint_that_holds_a_list_ends_in_one_message(check
         load_model(config(checkpoint), load_tokenizer(config(checkpoint)), trainable=False)
 
     assert error_of(load).startswith(f"model.path={checkpoint}: its ")
+
+
+def test_another_tokenizer_must_agree_with_that_of_the_checkpoint(checkpoint, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "same")
+    assert load_tokenizer(config(checkpoint, tokenizer=str(tmp_path / "same"))).get_vocab() == tokenizer.get_vocab()
+    train_tokenizer(NEW, ["other texts have other words"]).save_pretrained(tmp_path / "other")
+    message = error_of(load_tokenizer, config(checkpoint, tokenizer=str(tmp_path / "other")))
+    assert "gives other token ids than the tokenizer in" in message
+    for file in checkpoint.glob("tokenizer*"):
+        file.unlink()
+    assert len(load_tokenizer(config(checkpoint, tokenizer=str(tmp_path / "same")))) == len(tokenizer)
+    assert f"model.tokenizer={tmp_path}/none: could not be loaded" in error_of(
+        load_tokenizer, config(checkpoint, tokenizer=f"{tmp_path}/none")
+    )

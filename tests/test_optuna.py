@@ -184,6 +184,8 @@ def test_a_run_below_the_floor_is_pruned_and_the_report_says_when(search, capsys
         (["method.num_samples=shuffle(2,3)"], r"shuffle\(2,3\): the order of the values has no meaning"),
         (["method.num_samples=tag(log,range(1,9))"], "the only tag is log, and only of an interval"),
         (["method.num_samples=tag(Log,interval(1,9))"], "the only tag is log, and only of an interval"),
+        (["method.num_samples=range(1,10,0)"], r"range\(1,10,0\): .*must not be zero"),
+        (["method.lambda_unlearning=interval(1,inf)"], r"interval\(1,inf\): expected finite bounds"),
         (["method.num_samples=range(9,2)"], r"range\(9,2\): the range is empty"),
         (["method.lambda_unlearning=interval(8,0.5)"], r"lambda_unlearning=interval\(8,0.5\): .*low <= high"),
         (["method.lambda_unlearning=tag(log,interval(0,8))"], r"lambda_unlearning=.*low > 0"),

@@ -187,6 +187,11 @@ def test_a_model_path_beside_a_checkpoint_without_a_record_is_refused(tmp_path, 
     assert message.startswith(f"model.path: unlearning starts from finetuned={foreign}, which has no record")
 
 
+def test_another_tokenizer_than_that_of_finetuning_is_refused(tmp_path):
+    finetuned(tmp_path)
+    assert "model.tokenizer=None there, other/one here" in error_of(tmp_path, "++model.tokenizer=other/one")
+
+
 def test_a_start_that_was_not_unlearned_is_warned_of(tmp_path, caplog):
     known = finetuned(tmp_path)
     warn_unless_unlearned(str(known))

@@ -16,6 +16,8 @@ from common.data import HubError, load_split, load_splits
 from common.errors import UserError
 from common.files import CONFIGS
 from common.prompts import PromptFormat, check_passages_fit, warn_if_cut
+from evaluation.inputs import fill_from_run, read_evaluation
+from evaluation.metrics.registry import check_inputs
 from tests.helpers import run_stage
 
 TEXT, QA, PASSAGE = ("text",), ("question", "answer"), ("prompt", "gt")
@@ -212,10 +214,8 @@ def test_texts_too_short_for_a_window_are_left_out_with_a_warning(tmp_path, capl
     short, long = {"text": "three short words"}, {"text": " ".join(["word"] * 120)}
     rows = load_split(of_rows(tmp_path, short, long), "forget")
     assert [row.index for row in rows] == [0] and len(rows[0].answer.split()) == 70
-    assert (
-        "data.splits.forget: 1 of 2 rows are left out: " in caplog.text and "row 0: a window of 3 words" in caplog.text
-    )
-    with pytest.raises(UserError, match="row 0: a window of 3 words"):
+    assert "data.splits.forget: 1 of 2 windows have no space" in caplog.text and "row 0, window 1" in caplog.text
+    with pytest.raises(UserError, match="1 of 1 windows have no space .*row 0, window 1"):
         load_split(of_rows(tmp_path, short), "forget")
 
 
@@ -267,7 +267,7 @@ def test_the_recipe_of_muse_runs_a_step_and_metrics_muse_measures_it(tmp_path, m
     common = [
         f"data.path={tmp_path}/data",
         *("data.windows.words=20", "data.windows.prompt_words=8", "data.windows.stride=20", "data.max_length=200"),
-        *("evaluation.max_length=200", "evaluation.bf16=false", f"models_dir={tmp_path}"),
+        *("evaluation.max_length=200", "evaluation.bf16=false", f"models_dir={tmp_path}/models"),
     ]
     tokenizer_too = [f"model.tokenizer={tmp_path}/tokenizer", "model.prompt.answer=' {answer}'"]
     run_stage(
@@ -282,6 +282,10 @@ def test_the_recipe_of_muse_runs_a_step_and_metrics_muse_measures_it(tmp_path, m
     )
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["scores"]["unlearn_quality"] is not None
+    compared = [f"model.path={tmp_path}/run", f"retain_model.path={tmp_path}/base", f"output_dir={tmp_path}/compared"]
+    run_stage(
+        "evaluation", "-cn=evaluate", "metrics=muse", *compared, f"models_dir={tmp_path}"
+    )  # base has no tokenizer
     base = [f"model.path={tmp_path}/base", f"retain_model.path={tmp_path}/base", f"output_dir={tmp_path}/measured"]
     of_config = ["model=llama2", "data=muse-news", "metrics=[muse,text]", "data.splits.forget='raw/forget[:1]'"]
     run_stage("evaluation", "-cn=evaluate", *of_config, *base, *common, *tokenizer_too)
@@ -304,3 +308,26 @@ def test_the_recipes_of_muse_take_other_texts(choice, monkeypatch):
     with initialize_config_dir(str(CONFIGS), version_base=None):
         cfg = compose("PMC-unlearn-muse-news", [f"data={choice}", "finetuned=some/model"])
     assert cfg.data.windows.words < cfg.method.max_length
+
+
+@pytest.mark.parametrize(
+    ("role", "split"), [("holdout_texts", "privleak/forget"), ("retain_questions_icl", "knowmem/retain_qa")]
+)
+def test_rows_that_must_not_be_shared_are_refused(role, split, tmp_path):
+    write_folder(tmp_path, MUSE)
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        overrides = ["model=llama2", "model.path=x", "data=muse-news", f"data.path={tmp_path}", "metrics=muse"]
+        overrides += ["data.windows.words=20", "data.windows.prompt_words=8", "data.windows.stride=20"]
+        cfg = compose("evaluate", [*overrides, f"data.splits.{role}={split}"])
+    fill_from_run(cfg, None)
+    with pytest.raises(UserError, match=f"data.splits.{role}: all 3 rows are also in data.splits"):
+        check_inputs(read_evaluation(cfg), ["muse"])
+
+
+def test_a_text_with_half_a_surrogate_pair_is_refused(tmp_path):
+    columns = {"question": "question", "answer": "answer", "text": "text"}
+    (tmp_path / "all.jsonl").write_text('{"text": "one \\ud800 two"}\n')
+    with pytest.raises(UserError, match="text has half of a surrogate pair"):
+        load_split(
+            DataConfig(str(tmp_path), {"forget_texts": "all"}, columns, windows=WindowsConfig(8, 3, 8)), "forget_texts"
+        )

@@ -32,7 +32,7 @@ def of_records(folder, *records: dict, splits: str = "all") -> DataConfig:
 
 
 def test_windows_have_every_word_of_the_text_and_its_whitespace():
-    made = windows_of(TEXT, windows(), "x")
+    made = windows_of(TEXT, windows())
     assert all(f"{prompt} {continuation}" in TEXT for prompt, continuation in made)
     assert [len(f"{prompt} {continuation}".split()) for prompt, continuation in made] == [8, 8, 8]
     assert made[-1][1].endswith("since then.") and made[0][0] == "The old mill"
@@ -40,12 +40,16 @@ def test_windows_have_every_word_of_the_text_and_its_whitespace():
 
 
 def test_a_prompt_does_not_end_before_a_line_break_or_two_spaces():
-    assert windows_of("a b\nc  d e f", windows(6, 2, 6), "x") == [("a b\nc  d", "e f")]
+    assert windows_of("a b\nc  d e f", windows(6, 2, 6)) == [("a b\nc  d", "e f")]
 
 
-def test_a_text_that_leaves_nothing_to_continue_is_refused():
-    with pytest.raises(UserError, match=r"x: a window of 3 words has no space after data.windows.prompt_words=3 words"):
-        windows_of("only three words", windows(), "x")
+def test_a_window_that_leaves_nothing_to_continue_is_left_out_with_a_warning(tmp_path, caplog):
+    text = "a b c d e f g h\n" + "\n".join("ijklmnop")  # the second window has no space
+    data = of_records(tmp_path, {"text": text})
+    assert [row.question for row in load_split(data, "forget")] == ["a b c"]
+    assert "data.splits.forget: 1 of 2 windows have no space after data.windows.prompt_words=3 words" in caplog.text
+    with pytest.raises(UserError, match="1 of 1 windows have no space .*line 1, window 1.*; lower it"):
+        load_split(of_records(tmp_path, {"text": "only three words"}), "forget")
 
 
 def test_windows_that_lose_words_or_have_no_answer_are_refused():
@@ -59,7 +63,7 @@ def test_windows_that_lose_words_or_have_no_answer_are_refused():
 def test_the_tokens_are_those_of_the_running_text(tokenizer):
     prompts = PromptFormat(tokenizer, PromptConfig(style="plain", question="{question}", answer=" {answer}"))
     before = prompts.special_tokens[0]
-    for prompt, continuation in windows_of(TEXT, windows(), "x"):
+    for prompt, continuation in windows_of(TEXT, windows()):
         whole = tokenizer(f"{prompt} {continuation}", add_special_tokens=False)["input_ids"]
         assert [*prompts.prompt(prompt), *prompts.answer(continuation)[:-1]] == [*before, *whole]
 
@@ -68,6 +72,12 @@ def test_texts_and_questions_are_told_apart(tmp_path):
     rows = load_split(of_records(tmp_path, {"text": TEXT}, {"question": "Who?", "answer": "Ada"}), "forget")
     assert [row.is_passage for row in rows] == [True, True, True, False]
     assert [row.index for row in rows] == [0, 1, 2, 3]
+    null = {"question": None, "answer": None, "text": TEXT}  # as the library datasets fills them
+    assert (
+        len(load_split(of_records(tmp_path, null, {"question": "Who?", "answer": "Ada", "text": None}), "forget")) == 4
+    )
+    with pytest.raises(UserError, match="answer is empty or not text: None"):
+        load_split(of_records(tmp_path, {"question": "Who?", "answer": None}), "forget")
     both = of_records(tmp_path, {"text": TEXT, "question": "Who?"})
     with pytest.raises(UserError, match="line 1: has a text"):
         load_split(both, "forget")
@@ -159,8 +169,8 @@ def test_scores_of_texts():
     assert rouge_l_f1("a b c d", "a b") == pytest.approx(2 * 2 / 6)
     assert rouge_l_f1("a b", "") == 0.0
     assert (exact_match("Ada Lum", "ada lum."), exact_match("Ada Lum", "It is Ada Lum")) == (1.0, 0.0)
-    same = [("Café", "cafe\u0301"), ("1950-1960", "1950-1960."), ("$", " $"), ("-5", "-5")]
-    assert [exact_match(*pair) for pair in same] == [1.0] * 4
+    same = [("Café", "cafe\u0301"), ("1950-1960", "1950-1960."), ("$", " $"), ("-5", "-5"), ("\u22125", "-5")]
+    assert [exact_match(*pair) for pair in same] == [1.0] * 5
     others = [("की", "का"), ("$", "€"), ("$", ""), ("-5", "5"), ("ü", "u")]
     assert [exact_match(*pair) for pair in others] == [0.0] * 5
 

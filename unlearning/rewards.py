@@ -8,6 +8,7 @@ its attribute `is_monotone = True`: samples that can no longer be selected are t
 
 import logging
 import math
+import unicodedata
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 from numbers import Real
@@ -78,11 +79,11 @@ def _longest_span(reference: str, sample: str) -> float:
 
 
 def _letters_and_digits(text: str) -> str:
-    return "".join(character for character in text.casefold() if character.isalnum())
+    return "".join(character for character in unicodedata.normalize("NFKC", text).casefold() if character.isalnum())
 
 
 def _digits(text: str) -> str:
-    return "".join(character for character in text if character.isdecimal())
+    return "".join(str(unicodedata.decimal(character)) for character in text if character.isdecimal())
 
 
 class Scorer:

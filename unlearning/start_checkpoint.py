@@ -107,6 +107,9 @@ def differences_from_finetuning(config: RunConfig, path: str) -> tuple[list[str]
         return [], []
     there = shared_settings(recorded["data"], recorded["model"])
     here = shared_settings(asdict(config.data), asdict(config.model))
+    if config.model.tokenizer is not None:  # null: the one that is saved with the checkpoint
+        here["model.tokenizer"] = config.model.tokenizer
+        there["model.tokenizer"] = recorded["model"].get("tokenizer")
 
     def comparable(key: str, value: Any) -> Any:
         if not key.endswith(".path"):

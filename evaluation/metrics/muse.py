@@ -38,6 +38,11 @@ ROLES = (
     "forget_texts",
     "holdout_texts",
 )
+DISJOINT_ROLES = {  # roles that must not share rows
+    "forget_texts": "holdout_texts",
+    "forget_questions": "forget_questions_icl",
+    "retain_questions": "retain_questions_icl",
+}
 VERBMEM_TOKENS = 128  # new tokens, and tokens of the true continuation
 KNOWMEM_TOKENS = 32  # new tokens
 MIN_K = Privacy(min_k_fraction=0.4)

@@ -122,6 +122,10 @@ def check_inputs(config: RunConfig, groups: Sequence[str]) -> None:
         relearning.check_batches(settings, len(rows))
     if "privacy" in groups and "holdout" in others:
         check_apart(load_split(config.data, "forget"), others["holdout"], "holdout")
+    if "muse" in groups:
+        for role, other in muse.DISJOINT_ROLES.items():
+            if role in others and other in others:
+                check_apart(others[role], others[other], other, role)
 
 
 def measure_groups(context: EvaluationContext, groups: Sequence[str]) -> Scores:

@@ -13,7 +13,7 @@ Scores:
     text/rougeL_recall/* (lower on forget_questions, higher on retain_questions): mean ROUGE-L recall of these answers, as in
         RWKU (arXiv 2406.10890). Not shown: what an answer contains besides the reference.
     text/exact_match/* (lower on forget_questions, higher on retain_questions): fraction of these answers that are the
-        true one, without case and punctuation. Not shown: true answers within a longer one.
+        true one, without case and punctuation. Not shown: true answers within a longer one; symbols beside words (C++, C#).
 """
 
 import unicodedata
@@ -36,7 +36,9 @@ def exact_match(reference: str, answer: str) -> float:
 
     A reference without letters and digits, such as "$", must be given as it is.
     """
-    expected, given = (unicodedata.normalize("NFKC", text).casefold().strip() for text in (reference, answer))
+    expected, given = (
+        unicodedata.normalize("NFKC", text).replace("\u2212", "-").casefold().strip() for text in (reference, answer)
+    )
     if words := WORD.findall(expected):
         return float(words == WORD.findall(given))
     return float(expected == given)
