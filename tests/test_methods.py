@@ -721,6 +721,7 @@ def test_every_method_runs_end_to_end(models_dir):
         f"method={','.join(METHODS)}",
         "training.num_epochs=1",
         "training.save_strategy=no",
+        "data.splits.retain='retain[:20]'",
         "evaluation.start=false",
         "save_model=false",
     )
