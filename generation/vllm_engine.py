@@ -69,6 +69,7 @@ class Request(NamedTuple):
 _config: GenerationConfig | None = None  # None: the project's own sampler generates
 _server: VLLMServer | None = None  # of the first process, if there is a server
 _engine: tuple[Any, int, Any] | None = None  # of the engine in this process: what it is for, its max_length, and itself
+_kept_cores: list[Any] = []  # of engines that were freed, with torchrun
 
 
 def use_vllm(config: GenerationConfig) -> None:
@@ -253,8 +254,10 @@ def engine_with_weights_of(model: PreTrainedModel, max_length: int, memory_fract
 
 def _free(engine: Any) -> None:
     """Free the memory of an engine. vLLM itself refers to it, so that deleting it is not enough."""
-    if torch.distributed.is_initialized() and PartialState().num_processes > 1:
-        engine.llm_engine.model_executor.shutdown()  # the whole shutdown would end torchrun's process group as well
+    if PartialState().num_processes > 1:
+        # The whole shutdown would end torchrun's process group as well, also when Python deletes the engine's core.
+        engine.llm_engine.model_executor.shutdown()
+        _kept_cores.append(engine.llm_engine.engine_core)
     else:
         engine.llm_engine.engine_core.shutdown()
 

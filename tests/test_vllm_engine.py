@@ -193,6 +193,19 @@ def test_an_engine_is_shut_down_before_the_next_one(vllm):
     assert [engine.is_shut_down for engine in vllm] == [True, False]
 
 
+def test_with_torchrun_a_freed_engine_leaves_the_process_group(vllm, monkeypatch):
+    """vLLM ends the process group in the core's shutdown, which also runs when the core is deleted."""
+    generate(random_model(), PROMPTS, SETTINGS, [EOS], KEYS)
+    (engine,) = vllm
+    freed = []
+    engine.llm_engine.model_executor = SimpleNamespace(shutdown=lambda: freed.append(True))
+    monkeypatch.setattr(vllm_engine, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(vllm_engine, "_kept_cores", [])
+    vllm_engine._free(engine)
+    assert (freed, engine.is_shut_down) == ([True], False)
+    assert vllm_engine._kept_cores == [engine.llm_engine.engine_core]
+
+
 def test_a_model_that_vllm_computes_by_transformers_is_refused(vllm, monkeypatch):
     monkeypatch.setattr(StandInArgs, "borrowed", True)
     with pytest.raises(UserError, match=r"vLLM has no \w+ of its own.*generation.vllm_server"):
