@@ -127,6 +127,7 @@ def evaluation_inputs(identity: dict[str, Any]) -> dict[str, Any]:
         "data.words": data.get("words", "latin"),
         **{f"evaluation.{key}": evaluation.get(key) for key in ("max_length", "full_eval", "bf16")},
         "model.prompt": identity["model"]["prompt"],
+        "generation.engine": identity.get("generation", {}).get("engine", "own"),
     }
 
 

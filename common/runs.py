@@ -30,6 +30,7 @@ from typing import Any
 from accelerate import PartialState
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -81,9 +82,27 @@ def run_name(seed: int | str, overrides: list[str]) -> str:
 def settings_of_the_result(overrides: list[str]) -> list[str]:
     """The overrides that influence the result, the seed included."""
     keys = [*NOT_PART_OF_THE_RUN, *(f"training.{key}" for key in PUSH_KEYS)]
-    # Of `generation` only another engine draws other samples.
-    ignored = re.compile(rf"[+~]*(hydra|({'|'.join(map(re.escape, keys))})([.=]|$)|generation(?!\.engine=(?!own$)))")
-    return [override for override in overrides if not ignored.match(override)]
+    ignored = re.compile(rf"[+~]*(hydra|({'|'.join(map(re.escape, keys))})([.=]|$)|generation)")
+    engines = [engine for override in overrides if (engine := _engine_of(override))]
+    # Of `generation` only another engine draws other samples. Of several values of a key Hydra takes the last one.
+    other_engine = [engine for engine in engines[-1:] if engine != "generation.engine=own"]
+    return [override for override in overrides if not ignored.match(override)] + other_engine
+
+
+def _engine_of(override: str) -> str | None:
+    """The engine that an override chooses, as an override: also for generation={engine:vllm}; None if it chooses none."""
+    key = override.partition("=")[0].lstrip("+")
+    if key not in ("generation", "generation.engine"):
+        return None
+    try:
+        value = OverridesParser.create().parse_override(override).value()
+    except HydraException:
+        return override
+    if isinstance(value, dict):
+        value = value.get("engine")
+    elif key == "generation":
+        return None
+    return override if isinstance(value, Sweep) else f"generation.engine={value}" if value else None
 
 
 def _normal(override: str) -> str:
@@ -132,6 +151,8 @@ def has_result_of(folder: Path, cfg: DictConfig) -> bool:
     wanted, found = stored_config(cfg), (result_of(folder) or {}).get("config")
     if "metrics" not in wanted or not found:
         return found == wanted
+    if wanted.get("generation") != found.get("generation"):  # left out for the project's own sampler
+        return False
     known = dict(flattened(found))
     return all(value in (known.get(key), None) for key, value in flattened(wanted))
 

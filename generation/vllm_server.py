@@ -30,6 +30,7 @@ KEY = "generation.vllm_server"
 FOLDER_KEY = "generation.vllm_weights_dir"
 API_KEY = "VLLM_API_KEY"  # the environment variable that the server reads as well
 ANSWERS = "/inference/v1/generate"
+FIRST_LOGPROBS = {"n": 1, "temperature": 0.0, "max_tokens": 1, "logprobs": 20}  # of the 20 likeliest first tokens
 IN_MEMORY = "/dev/shm"
 MIN_VERSION = (0, 32)
 QUESTIONS_AT_ONCE = 256  # requests that the server has at the same time
@@ -59,17 +60,10 @@ class VLLMServer:
     """
 
     def __init__(self, address: str, weights_dir: str | None):
-        parts = urlsplit(address)
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or parts.username
-            or parts.query
-            or parts.fragment
-        ):
+        if not _is_address(address):
             raise UserError(
-                f"{KEY}: expected an address such as http://127.0.0.1:8000, without a user name or a key: the key of a server "
-                f"comes from the environment variable {API_KEY}"
+                f"{KEY}: expected an address such as http://127.0.0.1:8000, with a port up to 65535, and without a user name "
+                f"or a key: the key of a server comes from the environment variable {API_KEY}"
             )
         self.address = address.rstrip("/")
         self.weights_dir = weights_dir or IN_MEMORY
@@ -77,7 +71,9 @@ class VLLMServer:
             raise UserError(
                 f"{FOLDER_KEY}: there is no folder {self.weights_dir}; name one that the server has as well"
             )
-        self.opener = urllib.request.build_opener(_NoRedirects)
+        self.headers = {"Content-Type": "application/json", **_authorization()}
+        # Without a proxy, which would get the key.
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
         self.check_version()
         try:
             (model,) = self.call("/v1/models", seconds=CONNECT_SECONDS)["data"]
@@ -85,10 +81,12 @@ class VLLMServer:
         except (KeyError, TypeError, ValueError) as error:
             raise self.error("does not serve one model; start it without LoRA modules") from error
         self.version = self.call("/weight_info", seconds=CONNECT_SECONDS).get("weight_version", "")
-        self.first_token([0])
+        self.first_logprobs([[0]])
 
     def check_version(self) -> None:
-        found = self.call("/version", seconds=CONNECT_SECONDS).get("version", "")
+        found = self.call("/version", seconds=CONNECT_SECONDS).get("version")
+        if not isinstance(found, str):
+            raise self.error("names no version, so it is not vLLM's; the address may be wrong")
         number = tuple(int(part) for part in found.split(".")[:2] if part.isdecimal())
         if number < MIN_VERSION:
             needed = ".".join(map(str, MIN_VERSION))
@@ -102,19 +100,18 @@ class VLLMServer:
         Raises:
             UserError: when there is no such answer.
         """
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(API_KEY):
-            headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.address + path, data, headers)
+        request = urllib.request.Request(self.address + path, data, self.headers)
         try:
             with self.opener.open(request, timeout=seconds) as response:
-                content = json.loads(response.read())
+                text = response.read()
         except urllib.error.HTTPError as error:
             raise self.error(_meaning(error, path)) from error
         except (OSError, HTTPException) as error:
             reason = getattr(error, "reason", None) or error or type(error).__name__
             raise self.error(f"does not answer ({reason}); start it with {COMMAND}") from error
+        try:
+            content = json.loads(text)
         except ValueError as error:
             raise self.error(f"answers {path} without JSON, so it is not vLLM's") from error
         if not isinstance(content, dict):
@@ -147,7 +144,7 @@ class VLLMServer:
         self.call("/update_weight_version", {"new_version": self.version})
         # A new name each time: no cache of a network disk has an older file of that name.
         with tempfile.TemporaryDirectory(prefix="pmc-weights-", dir=self.weights_dir) as folder:
-            model.save_pretrained(folder)
+            _save(model, folder)
             try:
                 kwargs = {"weights_path": str(Path(folder).resolve())}
                 self.call("/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
@@ -172,14 +169,17 @@ class VLLMServer:
             choices = pool.map(self.choices, prompts, params)
             return [[choice["token_ids"] for choice in of_prompt] for of_prompt in choices]
 
-    def first_token(self, prompt: list[int]) -> tuple[int, float]:
-        """The likeliest token after a prompt, and its log-probability."""
-        (choice,) = self.choices(prompt, {"n": 1, "temperature": 0.0, "max_tokens": 1, "logprobs": 0})
+    def first_logprobs(self, prompts: Sequence[list[int]]) -> list[dict[int, float]]:
+        """For each prompt the log-probabilities of the 20 likeliest first tokens, by token id."""
+        answers = [self.choices(prompt, FIRST_LOGPROBS)[0] for prompt in prompts]
         try:
-            (found,) = choice["logprobs"]["content"]
-            return int(found["token_id"]), float(found["logprob"])
-        except (KeyError, TypeError, ValueError) as error:
+            of_prompts = [answer["logprobs"]["content"][0]["top_logprobs"] for answer in answers]
+            found = [{int(one["token_id"]): float(one["logprob"]) for one in of_prompt} for of_prompt in of_prompts]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise self.error("gives no log-probabilities, so that its weights cannot be checked") from error
+        if not all(found):
+            raise self.error("gives no log-probabilities, so that its weights cannot be checked")
+        return found
 
     def choices(self, prompt: list[int], params: dict[str, Any]) -> list[dict[str, Any]]:
         """The answers to a prompt in their order, as the server gives them: whole ones, under the weights that were passed."""
@@ -202,6 +202,42 @@ class VLLMServer:
         if len(whole) != params["n"] or not all(whole):
             raise self.error("gave fewer or shorter answers than were asked for; its log may say why")
         return choices
+
+
+def _is_address(address: str) -> bool:
+    """Whether it is an HTTP address with a usable host and port, and without anything secret."""
+    try:
+        parts = urlsplit(address)
+        port = parts.port  # raises for a port that is none
+    except ValueError:
+        return False
+    secret = parts.username or parts.query or parts.fragment
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and not secret
+
+
+def _authorization() -> dict[str, str]:
+    """The header with the key of the environment, if there is one.
+
+    Raises:
+        UserError: for a key that a header cannot have. It does not show the key.
+    """
+    key = os.environ.get(API_KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"{API_KEY}: the key has characters that an HTTP header cannot have; use printable ASCII")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _save(model: PreTrainedModel, folder: str) -> None:
+    """Write the weights as a checkpoint of the Hugging Face format, with tied weights once.
+
+    The generation config is left out: it may be one that transformers refuses to save, and the server does not read it.
+    """
+    own = model.generation_config
+    model.generation_config = type(own)()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = own
 
 
 def _meaning(error: urllib.error.HTTPError, path: str) -> str:

@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from common import runs
 from common.config import RunConfig
 from common.errors import UserError
-from common.files import ROOT
-from common.results import result_of
-from common.runs import RunFolder, comparable_config, differing_keys, run_folder, run_name
+from common.files import ROOT, write_json
+from common.results import evaluation_inputs, result_of
+from common.runs import RunFolder, comparable_config, differing_keys, has_result_of, run_folder, run_name
 from tests.helpers import TOKEN
 
 # --- names --------------------------------------------------------------------------------------------------------------
@@ -504,4 +504,28 @@ def test_another_engine_is_another_run_and_its_other_settings_are_not():
         assert found == comparable_config(configuration()) | kept
     words = ["generation.cuda_graphs=auto", "generation.vllm_server=http://127.0.0.1:1", "generation.engine=own"]
     assert run_name(0, words) == "seed-0"
-    assert run_name(0, [*words, "generation.engine=vllm"]) == "seed-0+generation.engine-vllm"
+    assert run_name(0, ["generation.engine=vllm", "generation.engine='own'"]) == "seed-0"
+    assert run_name(0, ["generation={cuda_graphs:auto}"]) == "seed-0"
+    for word in ("generation.engine=vllm", "++generation.engine='vllm'", "generation={engine:vllm,cuda_graphs:auto}"):
+        assert run_name(0, [*words, word]) == "seed-0+generation.engine-vllm"
+
+
+def test_a_result_of_another_engine_is_not_that_of_this_configuration(tmp_path):
+    for stored in ("own", "vllm"):
+        (tmp_path / stored).mkdir()
+        identity = comparable_config(configuration(metrics="headline", generation={"engine": stored}))
+        write_json(tmp_path / stored / "result.json", {"config": identity})
+        for wanted in ("own", "vllm"):
+            cfg = configuration(metrics="headline", generation={"engine": wanted})
+            assert has_result_of(tmp_path / stored, cfg) == (stored == wanted)
+
+
+def test_answers_of_another_engine_are_not_the_same_evaluation():
+    values = {
+        "data": {"path": "x", "splits": {}},
+        "evaluation": {},
+        "model": {"prompt": {}},
+    }
+    own, vllm = (evaluation_inputs(values | kept) for kept in ({}, {"generation": {"engine": "vllm"}}))
+    assert own["generation.engine"] == "own"
+    assert vllm["generation.engine"] == "vllm"

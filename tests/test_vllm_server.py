@@ -99,12 +99,18 @@ def test_a_server_that_cannot_be_used_is_refused_with_what_to_do(server, monkeyp
             connect(server)
         assert "s3cret" not in str(caught.value)
 
-    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    for key in ("s3cret\r\nX-Other: 1", "s3cr\u00e9t", "s3cret\x7f"):
+        monkeypatch.setenv("VLLM_API_KEY", key)
+        refused("VLLM_API_KEY: the key has characters")
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret\r\n")
     refused("without VLLM_SERVER_DEV_MODE=1", **{"/weight_info": (404, "{}")})
     refused("without --tokens-only", **{"/inference/v1/generate": (403, "{}")})
     refused("VLLM_API_KEY", **{"/v1/models": (401, '{"error": "Unauthorized"}')})
     refused("so it is not vLLM's", **{"/version": (200, "<html>")})
     refused("so it is not vLLM's", **{"/version": (404, "")})
+    refused(
+        "names no version, so it is not vLLM's; the address may be wrong", **{"/version": (200, '{"version": null}')}
+    )
     refused("does not serve one model", **{"/v1/models": (200, '{"data": []}')})
     refused(
         "the server's own words",
@@ -124,6 +130,9 @@ def test_an_address_without_a_server_is_refused():
         ("127.0.0.1:8000", "expected an address such as"),
         ("http://ann:s3cret@127.0.0.1:8000", "expected an address such as"),
         ("file:///etc", "expected an address such as"),
+        ("http://[::1:8000", "expected an address such as"),
+        ("http://127.0.0.1:80000", "expected an address such as"),
+        ("http://127.0.0.1:abc", "expected an address such as"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             use_engine(GenerationConfig(engine="vllm", vllm_server=address))
@@ -146,6 +155,22 @@ def test_a_key_is_not_sent_to_another_address(server, monkeypatch):
         connect(server)
     assert other.headers == []
     other.shutdown()
+
+
+def test_no_proxy_is_used(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    connect(server)
+
+
+def test_a_generation_config_that_cannot_be_saved_is_not(server):
+    connect(server)
+    model = random_model()
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.5
+    own = model.generation_config
+    generate(model, PROMPTS, SETTINGS, [EOS], KEYS)
+    assert torch.equal(server.model.lm_head.weight, model.lm_head.weight)
+    assert model.generation_config is own
 
 
 def test_weights_that_the_server_cannot_load_are_explained(server, tmp_path, monkeypatch):

@@ -35,9 +35,8 @@ class VLLMStub(ThreadingHTTPServer):
     def choices(self, prompt, params):
         if "logprobs" in params:
             logits = self.model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-            token = int(logits.argmax())
-            logprobs = {"content": [{"token_id": token, "logprob": float(logits[token]), "top_logprobs": []}]}
-            return [([token], logprobs)]
+            top = [{"token_id": int(i), "logprob": float(logits[i])} for i in logits.topk(params["logprobs"]).indices]
+            return [([top[0]["token_id"]], {"content": [{**top[0], "top_logprobs": top}]})]
         self.requests.append((prompt, params))
         return [(self.answer_of(prompt, params), None)] * params["n"]
 
