@@ -102,7 +102,12 @@ def test_every_score_is_complete(evaluated):
         assert result["seconds"]["outputs/samples"] > 0
         assert result["config"]["compared_to"]["retain_model"]["path"] == "models/finetuned/pretrain-tiny/seed-0"
     names = evaluated[1]["vanilla"]["scores"]
-    assert {name.split("/")[0] for name in names if "/" in name} >= set(METRIC_GROUPS) - {"headline", "lm_eval", "text", "muse"}
+    assert {name.split("/")[0] for name in names if "/" in name} >= set(METRIC_GROUPS) - {
+        "headline",
+        "lm_eval",
+        "text",
+        "muse",
+    }
 
 
 def test_every_score_is_described_by_its_metric_group(evaluated):
