@@ -184,16 +184,20 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def _named(columns: Columns, field: str) -> list[str]:
+    """The columns that may have a field."""
+    named = columns.get(field, [])
+    return [named] if isinstance(named, str) else named
+
+
 def column_of(columns: Columns, field: str, record: dict, where: str) -> str | None:
     """The record's column for a field; None if the record has none, or the configuration names none.
 
     Raises:
         UserError: if the record has several of the columns that the configuration names as alternatives.
     """
-    named = columns.get(field, [])
-    named = [named] if isinstance(named, str) else named
     # Where rows differ, the library datasets fills the columns that a row does not have with None.
-    found = [column for column in named if record.get(column) is not None]
+    found = [column for column in _named(columns, field) if record.get(column) is not None]
     if len(found) > 1:
         raise UserError(f"{where}: has {' and '.join(found)}; which is meant? (data.columns.{field})")
     return found[0] if found else None
@@ -209,9 +213,7 @@ def _in_windows(data: DataConfig, record: dict, where: str) -> list[tuple[str, d
         return [(where, record)]
     if any(column_of(data.columns, field, record, where) for field in ("question", "answer")):
         raise UserError(f"{where}: has a text ({column}) and a question or an answer; which is to be learned?")
-    question, answer = (
-        named if isinstance(named := data.columns[field], str) else named[0] for field in ("question", "answer")
-    )
+    question, answer = (_named(data.columns, field)[0] for field in ("question", "answer"))
     return [
         (f"{where}, window {number}", pair and {column: record[column], question: pair[0], answer: pair[1]})
         for number, pair in enumerate(windows_of(_text_of(data, record, where), data.windows), start=1)
@@ -223,12 +225,21 @@ def _text_of(data: DataConfig, record: dict, where: str) -> str:
     if column is None:
         named = data.columns.get("text")
         raise UserError(f"{where}: no text (data.columns.text={named}); has {', '.join(record)}")
-    text = record[column]
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: {column} is empty or not text: {text!r}")
-    if SURROGATE.search(text):
-        raise UserError(f"{where}: {column} has half of a surrogate pair, which is not text: {text!r}")
-    return text
+    _check_text(record[column], f"{where}: {column}")
+    return record[column]
+
+
+def _check_text(value: Any, name: str) -> None:
+    """Check that the value is a text, or a list of texts.
+
+    Raises:
+        UserError: begins with the name.
+    """
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(f"{name} is empty or not text: {value!r}")
+    if any(SURROGATE.search(text) for text in texts):
+        raise UserError(f"{name} has half of a surrogate pair, which is not text: {value!r}")
 
 
 def windows_of(text: str, windows: WindowsConfig) -> list[tuple[str, str] | None]:
@@ -341,7 +352,7 @@ def _to_row(index: int, record: dict, where: str, columns: Columns) -> Row:
     found = {field: column_of(columns, field, record, where) for field in columns}
     for field in ("question", "answer"):
         if found[field] is None:
-            named = [columns[field]] if isinstance(columns[field], str) else columns[field]
+            named = _named(columns, field)
             if null := [name for name in named if name in record]:
                 raise UserError(f"{where}: {null[0]} is empty or not text: None")
             names, hint = "' or '".join(named), next(filter(None, (did_you_mean(name, record) for name in named)), "")
@@ -349,11 +360,9 @@ def _to_row(index: int, record: dict, where: str, columns: Columns) -> Row:
     values = {field: record[column] for field, column in found.items() if column is not None}
     is_passage = values.pop("text", None) is not None
     for field, value in values.items():
-        texts = value if field == "perturbed_answer" else [value]
-        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        if (field == "perturbed_answer") != isinstance(value, list):  # the one field that is a list of texts
             raise UserError(f"{where}: {found[field]} is empty or not text: {value!r}")
-        if any(SURROGATE.search(text) for text in texts):
-            raise UserError(f"{where}: {found[field]} has half of a surrogate pair, which is not text: {value!r}")
+        _check_text(value, f"{where}: {found[field]}")
     if (entity := values.get("entity", "")) not in values["answer"]:
         raise UserError(f"{where}: {found['entity']} is no part of the answer: {entity!r} (data.columns.entity)")
     values["perturbed_answer"] = tuple(values.get("perturbed_answer", ()))

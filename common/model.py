@@ -46,11 +46,7 @@ def load_tokenizer(config: ModelConfig, texts: Iterable[str] = ()) -> PreTrained
     if config.new:
         return train_tokenizer(config.new, texts)
     path = _checkpoint_path(config)
-    if config.tokenizer is None:
-        with _errors_of_loading(config, "its tokenizer", Exception):  # broken tokenizer files raise errors of any type
-            tokenizer = AutoTokenizer.from_pretrained(path, **_source(config))
-    else:
-        tokenizer = _other_tokenizer(config, path)
+    tokenizer = _own_tokenizer(config, path) if config.tokenizer is None else _other_tokenizer(config, path)
     if not config.gguf_file and not _is_adapter(path):
         with _errors_of_loading(config, "its config.json", *READING_ERRORS):
             model_config = AutoConfig.from_pretrained(path, **_source(config))
@@ -58,12 +54,18 @@ def load_tokenizer(config: ModelConfig, texts: Iterable[str] = ()) -> PreTrained
     return tokenizer
 
 
-def has_tokenizer(path: str, source: dict[str, Any]) -> bool:
+def _own_tokenizer(config: ModelConfig, path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in the checkpoint."""
+    with _errors_of_loading(config, "its tokenizer", Exception):  # broken tokenizer files raise errors of any type
+        return AutoTokenizer.from_pretrained(path, **_source(config))
+
+
+def has_tokenizer(path: str, revision: str | None = None) -> bool:
     """Whether a folder or hub repository has the files of a tokenizer; True where that cannot be found out."""
     names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
     options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
     try:
-        return any(cached_file(path, name, revision=source.get("revision"), **options) for name in names)
+        return any(cached_file(path, name, revision=revision, **options) for name in names)
     except OSError:  # no such folder, or no hub: loading says so
         return True
 
@@ -81,11 +83,9 @@ def _other_tokenizer(config: ModelConfig, path: str) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # broken tokenizer files raise errors of any type
         raise UserError(f"{key}: could not be loaded ({reason(error)})") from error
-    if has_tokenizer(path, _source(config)):
-        with _errors_of_loading(config, "its tokenizer", Exception):
-            own = AutoTokenizer.from_pretrained(path, **_source(config))
-        if own(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
-            raise UserError(f"{key}: gives other token ids than the tokenizer in {config.path}; leave it out")
+    ids = tokenizer(PROBE)["input_ids"]
+    if has_tokenizer(path, config.revision) and _own_tokenizer(config, path)(PROBE)["input_ids"] != ids:
+        raise UserError(f"{key}: gives other token ids than the tokenizer in {config.path}; leave it out")
     return tokenizer
 
 

@@ -135,6 +135,6 @@ class EvaluationContext:
         """
         own, path = self.config.model, self.others[name]
         of_files = {"revision": None, "gguf_file": None, "lora": None, "made_by": None, "tokenizer": None}
-        if not has_tokenizer(resolve_path(path), {}):
+        if not has_tokenizer(resolve_path(path)):
             of_files["tokenizer"] = own.tokenizer or own.path
         return self.loader.open(self.config, replace(own, path=path, **of_files))

@@ -57,6 +57,12 @@ def overrides_for(path: str, config: RunConfig) -> list[str]:
     return [*kept, f"model.path={with_portable_paths(path, config.models_dir)}"]
 
 
+DEFAULTS = {  # of null keys, where no run made the checkpoint, or one of an older version
+    "data": {"words": "latin", "max_length": fields_of(DataConfig)["max_length"].default},
+    "evaluation": {"max_length": fields_of(EvaluationConfig)["max_length"].default, "bf16": "auto"},
+}
+
+
 def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
     """Set null keys of `model`, `data` and `evaluation`, in place, to the values of the run that made the checkpoint.
 
@@ -75,16 +81,11 @@ def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
             for key in ("windows", "hub_configurations"):
                 if cfg.data.get(key) is None and made_by["data"].get(key) is not None:
                     cfg.data[key] = made_by["data"][key]
-    if cfg.data.get("words") is None:
-        with open_dict(cfg):
-            cfg.data.words = made_by["data"].get("words", "latin") if made_by else "latin"
-    for name, schema in (("data", DataConfig), ("evaluation", EvaluationConfig)):
-        if cfg[name].get("max_length") is None:
-            found = made_by[name].get("max_length") if made_by else None
-            with open_dict(cfg):
-                cfg[name].max_length = found or fields_of(schema)["max_length"].default
-    if cfg.evaluation.bf16 is None:
-        cfg.evaluation.bf16 = made_by["evaluation"].get("bf16", "auto") if made_by else "auto"
+    with open_dict(cfg):
+        for name, defaults in DEFAULTS.items():
+            for key, default in defaults.items():
+                if cfg[name].get(key) is None:
+                    cfg[name][key] = made_by[name].get(key, default) if made_by else default
     for name, keys in needed.items():
         empty = [key for key in keys if cfg[name].get(key) is None]
         if empty and made_by is None:

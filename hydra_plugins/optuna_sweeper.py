@@ -87,6 +87,7 @@ class OptunaSweeper(Sweeper):
         self.study = self.open_study()
         before = {trial.number for trial in self.trials() if trial.state.name == "FAIL"}
         results: list[JobReturn] = []
+        useful = 0  # trials of this command that did not fail
         try:
             while True:
                 with self.claimed(before) as batch:
@@ -95,16 +96,15 @@ class OptunaSweeper(Sweeper):
                     self.add_to_sweep(batch)
                     jobs = [self.overrides_of(trial) for trial in batch]
                     found = self.launcher.launch(jobs, initial_job_idx=batch[0].number)
-                    for trial, result in zip(batch, found, strict=True):
-                        self.tell(trial, result)
+                    useful += sum(self.tell(trial, result) for trial, result in zip(batch, found, strict=True))
                     results += found
-                    if len(results) >= FAILURES and all(useless(result) for result in results):
+                    if len(results) >= FAILURES and not useful:
                         log.error("the first %d trials failed; no others are started", len(results))
                         break
         finally:
             self.add_to_sweep(self.trials())
         for result in results:
-            if failed(result):
+            if result.status == JobStatus.FAILED and not isinstance(result._return_value, Pruned):
                 _ = result.return_value  # raises its error
         return results
 
@@ -239,8 +239,8 @@ class OptunaSweeper(Sweeper):
     def overrides_of(self, trial: Any) -> list[str]:
         return [*self.fixed, *(f"{self.elements[key]}={value}" for key, value in trial.params.items())]
 
-    def tell(self, trial: Any, result: JobReturn) -> None:
-        """Record the outcome of a trial: its scores, the epoch in which it was pruned, or its error."""
+    def tell(self, trial: Any, result: JobReturn) -> bool:
+        """Record the outcome of a trial: its scores, the epoch in which it was pruned, or its error; False for an error."""
         from optuna.trial import TrialState
 
         value = result._return_value
@@ -253,6 +253,8 @@ class OptunaSweeper(Sweeper):
         else:
             trial.set_user_attr("error", f"{type(value).__name__}: {value}")
             self.study.tell(trial.number, state=TrialState.FAIL)
+            return False
+        return True
 
     def add_to_sweep(self, trials: Sequence[Any]) -> None:
         """Make the runs of these trials part of the sweep, so that its report has them."""
@@ -264,16 +266,6 @@ class OptunaSweeper(Sweeper):
 
 def are_scores(value: Any) -> bool:
     return isinstance(value, Sequence) and len(value) == 2 and all(x is not None and math.isfinite(x) for x in value)
-
-
-def failed(result: JobReturn) -> bool:
-    """Whether a job ended with an error."""
-    return result.status == JobStatus.FAILED and not isinstance(result._return_value, Pruned)
-
-
-def useless(result: JobReturn) -> bool:
-    """Whether a job ended with an error, or without scores."""
-    return failed(result) or (result.status == JobStatus.COMPLETED and not are_scores(result._return_value))
 
 
 def checked_distribution(item: Override) -> Any:

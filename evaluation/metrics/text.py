@@ -25,9 +25,8 @@ from common.rouge import rouge_l_f1, rouge_l_recall
 from evaluation.context import EvaluationContext
 from evaluation.scores import Missing, Scores
 
-WORD = regex.compile(
-    r"(?:(?<!\w)-(?=\d))?[\w\p{M}]+"
-)  # with vowel signs and accents, and the sign of a negative number
+# A word has its vowel signs and accents (\p{M}), and a number its minus sign.
+WORD = regex.compile(r"(?:(?<!\w)-(?=\d))?[\w\p{M}]+")
 QUESTION_ROLES = {"forget_questions": False, "retain_questions": True}  # role: whether higher is better
 
 
