@@ -1,6 +1,7 @@
 """The command line of a stage: environment variables, overrides, and short messages for errors that the user can fix."""
 
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -52,6 +53,7 @@ def prepare_process() -> None:
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it logs each file of a checkpoint
     # Hides the progress bars for reading and writing files, which would clutter the output of training.
     transformers.utils.logging.disable_progress_bar()
+    gc.freeze()  # a garbage collection, of which the Trainer makes several, takes half a second with the imported modules
 
 
 def launch(

@@ -24,9 +24,7 @@ from typing_extensions import TypedDict, is_typeddict
 from common.errors import UserError, did_you_mean
 
 # Rejects unknown keys, true and "5" where a number is expected, infinity and NaN.
-STRICT = ConfigDict(
-    extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
-)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -34,7 +32,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 @typing.dataclass_transform(field_specifiers=(Field,))
 def section(cls: type) -> Any:
     """Make the class a dataclass that checks its fields. The string under a field is the field's description."""
-    made = dataclass(cls, config=STRICT)
+    made = dataclass(cls, config=STRICT | {"use_attribute_docstrings": True})
     for name, field in made.__pydantic_fields__.items():
         for parent in cls.__mro__[1:]:  # pydantic reads only the strings in the class itself
             inherited = getattr(parent, "__pydantic_fields__", {}).get(name)

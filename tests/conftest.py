@@ -1,5 +1,6 @@
 """Fixtures: small models, tokenizers and runs that tests share. Nothing is downloaded; helpers are in tests/helpers.py."""
 
+import gc
 import os
 import shutil
 from collections import Counter
@@ -45,6 +46,12 @@ def pytest_collection_modifyitems(items):
     need_models = {item.path for item in items if "models_dir" in item.fixturenames}
     first = max(set(slow) - need_models, key=lambda path: (slow[path], str(path)), default=None)
     items.sort(key=lambda item: (item.path != first, -slow[item.path], str(item.path)))
+
+
+def pytest_collection_finish():
+    """Keep the imported modules out of garbage collections, which take half a second with them; the Trainer makes many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

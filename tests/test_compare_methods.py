@@ -158,6 +158,7 @@ def test_a_method_that_names_its_start_has_it_and_the_others_the_finetuned_model
         assert options == sorted(options, reverse=True), "Hydra takes no option behind an override"
 
 
+@pytest.mark.slow
 def test_other_data_is_refused_where_the_recipe_names_models_of_its_own(tmp_path):
     script = ROOT / "scripts" / "compare_methods.py"
     (done,) = run_imported(script, [str(script), "-cn=compare/tiny", f"data.path={tmp_path}"])

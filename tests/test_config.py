@@ -1,12 +1,14 @@
 """Every YAML file composes and is accepted, is commented, holds the published numbers; wrong values are refused."""
 
+import copy
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
 import hydra
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeFloat, PositiveInt
 from pydantic.fields import FieldInfo
@@ -52,6 +54,16 @@ def configs(monkeypatch):
     monkeypatch.setenv("PMC_ROOT", str(ROOT))
     with initialize_config_dir(str(CONFIGS), version_base=None):
         yield
+
+
+@functools.cache
+def compose_once(recipe: str, overrides: tuple[str, ...]) -> DictConfig:
+    return hydra.compose(recipe, list(overrides))
+
+
+def compose(recipe: str, overrides: list[str] | None = None) -> DictConfig:
+    """Hydra's `compose`; a recipe that several tests read is composed once, which takes most of their time."""
+    return copy.deepcopy(compose_once(recipe, tuple(overrides or ())))
 
 
 def composed(recipe: str, *overrides: str) -> DictConfig:

@@ -78,6 +78,7 @@ def test_tasks_are_checked_before_anything_is_loaded(task):
     check(Harness(tasks=["capitals"], include_path=str(task)))
 
 
+@pytest.mark.slow
 def test_the_tasks_that_wmdp_and_rwku_are_measured_with_exist():
     """Those that docs/data-sets.md names."""
     check(Harness(tasks=["wmdp", "wmdp_bio", "wmdp_cyber", "wmdp_chem", "mmlu", "bbh", "truthfulqa", "triviaqa"]))

@@ -190,6 +190,7 @@ def test_weights_that_the_server_cannot_load_are_explained(server, tmp_path, mon
         generate(random_model(), PROMPTS, SETTINGS, [EOS], KEYS)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_answers_that_one_has(server):
     """Each process has other questions; the second has none in the second call. The server is asked once for each."""
     server.answer_of = lambda prompt, params: [prompt[-1], 10 + (params["seed"] or 0) % 10, EOS]
