@@ -197,7 +197,10 @@ def comparable_config(cfg: DictConfig, start_id: str | None = None) -> dict[str,
         plain["training"] = {key: value for key, value in plain["training"].items() if key not in PUSH_KEYS}
     if start_id is not None:
         plain["start"] = start_id
-    return json.loads(json.dumps(without_secrets(with_portable_paths(plain, cfg.models_dir))))
+    # An evaluation reads the data again, and it may have another models_dir.
+    data = with_portable_paths(plain.pop("data", {}), str(ROOT / "models"))
+    portable = with_portable_paths(plain, cfg.models_dir) | ({"data": data} if data else {})
+    return json.loads(json.dumps(without_secrets(portable)))
 
 
 def with_portable_paths(value: Any, models_dir: str) -> Any:

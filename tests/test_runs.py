@@ -179,6 +179,14 @@ def test_the_compared_configuration_does_not_depend_on_where_repository_and_runs
     assert (found["path"], found["data"]) == ("models/tiny/seed-0", "./data/tiny")
 
 
+def test_data_in_the_folder_of_runs_keeps_its_path():
+    """An evaluation with another models_dir must not look for it there, nor find other data."""
+    found = comparable_config(configuration(models_dir="/m/runs", data={"path": "/m/runs/rows"}))
+    assert found["data"] == {"path": "/m/runs/rows"}
+    found = comparable_config(configuration(models_dir=f"{ROOT}/models", data={"path": f"{ROOT}/models/rows"}))
+    assert found["data"] == {"path": "models/rows"}
+
+
 def test_the_compared_configuration_keeps_the_folder_beside_them():
     """A name that only begins like theirs is another place."""
     found = comparable_config(configuration(models_dir="/m/runs", path="/m/runs-old/tiny", data=f"{ROOT}-old/data"))
