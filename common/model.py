@@ -272,6 +272,6 @@ def _errors_of_loading(config: ModelConfig, what: str, *kinds: type[Exception]) 
         if Path(resolve_path(config.path)).exists():
             raise UserError(f"{problem}; copy or make damaged files again") from error
         raise UserError(
-            f"{problem}. A gated or remote model needs the hub and perhaps a token in environment.env; without the hub name a "
-            "local folder"
+            f"{problem}. A gated or remote model needs the hub and perhaps a token in environment.local.env; without "
+            "the hub name a local folder"
         ) from error

@@ -1,4 +1,4 @@
-"""ROUGE-L recall with stemming, identical to the `rouge_score` package bit for bit, but many times faster.
+"""ROUGE-L recall and F1. With stems, recall is identical to that of the `rouge_score` package, bit for bit, and faster.
 
 That package's words consist of a-z and 0-9, so text in other scripts has none. `data.words=unicode` compares words of any
 script. The longest common subsequence is computed in compiled code (rapidfuzz), and stems are cached.

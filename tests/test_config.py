@@ -510,7 +510,7 @@ def test_a_training_key_that_the_stage_sets_is_refused(override, message):
 @pytest.mark.parametrize("key", ["hub_token", "push_to_hub_token"])
 def test_a_token_in_the_configuration_is_refused_and_not_printed(key):
     message = error_of("finetune", f"+training.{key}=hf_secret")
-    assert message.startswith(f"training.{key}: put the token into environment.env")
+    assert message.startswith(f"training.{key}: put the token into environment.local.env")
     assert "hf_secret" not in message
 
 

@@ -30,9 +30,11 @@ from tests.helpers import ROWS, Plain, arguments, log_softmax, resumed_and_whole
 from unlearning.methods.altpo import AltPO
 from unlearning.methods.refusals import read_refusals
 from unlearning.methods.rmu import RMUSettings, steered_layers, trained_parameters
+from unlearning.methods.shred import is_forgotten
 from unlearning.pmc import PMC
 from unlearning.pmc_options import PMCSettings
 from unlearning.reference_model import ReferenceModel
+from unlearning.token_losses import TokenLosses
 from unlearning.trainer import UnlearningData
 
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
@@ -413,6 +415,14 @@ def outputs(model, prompts):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("fraction", "tokens", "forgotten"), [(0.3, 50, 15), (0.6, 25, 15), (0.5, 3, 2), (0.01, 7, 1)])
+def test_shred_forgets_the_given_fraction_of_tokens_rounded_up(fraction, tokens, forgotten):
+    losses = torch.arange(tokens, dtype=torch.float32)
+    rest = {"position": None, "weights": None, "compute_logits": None, "targets": None}
+    answers = TokenLosses(losses=losses, rows=torch.zeros(tokens, dtype=torch.long), size=1, **rest)
+    assert is_forgotten(answers, fraction).tolist() == [False] * (tokens - forgotten) + [True] * forgotten
+
+
 @pytest.mark.parametrize("name", ["kl_min", "npo", "dpo", "undial", "rmu", "altpo", "jensun", "shred", "undo"])
 def test_the_model_before_unlearning_stays_as_it_was(name, learned, prompts, tmp_path):
     trainer = make(name, learned, prompts, tmp_path, rows=ROWS[:4], learning_rate=1e-2, max_steps=3)

@@ -4,7 +4,8 @@
     after each optimizer step: lambda = max(0, lambda + dual_step_size * (CE(retain) of the step - bound))
 
 The constraint and its primal-dual solution are those of arXiv 2506.05314; the update is that of src/trainer/unlearn/pdu.py
-in locuslab/open-unlearning. While the retain loss is above its bound, its weight rises, and below it falls.
+in locuslab/open-unlearning. While the retain loss is above its bound, its weight rises, and below it falls. The loss is thus
+pushed back to the bound, and may exceed it for many steps.
 
     python unlearning/main.py -cd=configs -cn=unlearn-tiny method=npo method.lambda_unlearning=auto
 """

@@ -35,8 +35,8 @@ class PMCSettings(OwnAnswerSettings):
     top_p: Fraction = 0.95
     top_k: NonNegativeInt = 50
     stalled_temperature_factor: float = Field(1.0, ge=1)
-    """Multiplies the temperature of a question at each step in which all its samples
-    equal its initial response, up to a factor of 10 in total; 1: off."""
+    """Multiplies the temperature of a question at each step in which all its samples, and the best so far, have the reward 0,
+    up to a factor of 10 in total; 1: off."""
     fluency_weight: NonNegativeFloat = 0.0
     """Weight of a sample's mean NLL per token under the model before unlearning, subtracted from its reward; 0: off."""
     selection_temperature: NonNegativeFloat = 0.0
@@ -174,7 +174,7 @@ class StalledTemperature:
         return [self.settings.temperature * self.multipliers.get(row.index, 1.0) for row in rows]
 
     def update(self, row: Row, candidates: list[Candidate]) -> None:
-        """Raise the row's multiplier if all its candidates, old and new, equal the initial response; else reset it to 1."""
+        """Raise the row's multiplier if all its candidates, old and new, have the reward 0; else reset it to 1."""
         raised = self.multipliers.get(row.index, 1.0) * self.settings.stalled_temperature_factor
         stalled = all(candidate.reward == 0 for candidate in candidates)
         self.multipliers[row.index] = min(raised, MAX_TEMPERATURE_MULTIPLIER) if stalled else 1.0
@@ -184,8 +184,8 @@ class StalledTemperature:
         self.stalled_epochs = self.stalled_epochs + 1 if fraction > 0.5 else 0
         if self.stalled_epochs == 2:
             log.warning(
-                "for %.0f%% of the questions every sample equals the initial response, so there is nothing to select: these "
-                "answers are memorized too strongly. Raise method.stalled_temperature_factor (now %g; 1.5 is "
+                "for %.0f%% of the questions every sample has the reward 0, so there is nothing to select. If samples are the "
+                "initial responses, these are memorized too strongly. Raise method.stalled_temperature_factor (now %g; 1.5 is "
                 "usual), method.temperature (now %g), method.top_p or method.num_samples (now %d), or finetune for fewer "
                 "epochs (training.num_epochs there).",
                 100 * fraction,

@@ -4,7 +4,9 @@
     subject to CE(retain) <= (1 + retain_tolerance) * CE(retain) before unlearning
 
 The weight of the retain loss is the dual variable of the constraint (`unlearning.dual_variable`). The loss is that of
-src/trainer/unlearn/pdu.py in locuslab/open-unlearning, which takes its mean over the prompts and the padding, too.
+src/trainer/unlearn/pdu.py in locuslab/open-unlearning, which takes its mean over the prompts and the padding, too. It is
+hundreds of times a cross-entropy, so `gamma` and `dual_step_size` are small: their ratio is that of the authors' run on TOFU.
+That run starts with a weight of 100, keeps it for five epochs, and bounds the retain loss by a fixed 0.3, as is not done here.
 
     python unlearning/main.py -cd=configs -cn=unlearn-tiny method=pdu
 """
@@ -12,7 +14,7 @@ src/trainer/unlearn/pdu.py in locuslab/open-unlearning, which takes its mean ove
 from typing import Literal
 
 import torch
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 
 from common.config import section
 from unlearning.token_losses import TokenLosses
@@ -21,6 +23,10 @@ from unlearning.trainer import MethodSettings, UnlearningTrainer
 
 @section
 class PDUSettings(MethodSettings):
+    gamma: NonNegativeFloat = 0.01
+    """Weight of the forget loss."""
+    dual_step_size: PositiveFloat = 0.05
+    """lambda_unlearning=auto: the weight changes at each step by this times the retain loss above its bound."""
     lambda_unlearning: NonNegativeFloat | Literal["auto"] = "auto"
 
 

@@ -2,6 +2,8 @@
 
 forget loss = CE(forget) against softmax(logits of pi0, less beta at the true token), the mean over tokens
 
+The paper has no retain loss (`method.lambda_unlearning=0`).
+
 python unlearning/main.py -cd=configs -cn=unlearn-tiny method=undial
 """
 
