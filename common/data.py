@@ -265,10 +265,21 @@ def windows_of(text: str, windows: WindowsConfig) -> list[tuple[str, str] | None
     return found
 
 
+def local_files(path: str, splits: str) -> list[Path]:
+    """The files that a sum of splits is read from; those that do not exist, and splits of the hub, have none."""
+    files, names = _json_files(Path(resolve_path(path))), [_PART.match(part.strip()) for part in splits.split("+")]
+    return [files[match["name"]] for match in names if match and match["name"] in files]
+
+
+def _json_files(folder: Path) -> dict[str, Path]:
+    """Split -> its file in a data set's folder."""
+    paths = [path for path in sorted(folder.glob("*.json*")) + sorted(folder.glob("*/*.json*")) if _is_json(path)]
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+
+
 def _read_json(folder: Path, name: str, key: str) -> list[tuple[str, dict]]:
     """The objects in the file <name>.json or <name>.jsonl: one in each line, or all in one array."""
-    paths = [path for path in sorted(folder.glob("*.json*")) + sorted(folder.glob("*/*.json*")) if _is_json(path)]
-    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+    files = _json_files(folder)
     if name not in files:
         hint, found = did_you_mean(name, files), ", ".join(sorted(files)) or "none"
         raise UserError(f"{key}={name}: no {folder / name}.json{hint} (there: {found})")

@@ -1,5 +1,6 @@
 """Paths, and writing files so that they are complete or absent."""
 
+import hashlib
 import json
 import os
 import re
@@ -43,6 +44,15 @@ def looks_local(path: str) -> bool:
 def is_hub_id(path: str | None) -> bool:
     """Whether a path of weights or data is neither empty nor an existing or missing local folder."""
     return bool(path) and not looks_local(path) and not Path(resolve_path(path)).exists()
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """SHA-256 of the contents of files, as hexadecimal digits."""
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
 def is_first_process() -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import ROOT, is_first_process, read_json, write_json, write_json_lines, write_text
+from common.files import ROOT, digest, is_first_process, read_json, write_json, write_json_lines, write_text
 from common.hardware import device_name, peak_memory_bytes
 
 RESULT = "result.json"
@@ -44,6 +44,12 @@ def result_of(folder: Path | str) -> dict | None:
 def result_id(folder: Path | str) -> str | None:
     """The `id` of the result in a folder, which a run that starts from it records; None if there is no result."""
     return (result_of(folder) or {}).get("id")
+
+
+def checkpoint_id(path: Path | str) -> str | None:
+    """The id that a run which starts from a checkpoint records: its `result_id`, or that of its files; None on the hub."""
+    files = sorted([*Path(path).glob("*.safetensors"), *Path(path).glob("*.gguf"), *Path(path).glob("tokenizer*")])
+    return result_id(path) or (digest(files) if files else None)
 
 
 def headline_scores(folder: Path) -> list[float]:
@@ -124,6 +130,8 @@ def evaluation_inputs(identity: dict[str, Any]) -> dict[str, Any]:
     return {
         "data.path": data["path"],
         "data.splits": splits,
+        "data.files": {role: digest for role, digest in identity.get("files", {}).items() if role in splits},
+        **{f"data.{key}": data.get(key) for key in ("columns", "windows")},
         "data.words": data.get("words", "latin"),
         **{f"evaluation.{key}": evaluation.get(key) for key in ("max_length", "full_eval", "bf16")},
         "model.prompt": identity["model"]["prompt"],

@@ -36,11 +36,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from common.config import RunConfig
+from common.data import local_files
 from common.errors import FULL_DISK, UserError
-from common.files import ROOT, is_first_process, read_json, resolve_path, write_json
+from common.files import ROOT, digest, is_first_process, read_json, resolve_path, write_json
 from common.lock import LOCK, locked
 from common.redaction import without_secrets
-from common.results import CARD, PUBLISHING, RESULT, result_id, result_of
+from common.results import CARD, PUBLISHING, RESULT, checkpoint_id, result_of
 
 log = logging.getLogger(__name__)
 FIGURES = (
@@ -54,6 +55,8 @@ FIGURES = (
     "report.md",
     "report.png",
     "report.html",
+    "vanilla",
+    "finetuned",
 )
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "adapter_config.json")
 FAILURES = ".failed"  # beside the runs of a sweep: a file for each job that failed
@@ -160,7 +163,7 @@ def has_result_of(folder: Path, cfg: DictConfig) -> bool:
 def stored_config(cfg: DictConfig) -> dict[str, Any]:
     """The configuration that a run of this composed configuration stores in its result."""
     start = cfg.get("finetuned") or OmegaConf.select(cfg, "model.path", throw_on_missing=False)
-    return comparable_config(cfg, result_id(resolve_path(start)) if start else None)
+    return comparable_config(cfg, checkpoint_id(resolve_path(start)) if start else None)
 
 
 def failure_of(folder: Path) -> str | None:
@@ -183,10 +186,11 @@ def failure_file(folder: Path) -> Path:
 def comparable_config(cfg: DictConfig, start_id: str | None = None) -> dict[str, Any]:
     """The configuration as JSON values, without keys that do not influence the result. A result with another one is stale.
 
-    Secrets are masked.
+    Secrets are masked. `files` has digests of the local files that the run reads, `processes` the number of processes that
+    train, if there are several.
 
     Args:
-        start_id: `id` of the result of the checkpoint that this run starts from. A new id makes this run's result stale.
+        start_id: `checkpoint_id` of the checkpoint that this run starts from. A new id makes this run's result stale.
     """
     plain = OmegaConf.to_container(cfg, resolve=True)
     plain = {key: value for key, value in plain.items() if key not in NOT_PART_OF_THE_RUN}
@@ -197,10 +201,27 @@ def comparable_config(cfg: DictConfig, start_id: str | None = None) -> dict[str,
         plain["training"] = {key: value for key, value in plain["training"].items() if key not in PUSH_KEYS}
     if start_id is not None:
         plain["start"] = start_id
+    if files := digests_of_files(plain):
+        plain["files"] = files
+    if "metrics" not in plain and (processes := PartialState().num_processes) > 1:
+        plain["processes"] = processes  # each has a batch of its own
     # An evaluation reads the data again, and it may have another models_dir.
     data = with_portable_paths(plain.pop("data", {}), str(ROOT / "models"))
     portable = with_portable_paths(plain, cfg.models_dir) | ({"data": data} if data else {})
     return json.loads(json.dumps(without_secrets(portable)))
+
+
+def digests_of_files(plain: dict[str, Any]) -> dict[str, str]:
+    """Digests of the local files that a configuration names: of the data set by role, of others by their dotted key."""
+    data, found = plain.get("data"), {}
+    if isinstance(data, dict) and data.get("path"):
+        for role, splits in (data.get("splits") or {}).items():
+            if splits and (files := local_files(data["path"], splits)):
+                found[role] = digest(files)
+    for key, value in flattened(plain):
+        if isinstance(value, str) and Path(value).suffix and Path(resolve_path(value)).is_file():
+            found[key] = digest([Path(resolve_path(value))])
+    return found
 
 
 def with_portable_paths(value: Any, models_dir: str) -> Any:
@@ -235,7 +256,7 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
 def training_run(stage: str, cfg: DictConfig, config: RunConfig) -> "RunFolder":
     """The folder of a run that trains the checkpoint at `config.model.path` or a new model."""
     start = resolve_path(config.model.path) if config.model.path else ""
-    start_id = result_id(start) if start else None
+    start_id = checkpoint_id(start) if start else None
     flags = {"overwrite": config.overwrite, "keep_checkpoints": config.keep_checkpoints}
     return RunFolder(run_folder(stage, config), comparable_config(cfg, start_id), start, **flags)
 
@@ -361,6 +382,11 @@ class RunFolder:
             raise UserError(f"output_dir={self.folder}: holds files that no run wrote; name another folder")
         if self.work.is_dir() and not self._can_continue():
             changes = differing_keys((begun or {}).get("config"), self.configuration)
+            if begun and not self.overwrite and all(change.startswith("processes: ") for change in changes):
+                raise UserError(
+                    f"{self.folder}: the interrupted run was begun with {begun['config'].get('processes', 1)} processes, each "
+                    "with a batch of its own; continue it with as many, or start again with overwrite=true"
+                )
             why = "; ".join(changes[:8]) or "overwrite=true"
             log.info("%s: deleting the files of an interrupted run (%s)", self.folder, why)
             self.work.replace(self.discarded)  # at once: half of these files must not be taken for this run's

@@ -18,7 +18,7 @@ from common import runs
 from common.config import RunConfig
 from common.errors import UserError
 from common.files import ROOT, write_json
-from common.results import evaluation_inputs, result_of
+from common.results import checkpoint_id, evaluation_inputs, result_of
 from common.runs import RunFolder, comparable_config, differing_keys, has_result_of, run_folder, run_name
 from tests.helpers import TOKEN
 
@@ -187,6 +187,52 @@ def test_data_in_the_folder_of_runs_keeps_its_path():
     assert found["data"] == {"path": "models/rows"}
 
 
+@pytest.mark.parametrize(("edited", "key"), [("data/forget.json", "forget"), ("refusals.txt", "method.refusals")])
+def test_a_file_that_is_edited_makes_the_result_stale(tmp_path, edited, key):
+    (tmp_path / "data").mkdir()
+    for name in ("data/forget.json", "data/retain.jsonl", "data/other.json", "refusals.txt"):
+        (tmp_path / name).write_text("{}")
+    data = {
+        "path": str(tmp_path / "data"),
+        "splits": {"forget": "forget[:5]", "retain": "retain + more", "holdout": None},
+    }
+    cfg = configuration(method={"refusals": str(tmp_path / "refusals.txt")}, data=data)
+    before = comparable_config(cfg)
+    assert set(before["files"]) == {"forget", "retain", "method.refusals"}
+    (tmp_path / "data/other.json").write_text("not read")
+    assert comparable_config(cfg) == before
+    (tmp_path / edited).write_text("changed")
+    (change,) = differing_keys(before, comparable_config(cfg))
+    assert change.startswith(f"files.{key}: ")
+
+
+def test_a_checkpoint_that_no_run_made_is_known_by_its_files(tmp_path):
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("x")
+    found = checkpoint_id(tmp_path)
+    (tmp_path / "model.safetensors").write_text("y")
+    assert checkpoint_id(tmp_path) not in (found, None)
+    write_json(tmp_path / "result.json", {"config": {}, "id": "of the run"})
+    assert (checkpoint_id(tmp_path), checkpoint_id("owner/name")) == ("of the run", None)
+
+
+def test_a_run_is_not_continued_by_another_number_of_processes(folder, monkeypatch):
+    """Each process has a batch of its own, so that epochs and learning rates would not go on where they stopped."""
+    alone = comparable_config(configuration())
+    monkeypatch.setattr("common.runs.PartialState", lambda: SimpleNamespace(num_processes=2))
+    two = comparable_config(configuration())
+    assert differing_keys(alone, two) == ["processes: None -> 2"]
+    assert comparable_config(configuration(metrics=["headline"])).get("processes") is None, "evaluations are the same"
+    monkeypatch.undo()
+    work = RunFolder(folder, two).open()
+    (work / "checkpoint-1").mkdir()
+    with pytest.raises(UserError, match="was begun with 2 processes, .*; continue it with as many"):
+        RunFolder(folder, alone).open()
+    assert (work / "checkpoint-1").is_dir()
+    RunFolder(folder, alone, overwrite=True).open()
+    assert not (work / "checkpoint-1").is_dir()
+
+
 def test_the_compared_configuration_keeps_the_folder_beside_them():
     """A name that only begins like theirs is another place."""
     found = comparable_config(configuration(models_dir="/m/runs", path="/m/runs-old/tiny", data=f"{ROOT}-old/data"))
@@ -260,7 +306,7 @@ def test_figures_of_the_old_result_are_put_aside(folder):
     finish(RunFolder(folder, CONFIG), "old")
     finish(RunFolder(folder, OTHER), "new")
     (aside,) = (folder / "previous").iterdir()
-    assert names(aside) == {"result.json", "generations.jsonl", "history.jsonl"}
+    assert names(aside) == {"result.json", "generations.jsonl", "history.jsonl", "vanilla"}
     assert (result_of(aside)["mark"], result_of(folder)["mark"]) == ("old", "new")
 
 
@@ -528,12 +574,28 @@ def test_a_result_of_another_engine_is_not_that_of_this_configuration(tmp_path):
             assert has_result_of(tmp_path / stored, cfg) == (stored == wanted)
 
 
+EVALUATED = {
+    "data": {"path": "x", "splits": {"train": "all", "forget": "f"}},
+    "evaluation": {},
+    "model": {"prompt": {}},
+}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"data": EVALUATED["data"] | {"columns": {"question": "q2"}}},
+        {"data": EVALUATED["data"] | {"windows": {"words": 8}}},
+        {"files": {"forget": "another digest"}},
+    ],
+)
+def test_other_columns_windows_or_files_are_not_the_same_evaluation(changed):
+    assert evaluation_inputs(EVALUATED | changed) != evaluation_inputs(EVALUATED)
+    assert evaluation_inputs(EVALUATED | {"files": {"train": "x"}}) == evaluation_inputs(EVALUATED)
+
+
 def test_answers_of_another_engine_are_not_the_same_evaluation():
-    values = {
-        "data": {"path": "x", "splits": {}},
-        "evaluation": {},
-        "model": {"prompt": {}},
-    }
+    values = EVALUATED
     own, vllm = (evaluation_inputs(values | kept) for kept in ({}, {"generation": {"engine": "vllm"}}))
     assert own["generation.engine"] == "own"
     assert vllm["generation.engine"] == "vllm"

@@ -69,6 +69,18 @@ def test_a_hub_id_is_left_to_the_hub(tmp_path):
     assert start(tmp_path, "finetuned=owner/name").path == "owner/name"
 
 
+def test_the_revision_is_that_of_a_hub_id_but_not_of_a_folder(tmp_path):
+    assert start(tmp_path, "finetuned=owner/name", "++model.revision=v2").revision == "v2"
+    folder = finetuned(tmp_path, "seed-0", "++model.revision=v2")
+    assert start(tmp_path, f"finetuned={folder}", "++model.revision=v2").revision is None
+
+
+def test_a_checkpoint_of_other_columns_is_warned_of(tmp_path, caplog):
+    finetuned(tmp_path)
+    start(tmp_path, "data.columns.answer=paraphrased_answer")
+    assert "data.columns={'question': 'question', 'answer': 'answer', 'text': None} there" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("path", "command"),
     [

@@ -49,7 +49,8 @@ def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
     if warned:
         log.warning("finetuned=%s: finetuning had other settings: %s%s", finetuned, "; ".join(warned), existing)
     command = finetuning_command(finetuned, [])
-    return replace(config.model, path=str(path), made_by=command, gguf_file=None, revision=None, new=None)
+    revision = None if path.exists() else config.model.revision  # in a folder it is that of the base model
+    return replace(config.model, path=str(path), made_by=command, gguf_file=None, revision=revision, new=None)
 
 
 def warn_unless_unlearned(path: str) -> None:
@@ -120,7 +121,9 @@ def differences_from_finetuning(config: RunConfig, path: str) -> tuple[list[str]
     for key in sorted(here):
         if comparable(key, there[key]) != comparable(key, here[key]):
             copy = key == "data.path" and looks_local(there[key]) != looks_local(here[key])
-            found = warned if copy or key in ("model.lora", "data.max_length") else refused
+            found = (
+                warned if copy or key in ("model.lora", "data.max_length", "data.columns", "data.windows") else refused
+            )
             found.append(f"{key}={there[key]} there, {here[key]} here")
     return refused, warned
 
@@ -130,6 +133,7 @@ def shared_settings(data: dict[str, Any], model: dict[str, Any]) -> dict[str, An
     prompt = asdict(PromptConfig(style="plain")) | model["prompt"]
     if model.get("lora"):
         model = model | {"lora": asdict(LoraSettings()) | model["lora"]}
-    found = {f"data.{key}": data.get(key) for key in ("path", "max_length")}
+    found = {f"data.{key}": data.get(key) for key in ("path", "max_length", "windows")}
+    found["data.columns"] = {field: data["columns"].get(field) for field in ("question", "answer", "text")}
     found |= {f"model.{key}": model.get(key) for key in ("path", "revision", "gguf_file", "lora")}
     return found | {f"model.prompt.{key}": value for key, value in prompt.items()}
