@@ -103,12 +103,13 @@ class PromptFormat:
     def text(self, answer_ids: Sequence[int]) -> str:
         """The text of an answer, without special tokens, surrounding whitespace and what `model.prompt.answer` puts before it.
 
+        Nor is a final EOS token text: a chat template may end answers with a token that the tokenizer does not mark special.
+
         Without clean-up of spaces, the text of the first tokens of an answer is a prefix of the whole text. So that this
         holds for a tag ("Answer: {answer}") as well, the beginning of a tag counts as no text.
         """
-        decoded = self.tokenizer.decode(
-            answer_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        ).strip()
+        ids = answer_ids[:-1] if list(answer_ids[-1:]) == [self.eos_token_id] else answer_ids
+        decoded = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
         tag = self.config.answer.partition("{answer}")[0].strip() if self.config.style == "plain" else ""
         return "" if tag.startswith(decoded) else decoded.removeprefix(tag).lstrip()
 

@@ -12,8 +12,9 @@ from common.collate import collate
 from common.config import PromptConfig
 from common.data import Row
 from common.errors import UserError
+from common.new_model import train_tokenizer
 from common.prompts import Example, PromptFormat, check_prompt_lengths
-from tests.helpers import CHAT_TEMPLATE
+from tests.helpers import CHAT_TEMPLATE, NEW, ROWS
 
 QUESTION, ANSWER = "Who is Bram Toll?", "A poet."
 CHAT = PromptConfig(style="chat", system="You are a helpful assistant.")
@@ -40,8 +41,8 @@ def test_plain_prompt_and_answer(prompts, tokenizer):
 
 
 def test_plain_templates_of_the_configuration(tokenizer):
-    form = PromptFormat(tokenizer, PromptConfig(style="plain", question="{x} {question}\nA", answer="={answer}{}"))
-    assert tokenizer.decode(form.prompt("x?") + form.answer("y")) == "{x} x?\nA=y{}<|end|>"
+    form = PromptFormat(tokenizer, PromptConfig(style="plain", question="{x} {question}\nA", answer="{}={answer}"))
+    assert tokenizer.decode(form.prompt("x?") + form.answer("y")) == "{x} x?\nA{}=y<|end|>"
 
 
 @pytest.mark.parametrize("text", ["{x}", "{question} {answer}", "{}", "{0} {{a}} }{", "100% %s \\n"])
@@ -286,6 +287,16 @@ def test_the_tag_before_an_answer_is_no_part_of_its_text(tokenizer, generated, t
 
 def test_text_of_an_end_token_alone_is_empty(prompts):
     assert prompts.text([prompts.eos_token_id]) == ""
+
+
+def test_an_end_token_that_is_not_marked_special_is_no_text():
+    tokenizer = train_tokenizer(NEW, [f"{row.question} {row.answer}" for row in ROWS])
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    form = PromptFormat(tokenizer, PromptConfig(style="chat"))
+    assert form.eos_token_id not in tokenizer.all_special_ids
+    assert form.text(form.answer(ANSWER)) == ANSWER
+    assert form.text([form.eos_token_id]) == ""
 
 
 # --- collate ------------------------------------------------------------------------------------------------------------
