@@ -220,23 +220,28 @@ def check_passages_fit(prompts: PromptFormat, passages: Sequence[tuple[str, str]
             break
 
 
-def warn_if_cut(prompts: PromptFormat, pairs: Sequence[tuple[str, str]], max_length: int, key: str) -> None:
+def warn_if_cut(
+    prompts: PromptFormat, pairs: Sequence[tuple[str, str]], max_length: int, key: str, given: bool = False
+) -> None:
     """Warn of rows whose true answer is too long to be generated: their scores count words that cannot be there.
 
     Args:
         pairs: question and true answer of each row.
         key: the configuration key of `max_length`.
+        given: the answers are not generated but trained on or scored as they are, by `PromptFormat.example`, which cuts them.
     """
-    # without the EOS token, which no score counts
-    lengths = [len(prompts.prompt(question)) + len(prompts.answer(answer)) - 1 for question, answer in pairs]
+    # a generated answer without the EOS token, which no score counts
+    lengths = [len(prompts.prompt(question)) + len(prompts.answer(answer)) - (not given) for question, answer in pairs]
     if cut := sum(length > max_length for length in lengths):
         log.warning(
-            "%s=%d: %d of %d questions have more tokens with their true answers (up to %d), so that recall cannot be 1",
+            "%s=%d: %d of %d %s have more tokens with their true answers (up to %d), %s",
             key,
             max_length,
             cut,
             len(lengths),
+            "rows" if given else "questions",
             max(lengths),
+            "so that these are cut and have no EOS token" if given else "so that recall cannot be 1",
         )
 
 

@@ -1,20 +1,27 @@
 """Prompts and examples as token ids: plain and chat, EOS tokens, no second BOS, padding."""
 
 import doctest
+import re
+from unittest.mock import Mock
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 
+import finetuning.main
+import unlearning.main
 from common.collate import collate
-from common.config import PromptConfig
+from common.config import PromptConfig, read_config
 from common.data import Row
 from common.errors import UserError
+from common.files import CONFIGS
 from common.new_model import train_tokenizer
 from common.prompts import Example, PromptFormat, check_prompt_lengths
 from tests.helpers import CHAT_TEMPLATE, NEW, ROWS
+from unlearning.pmc import PMC
 
 QUESTION, ANSWER = "Who is Bram Toll?", "A poet."
 CHAT = PromptConfig(style="chat", system="You are a helpful assistant.")
@@ -297,6 +304,27 @@ def test_an_end_token_that_is_not_marked_special_is_no_text():
     assert form.eos_token_id not in tokenizer.all_special_ids
     assert form.text(form.answer(ANSWER)) == ANSWER
     assert form.text([form.eos_token_id]) == ""
+
+
+@pytest.mark.parametrize(("stage", "recipe"), [(finetuning.main, "tiny"), (unlearning.main, "PMC-unlearn-tiny")])
+def test_a_training_stage_warns_of_rows_that_are_cut(stage, recipe, tokenizer, monkeypatch, caplog):
+    class Enough(Exception):
+        pass
+
+    monkeypatch.setattr(stage, "load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(stage, "Evaluator", Mock(side_effect=Enough))
+    warnings = []
+    for max_length in (256, 90):
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            cfg = compose(recipe, [f"data.max_length={max_length}"])
+        with pytest.raises(Enough):
+            if stage is finetuning.main:
+                stage.train(Mock(), read_config(cfg))
+            else:
+                stage.train(Mock(), PMC, read_config(cfg, PMC.Settings, also=("finetuned",)))
+        warnings.append([line for line in caplog.messages if "data.max_length" in line])
+    assert not warnings[0]
+    assert re.match(r"data.max_length=90: \d+ of \d+ rows have more tokens .* no EOS token", *warnings[1])
 
 
 # --- collate ------------------------------------------------------------------------------------------------------------
