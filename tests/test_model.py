@@ -227,6 +227,38 @@ def test_going_on_with_an_adapter_of_another_shape_is_refused(adapter, tokenizer
     assert message.startswith(f"model.lora.{named}: {adapter[0]} is an adapter")
 
 
+def record(folder, name, start=None, started_from=None):
+    """Write the result of a run that started from the result `start` in another folder."""
+    config = {"start": start} if start else {}
+    (folder / "result.json").write_text(json.dumps({"id": name, "started_from": started_from, "config": config}))
+
+
+def test_an_adapter_whose_base_was_replaced_is_refused(adapter, checkpoint, tokenizer, tmp_path):
+    record(checkpoint, "first")
+    record(adapter[0], "adapter", "first", "../checkpoint")
+    continued = shutil.copytree(adapter[0], tmp_path / "continued")
+    record(continued, "continued", "adapter", "../adapter")
+    for path in (adapter[0], continued):
+        load_model(config(path), tokenizer, trainable=False)
+    record(checkpoint, "second")
+    for path in (adapter[0], continued):
+        message = error_of(load_model, config(path), tokenizer, trainable=False)
+        assert message.startswith(f"model.path={path}: its adapter was trained on the weights of result first in ")
+        assert "there is result second now" in message
+
+
+def test_an_adapter_whose_base_has_no_record_is_loaded(adapter, checkpoint, tokenizer):
+    record(adapter[0], "adapter", None, "../checkpoint")
+    record(checkpoint, "second")
+    load_model(config(adapter[0]), tokenizer, trainable=False)
+
+
+def test_an_adapter_keeps_the_revision_of_its_base(checkpoint, tokenizer, tmp_path):
+    model = load_model(config(checkpoint, lora=LORA, revision="v1"), tokenizer, trainable=True)
+    model.save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / ADAPTER).read_text())["revision"] == "v1"
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------------
 
 
