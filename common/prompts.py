@@ -1,10 +1,11 @@
 """Turn questions and answers into token ids. Prompt and answer are tokenized separately, then concatenated."""
 
+import copy
 import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +19,7 @@ from common.errors import UserError
 log = logging.getLogger(__name__)
 CHECKED_PASSAGES = 8  # passages whose tokens are compared with those of the running text
 ANSWER = "ANSWER"  # an answer by which a chat template is examined
+OTHER = "OTHER"  # another value of a setting, by which it is found out whether the template prints the setting
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class PromptFormat:
         tokenizer: the model's tokenizer.
         config: the `model.prompt` section.
     Raises:
-        UserError: for style "chat" if the tokenizer has no chat template or the template puts other text than whitespace
-            between prompt and answer, or if there is no EOS token.
+        UserError: for style "chat" if the tokenizer has no chat template, the template puts other text than whitespace
+            between prompt and answer, or a setting changes nothing; or if there is no EOS token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig):
@@ -54,6 +56,8 @@ class PromptFormat:
             raise UserError("model.prompt.style=chat: the tokenizer has no chat template; use model.prompt.style=plain")
         if config.style == "chat":
             self._check_template()
+            self._check_settings_matter()
+        self._check_style()
         self.eos_token_id = self._find_eos_token()
 
     @cached_property
@@ -153,6 +157,55 @@ class PromptFormat:
                 "other text than the template's: set model.prompt.template_options to what makes both the same (Qwen3: "
                 "{enable_thinking: false}), or model.prompt.style=plain"
             )
+
+    def _check_style(self) -> None:
+        """Refuse settings of the other style. A system message and a date are allowed: plain recipes inherit those of a chat.
+
+        Raises:
+            UserError: names the setting.
+        """
+        others = {"chat": ("question", "answer"), "plain": ("template_options",)}[self.config.style]
+        default = PromptConfig(self.config.style)
+        if wrong := [name for name in others if getattr(self.config, name) != getattr(default, name)]:
+            raise UserError(
+                f"model.prompt.{wrong[0]}={getattr(self.config, wrong[0])!r}: has no effect with model.prompt.style="
+                f"{self.config.style}; remove it (~model.prompt.{wrong[0]}), or change the style"
+            )
+
+    def _check_settings_matter(self) -> None:
+        """Refuse settings on which the text of a chat does not depend; warn if it has the date of today.
+
+        Raises:
+            UserError: names the setting.
+        """
+        options, shown = self.config.template_options, self._shown(self.config)
+        others = {key: [{key: OTHER}] for key in ("system", "date_string") if getattr(self.config, key)}
+        for name, value in options.items():
+            without = {key: kept for key, kept in options.items() if key != name}
+            changed = [without, {**options, name: OTHER}, {**options, name: not value}]
+            others[f"template_options.{name}"] = [{"template_options": values} for values in changed]
+        for key, values in others.items():
+            if all(self._shown(replace(self.config, **value)) == shown for value in values):
+                raise UserError(
+                    f"model.prompt.{key}: the chat template makes the same text with another value; remove it"
+                    + ("" if key.startswith("template_options") else f" (model.prompt.{key}=null)")
+                )
+        if self._shown(self.config, strftime_now=lambda _: OTHER) != shown:
+            log.warning(
+                "model.prompt: the chat template writes the date of today, so that scores change with the calendar%s",
+                "; set model.prompt.date_string" if "date_string" in str(self.tokenizer.chat_template) else "",
+            )
+
+    def _shown(self, config: PromptConfig, **options: Any) -> tuple[str, str] | None:
+        """The text of a prompt, and of a chat with its answer, with these settings; None if the template rejects them."""
+        other = copy.copy(self)
+        other.config = replace(config, template_options={**config.template_options, **options})
+        try:
+            return other._chat(
+                other._messages("?"), add_generation_prompt=True, tokenize=False
+            ), other._chat_with_answer()
+        except Exception:  # a template raises errors of any type for a value that it does not expect
+            return None
 
     def _chat_with_answer(self) -> str:
         return self._chat([*self._messages("?"), {"role": "assistant", "content": ANSWER}], tokenize=False)

@@ -217,6 +217,53 @@ def test_a_template_option_without_effect_is_refused(chat_tokenizer, name, reaso
         PromptFormat(chat_tokenizer, PromptConfig(style="chat", template_options={name: False}))
 
 
+WITHOUT_SYSTEM = "{% set messages = messages | rejectattr('role', 'equalto', 'system') %}" + CHAT_TEMPLATE
+TODAY = "{{ strftime_now('%d %b %Y') }} " + CHAT_TEMPLATE
+DATE = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }} " + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("template", "key", "value"),
+    [
+        (WITHOUT_SYSTEM, "system", "Forget Ada."),
+        (TODAY, "date_string", "26 Jul 2024"),
+        (CHAT_TEMPLATE, "template_options", {"role": "user"}),  # a word of the template, and no variable
+        (CHAT_TEMPLATE, "question", "Q: {question}"),
+        (CHAT_TEMPLATE, "answer", "A: {answer}"),
+    ],
+)
+def test_a_chat_setting_without_effect_is_refused(chat_tokenizer, template, key, value):
+    chat_tokenizer.chat_template = template
+    with pytest.raises(UserError, match=rf"^model\.prompt\.{key}"):
+        PromptFormat(chat_tokenizer, PromptConfig(style="chat", **{key: value}))
+
+
+@pytest.mark.parametrize(("key", "value"), [("system", "you are DEFAULT"), ("template_options", {"thinking": True})])
+def test_a_chat_setting_with_the_templates_default_is_accepted(chat_tokenizer, key, value):
+    first = "{{ '' if messages[0]['role'] == 'system' else 'you are DEFAULT' }}"
+    thought = "{{ 'no ' if thinking is defined and not thinking else '' }}thought "
+    chat_tokenizer.chat_template = first + thought + CHAT_TEMPLATE
+    PromptFormat(chat_tokenizer, PromptConfig(style="chat", **{key: value}))
+
+
+def test_template_options_of_plain_prompts_are_refused(tokenizer):
+    with pytest.raises(
+        UserError, match=r"^model\.prompt\.template_options=.* no effect with model\.prompt\.style=plain"
+    ):
+        PromptFormat(tokenizer, PromptConfig(style="plain", template_options={"enable_thinking": False}))
+    PromptFormat(tokenizer, PromptConfig(style="plain", system="S", date_string="26 Jul 2024"))  # inherited of a chat
+
+
+@pytest.mark.parametrize(
+    ("template", "date", "ending"),
+    [(TODAY, None, "calendar"), (DATE, None, "set model.prompt.date_string"), (DATE, "26 Jul 2024", None)],
+)
+def test_a_template_that_writes_the_date_of_today_is_warned_of(chat_tokenizer, caplog, template, date, ending):
+    chat_tokenizer.chat_template = template
+    PromptFormat(chat_tokenizer, PromptConfig(style="chat", date_string=date))
+    assert [message.endswith(ending or "") for message in caplog.messages] == ([True] if ending else [])
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------------
 
 
