@@ -117,16 +117,19 @@ class PromptFormat:
         tag = self.config.answer.partition("{answer}")[0].strip() if self.config.style == "plain" else ""
         return "" if tag.startswith(decoded) else decoded.removeprefix(tag).lstrip()
 
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """The variables of the chat template that the configuration sets."""
+        date = {} if self.config.date_string is None else {"date_string": self.config.date_string}
+        return {**self.config.template_options, **date}
+
     def _messages(self, question: str) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.config.system}] if self.config.system else []
         return [*system, {"role": "user", "content": question}]
 
     def _chat(self, messages: list[dict[str, str]], **options: Any) -> Any:
-        options = {**self.config.template_options, **options}
-        if self.config.date_string is not None:
-            options["date_string"] = self.config.date_string
         try:
-            return self.tokenizer.apply_chat_template(messages, **options)
+            return self.tokenizer.apply_chat_template(messages, **{**self.template_variables, **options})
         except TemplateError as error:
             raise UserError(
                 f"model.prompt: the chat template rejects the prompt ({error}); is it because of model.prompt.system?"
