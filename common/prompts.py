@@ -59,6 +59,8 @@ class PromptFormat:
             self._check_settings_matter()
         self._check_style()
         self.eos_token_id = self._find_eos_token()
+        if config.style == "chat":
+            self._warn_of_other_tokens()
 
     @cached_property
     def special_tokens(self) -> tuple[list[int], list[int]]:
@@ -210,8 +212,22 @@ class PromptFormat:
         except Exception:  # a template raises errors of any type for a value that it does not expect
             return None
 
-    def _chat_with_answer(self) -> str:
-        return self._chat([*self._messages("?"), {"role": "assistant", "content": ANSWER}], tokenize=False)
+    def _warn_of_other_tokens(self) -> None:
+        """Warn if a prompt with its answer has other tokens than the template's chat, which is tokenized in one piece."""
+        own = [*self.prompt("?"), *self.answer(ANSWER)[:-1]]
+        whole = self._chat_with_answer(tokenize=True, return_dict=False)[: len(own)]
+        if own != whole:
+            same = len(os.path.commonprefix([own, whole]))
+            log.warning(
+                "model.prompt: where an answer begins, the tokens here (%s) are not those of the template's chats (%s), which "
+                "the model may know better; with model.prompt.style=plain, question and answer can spell out the template, the "
+                "whitespace in the answer",
+                *(" ".join(self.tokenizer.convert_ids_to_tokens(ids[same : same + 3])) for ids in (own, whole)),
+            )
+
+    def _chat_with_answer(self, **options: Any) -> Any:
+        chat = [*self._messages("?"), {"role": "assistant", "content": ANSWER}]
+        return self._chat(chat, **{"tokenize": False, **options})
 
     def _find_eos_token(self) -> int:
         """The token that ends an answer: the chat template's token after an answer, or else the tokenizer's EOS token."""

@@ -264,6 +264,32 @@ def test_a_template_that_writes_the_date_of_today_is_warned_of(chat_tokenizer, c
     assert [message.endswith(ending or "") for message in caplog.messages] == ([True] if ending else [])
 
 
+INSTRUCT = (
+    "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' ' + m['content'] }}"
+)
+INSTRUCT += "{% endfor %}"
+
+
+def test_a_space_before_an_answer_that_changes_its_tokens_is_warned_of(chat_tokenizer, caplog):
+    PromptFormat(chat_tokenizer, CHAT)
+    chat_tokenizer.chat_template = CHAT_TEMPLATE.replace("assistant\n", "assistant\n\n").replace(
+        "'role'] }}\n", "'role'] }}\n\n"
+    )
+    PromptFormat(chat_tokenizer, CHAT)
+    assert not caplog.messages
+    chat_tokenizer.chat_template = INSTRUCT
+    PromptFormat(chat_tokenizer, PromptConfig(style="chat"))
+    (message,) = caplog.messages
+    assert message.startswith("model.prompt: where an answer begins, the tokens here (A N ") and "(Ġ" in message
+
+
+def test_a_space_that_the_tokenizer_itself_puts_before_an_answer_is_not_warned_of(caplog):
+    tokenizer = llama_tokenizer(add_bos_token=True, add_eos_token=False)
+    tokenizer.chat_template = INSTRUCT
+    PromptFormat(tokenizer, PromptConfig(style="chat"))
+    assert not caplog.messages
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------------
 
 
