@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from common.config import LoraSettings, ModelConfig
@@ -233,22 +234,46 @@ def _load_adapter(
         )
     continue_adapter = trainable and config.lora is not None
     if continue_adapter:
-        values = {"r": (config.lora.r, saved.get("r")), "alpha": (config.lora.alpha, saved.get("lora_alpha"))}
-        differing = [f"{key}={here} (checkpoint: {there})" for key, (here, there) in values.items() if here != there]
-        if differing:
-            raise UserError(
-                f"model.lora.{', '.join(differing)}: {path} is an adapter that training continues with; use the same "
-                "values, or finetune with model.lora.merge=true to start a new adapter"
-            )
+        keys = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+        values = {key: (getattr(config.lora, key), saved.get(name)) for key, name in keys.items()}
+        _refuse_other_adapter(path, {key: both for key, both in values.items() if both[0] != both[1]})
     _check_base(config, path, resolve_path(base.path))
     model = load_model(base, tokenizer, trainable=False)
+    wanted = _target_layers(model, config.lora.target_modules) if continue_adapter else set()
     with _errors_of_loading(config, "its adapter", *READING_ERRORS):
         model = PeftModel.from_pretrained(model, path, is_trainable=continue_adapter)
     _refuse_tied_targets(model)
     if not continue_adapter:
         return model.merge_and_unload().requires_grad_(trainable)
+    if wanted != {name for name, layer in model.get_base_model().named_modules() if hasattr(layer, "base_layer")}:
+        _refuse_other_adapter(path, {"target_modules": (config.lora.target_modules, saved.get("target_modules"))})
     model.get_base_model().enable_input_require_grads()
     return model
+
+
+def _refuse_other_adapter(path: str, differing: dict[str, tuple[Any, Any]]) -> None:
+    """Refuse to continue an adapter with other settings: key -> value here, value in the checkpoint.
+
+    Raises:
+        UserError: names the keys; if there is any.
+    """
+    if differing:
+        named = ", ".join(f"{key}={here} (checkpoint: {there})" for key, (here, there) in differing.items())
+        raise UserError(
+            f"model.lora.{named}: {path} is an adapter that training continues with; use the same values, or finetune with "
+            "model.lora.merge=true to start a new adapter"
+        )
+
+
+def _target_layers(model: PreTrainedModel, targets: str | list[str]) -> set[str]:
+    """Names of the layers that get an adapter, as peft understands `target_modules`."""
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "weight")}
+    if isinstance(targets, list):
+        return {name for name in layers if any(f".{name}".endswith(f".{target}") for target in targets)}
+    if targets.lower() != "all-linear":
+        return {name for name in layers if re.fullmatch(targets, name)}
+    head = model.get_output_embeddings()
+    return {name for name, layer in layers.items() if isinstance(layer, torch.nn.Linear | Conv1D) and layer is not head}
 
 
 def _check_base(config: ModelConfig, adapter: str, base: str) -> None:

@@ -220,11 +220,29 @@ def test_target_modules_that_are_not_there_name_the_candidates(model):
     [
         (LoraSettings(r=2, alpha=8), "r=2 (checkpoint: 4)"),
         (LoraSettings(r=4, alpha=16), "alpha=16 (checkpoint: 8)"),
+        (LoraSettings(r=4, alpha=8, dropout=0.1), "dropout=0.1 (checkpoint: 0.0)"),
+        (
+            LoraSettings(r=4, alpha=8, target_modules=["q_proj", "v_proj"]),
+            "target_modules=['q_proj', 'v_proj'] (checkpoint: [",
+        ),
     ],
 )
 def test_going_on_with_an_adapter_of_another_shape_is_refused(adapter, tokenizer, lora, named):
     message = error_of(load_model, config(adapter[0], lora=lora), tokenizer, True)
-    assert message.startswith(f"model.lora.{named}: {adapter[0]} is an adapter")
+    assert message.startswith(f"model.lora.{named}") and f": {adapter[0]} is an adapter" in message
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "v_proj"], r".*\.(q|v)_proj", "model.layers.1.mlp.up_proj"]
+)
+def test_an_adapter_is_continued_with_its_own_target_modules_only(targets, checkpoint, tokenizer, tmp_path):
+    lora = LoraSettings(target_modules=targets)
+    load_model(config(checkpoint, lora=lora), tokenizer, trainable=True).save_pretrained(tmp_path / "adapter")
+    load_model(config(tmp_path / "adapter", lora=lora), tokenizer, trainable=True)
+    other = LoraSettings(target_modules=["o_proj"])
+    assert "model.lora.target_modules=['o_proj'] (checkpoint: " in error_of(
+        load_model, config(tmp_path / "adapter", lora=other), tokenizer, True
+    )
 
 
 def record(folder, name, start=None, started_from=None):
