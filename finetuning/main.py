@@ -75,6 +75,8 @@ def train(run: RunFolder, config: RunConfig) -> None:
     if config.evaluation.start:
         with trainer.whole_model() as model:
             evaluator.start(work / "vanilla", run.start, model)
+    if config.evaluation.every_epochs:
+        trainer.evaluate_model, trainer.evaluate_every = evaluator.headline, config.evaluation.every_epochs
     trainer.train_or_resume()
     evaluator.finish(trainer, work, stage="finetuning")
     run.publish()
