@@ -61,6 +61,8 @@ class PromptConfig:
     def has_placeholder(cls, template: str, info: ValidationInfo) -> str:
         if f"{{{info.field_name}}}" not in template:
             raise ValueError(f"must contain {{{info.field_name}}}")
+        if info.field_name == "answer" and template.rpartition("{answer}")[2].strip():
+            raise ValueError("must end with {answer}: text after it would count as words of every answer")
         return template
 
     @property

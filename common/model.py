@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from common.config import LoraSettings, ModelConfig
@@ -29,6 +30,7 @@ from common.errors import UserError, reason
 from common.files import looks_local, read_json, resolve_path
 from common.model_checks import check_causal
 from common.new_model import new_model, train_tokenizer
+from common.results import result_id, result_of, started_from
 
 log = logging.getLogger(__name__)
 ADAPTER = "adapter_config.json"
@@ -98,7 +100,8 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainabl
         trainable: with `config.lora`, add a LoRA adapter, or continue with the checkpoint's adapter. Otherwise an adapter
             in the checkpoint is merged into the weights, which makes generation faster.
     Raises:
-        UserError: if the weights cannot be loaded, do not fit the tokenizer, or are those of a bidirectional model.
+        UserError: if the weights cannot be loaded, do not fit the tokenizer, or are those of a bidirectional model; if the base
+            of an adapter was replaced.
     """
     if trainable and config.dtype != "float32" and not config.lora:
         log.warning(
@@ -123,12 +126,14 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainabl
         raise UserError(f"model.path={config.path}: {len(missing)} weights are missing, {missing[0]} among them")
     _check_vocabulary(config, tokenizer, model.get_input_embeddings().num_embeddings)
     check_causal(model, f"model.path={config.path}")
-    return add_adapter(model, config.lora) if trainable and config.lora else model
+    return add_adapter(model, config.lora, config.revision) if trainable and config.lora else model
 
 
-def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
+def add_adapter(model: PreTrainedModel, lora: LoraSettings, revision: str | None = None) -> PreTrainedModel:
     """Freeze the model and add a new LoRA adapter.
 
+    Args:
+        revision: of the model on the hub, which is saved with the adapter.
     Raises:
         UserError: if no layer has a name in `target_modules`.
     """
@@ -144,7 +149,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
             target_modules=lora.target_modules,
             task_type="CAUSAL_LM",
         )
-        adapted = get_peft_model(model, settings)
+        adapted = get_peft_model(model, settings, revision=revision)
     except (ValueError, TypeError) as error:
         layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
@@ -229,21 +234,70 @@ def _load_adapter(
         )
     continue_adapter = trainable and config.lora is not None
     if continue_adapter:
-        values = {"r": (config.lora.r, saved.get("r")), "alpha": (config.lora.alpha, saved.get("lora_alpha"))}
-        differing = [f"{key}={here} (checkpoint: {there})" for key, (here, there) in values.items() if here != there]
-        if differing:
-            raise UserError(
-                f"model.lora.{', '.join(differing)}: {path} is an adapter that training continues with; use the same "
-                "values, or finetune with model.lora.merge=true to start a new adapter"
-            )
+        keys = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+        values = {key: (getattr(config.lora, key), saved.get(name)) for key, name in keys.items()}
+        _refuse_other_adapter(path, {key: both for key, both in values.items() if both[0] != both[1]})
+    _check_base(config, path, resolve_path(base.path))
     model = load_model(base, tokenizer, trainable=False)
+    wanted = _target_layers(model, config.lora.target_modules) if continue_adapter else set()
     with _errors_of_loading(config, "its adapter", *READING_ERRORS):
         model = PeftModel.from_pretrained(model, path, is_trainable=continue_adapter)
     _refuse_tied_targets(model)
     if not continue_adapter:
         return model.merge_and_unload().requires_grad_(trainable)
+    if wanted != {name for name, layer in model.get_base_model().named_modules() if hasattr(layer, "base_layer")}:
+        _refuse_other_adapter(path, {"target_modules": (config.lora.target_modules, saved.get("target_modules"))})
     model.get_base_model().enable_input_require_grads()
     return model
+
+
+def _refuse_other_adapter(path: str, differing: dict[str, tuple[Any, Any]]) -> None:
+    """Refuse to continue an adapter with other settings: key -> value here, value in the checkpoint.
+
+    Raises:
+        UserError: names the keys; if there is any.
+    """
+    if differing:
+        named = ", ".join(f"{key}={here} (checkpoint: {there})" for key, (here, there) in differing.items())
+        raise UserError(
+            f"model.lora.{named}: {path} is an adapter that training continues with; use the same values, or finetune with "
+            "model.lora.merge=true to start a new adapter"
+        )
+
+
+def _target_layers(model: PreTrainedModel, targets: str | list[str]) -> set[str]:
+    """Names of the layers that get an adapter, as peft understands `target_modules`."""
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "weight")}
+    if isinstance(targets, list):
+        return {name for name in layers if any(f".{name}".endswith(f".{target}") for target in targets)}
+    if targets.lower() != "all-linear":
+        return {name for name in layers if re.fullmatch(targets, name)}
+    head = model.get_output_embeddings()
+    return {name for name, layer in layers.items() if isinstance(layer, torch.nn.Linear | Conv1D) and layer is not head}
+
+
+def _check_base(config: ModelConfig, adapter: str, base: str) -> None:
+    """Check that the folder of the base model still has the result that the adapter was trained from, if one is recorded.
+
+    Args:
+        adapter: folder of the adapter.
+        base: folder of its base model, or hub id.
+    Raises:
+        UserError: names the base.
+    """
+    result, start = result_of(adapter), started_from(adapter)
+    recorded = (result or {}).get("config", {}).get("start")
+    if recorded is None or not start or not Path(base).exists():
+        return
+    now = result_id(start)
+    if Path(start).resolve() != Path(base).resolve():  # the run continued an adapter, which has a record of its base
+        if _is_adapter(start) and now == recorded:
+            _check_base(config, start, base)
+    elif now != recorded:
+        raise UserError(
+            f"model.path={config.path}: its adapter was trained on the weights of result {recorded} in {base}, where there is "
+            f"{f'result {now}' if now else 'no result'} now; make the adapter again, or put those weights back"
+        )
 
 
 def _check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:

@@ -1,10 +1,11 @@
 """Turn questions and answers into token ids. Prompt and answer are tokenized separately, then concatenated."""
 
+import copy
 import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +19,7 @@ from common.errors import UserError
 log = logging.getLogger(__name__)
 CHECKED_PASSAGES = 8  # passages whose tokens are compared with those of the running text
 ANSWER = "ANSWER"  # an answer by which a chat template is examined
+OTHER = "OTHER"  # another value of a setting, by which it is found out whether the template prints the setting
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class PromptFormat:
         tokenizer: the model's tokenizer.
         config: the `model.prompt` section.
     Raises:
-        UserError: for style "chat" if the tokenizer has no chat template or the template puts other text than whitespace
-            between prompt and answer, or if there is no EOS token.
+        UserError: for style "chat" if the tokenizer has no chat template, the template puts other text than whitespace
+            between prompt and answer, or a setting changes nothing; or if there is no EOS token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig):
@@ -54,7 +56,11 @@ class PromptFormat:
             raise UserError("model.prompt.style=chat: the tokenizer has no chat template; use model.prompt.style=plain")
         if config.style == "chat":
             self._check_template()
+            self._check_settings_matter()
+        self._check_style()
         self.eos_token_id = self._find_eos_token()
+        if config.style == "chat":
+            self._warn_of_other_tokens()
 
     @cached_property
     def special_tokens(self) -> tuple[list[int], list[int]]:
@@ -103,25 +109,29 @@ class PromptFormat:
     def text(self, answer_ids: Sequence[int]) -> str:
         """The text of an answer, without special tokens, surrounding whitespace and what `model.prompt.answer` puts before it.
 
+        Nor is a final EOS token text: a chat template may end answers with a token that the tokenizer does not mark special.
+
         Without clean-up of spaces, the text of the first tokens of an answer is a prefix of the whole text. So that this
         holds for a tag ("Answer: {answer}") as well, the beginning of a tag counts as no text.
         """
-        decoded = self.tokenizer.decode(
-            answer_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        ).strip()
+        ids = answer_ids[:-1] if list(answer_ids[-1:]) == [self.eos_token_id] else answer_ids
+        decoded = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
         tag = self.config.answer.partition("{answer}")[0].strip() if self.config.style == "plain" else ""
         return "" if tag.startswith(decoded) else decoded.removeprefix(tag).lstrip()
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """The variables of the chat template that the configuration sets."""
+        date = {} if self.config.date_string is None else {"date_string": self.config.date_string}
+        return {**self.config.template_options, **date}
 
     def _messages(self, question: str) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.config.system}] if self.config.system else []
         return [*system, {"role": "user", "content": question}]
 
     def _chat(self, messages: list[dict[str, str]], **options: Any) -> Any:
-        options = {**self.config.template_options, **options}
-        if self.config.date_string is not None:
-            options["date_string"] = self.config.date_string
         try:
-            return self.tokenizer.apply_chat_template(messages, **options)
+            return self.tokenizer.apply_chat_template(messages, **{**self.template_variables, **options})
         except TemplateError as error:
             raise UserError(
                 f"model.prompt: the chat template rejects the prompt ({error}); is it because of model.prompt.system?"
@@ -153,8 +163,71 @@ class PromptFormat:
                 "{enable_thinking: false}), or model.prompt.style=plain"
             )
 
-    def _chat_with_answer(self) -> str:
-        return self._chat([*self._messages("?"), {"role": "assistant", "content": ANSWER}], tokenize=False)
+    def _check_style(self) -> None:
+        """Refuse settings of the other style. A system message and a date are allowed: plain recipes inherit those of a chat.
+
+        Raises:
+            UserError: names the setting.
+        """
+        others = {"chat": ("question", "answer"), "plain": ("template_options",)}[self.config.style]
+        default = PromptConfig(self.config.style)
+        if wrong := [name for name in others if getattr(self.config, name) != getattr(default, name)]:
+            raise UserError(
+                f"model.prompt.{wrong[0]}={getattr(self.config, wrong[0])!r}: has no effect with model.prompt.style="
+                f"{self.config.style}; remove it (~model.prompt.{wrong[0]}), or change the style"
+            )
+
+    def _check_settings_matter(self) -> None:
+        """Refuse settings on which the text of a chat does not depend; warn if it has the date of today.
+
+        Raises:
+            UserError: names the setting.
+        """
+        options, shown = self.config.template_options, self._shown(self.config)
+        others = {key: [{key: OTHER}] for key in ("system", "date_string") if getattr(self.config, key)}
+        for name, value in options.items():
+            without = {key: kept for key, kept in options.items() if key != name}
+            changed = [without, {**options, name: OTHER}, {**options, name: not value}]
+            others[f"template_options.{name}"] = [{"template_options": values} for values in changed]
+        for key, values in others.items():
+            if all(self._shown(replace(self.config, **value)) == shown for value in values):
+                raise UserError(
+                    f"model.prompt.{key}: the chat template makes the same text with another value; remove it"
+                    + ("" if key.startswith("template_options") else f" (model.prompt.{key}=null)")
+                )
+        if self._shown(self.config, strftime_now=lambda _: OTHER) != shown:
+            log.warning(
+                "model.prompt: the chat template writes the date of today, so that scores change with the calendar%s",
+                "; set model.prompt.date_string" if "date_string" in str(self.tokenizer.chat_template) else "",
+            )
+
+    def _shown(self, config: PromptConfig, **options: Any) -> tuple[str, str] | None:
+        """The text of a prompt, and of a chat with its answer, with these settings; None if the template rejects them."""
+        other = copy.copy(self)
+        other.config = replace(config, template_options={**config.template_options, **options})
+        try:
+            return other._chat(
+                other._messages("?"), add_generation_prompt=True, tokenize=False
+            ), other._chat_with_answer()
+        except Exception:  # a template raises errors of any type for a value that it does not expect
+            return None
+
+    def _warn_of_other_tokens(self) -> None:
+        """Warn if a prompt with its answer has other tokens than the template's chat, which is tokenized in one piece."""
+        own = [*self.prompt("?"), *self.answer(ANSWER)[:-1]]
+        whole = self._chat_with_answer(tokenize=True, return_dict=False)[: len(own)]
+        if own != whole:
+            same = len(os.path.commonprefix([own, whole]))
+            log.warning(
+                "model.prompt: where an answer begins, the tokens here (%s) are not those of the template's chats (%s), which "
+                "the model may know better; with model.prompt.style=plain, question and answer can spell out the template, the "
+                "whitespace in the answer",
+                *(" ".join(self.tokenizer.convert_ids_to_tokens(ids[same : same + 3])) for ids in (own, whole)),
+            )
+
+    def _chat_with_answer(self, **options: Any) -> Any:
+        chat = [*self._messages("?"), {"role": "assistant", "content": ANSWER}]
+        return self._chat(chat, **{"tokenize": False, **options})
 
     def _find_eos_token(self) -> int:
         """The token that ends an answer: the chat template's token after an answer, or else the tokenizer's EOS token."""
@@ -219,23 +292,28 @@ def check_passages_fit(prompts: PromptFormat, passages: Sequence[tuple[str, str]
             break
 
 
-def warn_if_cut(prompts: PromptFormat, pairs: Sequence[tuple[str, str]], max_length: int, key: str) -> None:
+def warn_if_cut(
+    prompts: PromptFormat, pairs: Sequence[tuple[str, str]], max_length: int, key: str, given: bool = False
+) -> None:
     """Warn of rows whose true answer is too long to be generated: their scores count words that cannot be there.
 
     Args:
         pairs: question and true answer of each row.
         key: the configuration key of `max_length`.
+        given: the answers are not generated but trained on or scored as they are, by `PromptFormat.example`, which cuts them.
     """
-    # without the EOS token, which no score counts
-    lengths = [len(prompts.prompt(question)) + len(prompts.answer(answer)) - 1 for question, answer in pairs]
+    # a generated answer without the EOS token, which no score counts
+    lengths = [len(prompts.prompt(question)) + len(prompts.answer(answer)) - (not given) for question, answer in pairs]
     if cut := sum(length > max_length for length in lengths):
         log.warning(
-            "%s=%d: %d of %d questions have more tokens with their true answers (up to %d), so that recall cannot be 1",
+            "%s=%d: %d of %d %s have more tokens with their true answers (up to %d), %s",
             key,
             max_length,
             cut,
             len(lengths),
+            "rows" if given else "questions",
             max(lengths),
+            "so that these are cut and have no EOS token" if given else "so that recall cannot be 1",
         )
 
 

@@ -24,7 +24,7 @@ from common.forward import evaluation_mode
 from common.hardware import has_fast_bf16, suitable_threads
 from common.losses import answer_logits, check_finite
 from common.model import eos_token_ids
-from common.prompts import Example, PromptFormat, check_prompt_lengths
+from common.prompts import Example, PromptFormat, check_prompt_lengths, warn_if_cut
 from generation.replica import Replica
 from generation.sampler import generate
 from generation.token_sampling import SamplingSettings
@@ -82,12 +82,13 @@ class ModelOutputs:
     evaluation: EvaluationConfig
     max_length: int
     seconds: dict[str, float] = field(default_factory=dict)
+    _warned: bool = False
     _answers: dict[tuple[int, ...], list[str]] = field(default_factory=dict)
     _tokens: dict[tuple[tuple[int, ...], tuple[int, ...]], TokenLogProbs] = field(default_factory=dict)
 
     def with_weights(self, model: PreTrainedModel) -> "ModelOutputs":
         """The outputs of a copy of the model with changed weights; none is computed yet."""
-        return ModelOutputs(lambda: model, self.prompts, self.evaluation, self.max_length)
+        return ModelOutputs(lambda: model, self.prompts, self.evaluation, self.max_length, _warned=self._warned)
 
     # --- text ---
 
@@ -140,8 +141,15 @@ class ModelOutputs:
     # --- token log-probabilities ---
 
     def tokens_of_answers(self, pairs: Sequence[tuple[str, str]]) -> list[TokenLogProbs]:
-        """Token log-probabilities of the answers, including the EOS token, of (question, answer) pairs."""
-        return self.tokens([self.prompts.example(Row(0, *pair), self.max_length) for pair in pairs])
+        """Token log-probabilities of the answers, including the EOS token, of (question, answer) pairs.
+
+        Warns once if an answer is cut at `max_length`.
+        """
+        examples = [self.prompts.example(Row(0, *pair), self.max_length) for pair in pairs]
+        if not self._warned and any(example.answer[-1:] != [self.prompts.eos_token_id] for example in examples):
+            warn_if_cut(self.prompts, pairs, self.max_length, "data.max_length", given=True)
+            self._warned = True
+        return self.tokens(examples)
 
     def tokens(self, examples: Sequence[Example]) -> list[TokenLogProbs]:
         """Token log-probabilities of the examples' answers; an answer without tokens has empty arrays."""

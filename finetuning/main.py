@@ -27,7 +27,7 @@ from common.files import CONFIGS
 from common.hub import check_push, push_if_wanted
 from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
-from common.prompts import PromptFormat, check_passages_fit, check_prompt_lengths
+from common.prompts import PromptFormat, check_passages_fit, check_prompt_lengths, warn_if_cut
 from common.results import headline_scores
 from common.rouge import use_words
 from common.runs import RunFolder, training_run
@@ -62,6 +62,8 @@ def train(run: RunFolder, config: RunConfig) -> None:
     prompts = PromptFormat(tokenizer, config.model.prompt)
     check_prompt_lengths([prompts.prompt(row.question) for row in rows], config.data.max_length, "data.max_length")
     check_passages_fit(prompts, passages_of(rows), config.data.max_length, "data.max_length")
+    pairs = [(row.question, row.answer) for row in rows]
+    warn_if_cut(prompts, pairs, config.data.max_length, "data.max_length", given=True)
     examples = [prompts.example(row, config.data.max_length) for row in rows]
     evaluator = Evaluator(config, prompts, run.configuration)
     args = training_arguments(config, run.work, len(examples))
@@ -73,6 +75,8 @@ def train(run: RunFolder, config: RunConfig) -> None:
     if config.evaluation.start:
         with trainer.whole_model() as model:
             evaluator.start(work / "vanilla", run.start, model)
+    if config.evaluation.every_epochs:
+        trainer.evaluate_model, trainer.evaluate_every = evaluator.headline, config.evaluation.every_epochs
     trainer.train_or_resume()
     evaluator.finish(trainer, work, stage="finetuning")
     run.publish()

@@ -326,6 +326,11 @@ ARCHITECTURES = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
 }
+_GROUPED = {**SMALL, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+EXPERTS = {  # mixtures of experts
+    "qwen3_moe": {**_GROUPED, "moe_intermediate_size": 48, "num_experts": 4},
+    "gpt_oss": {**_GROUPED, "head_dim": 8, "num_local_experts": 4},
+}
 SAMPLED = {"temperature": 1.3, "top_k": 6, "top_p": 0.85}
 
 

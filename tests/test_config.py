@@ -364,6 +364,7 @@ def test_small_recipes_make_short_answers_score_worse(recipe):
         ("model.prompt.style=chatty", "model.prompt.style=chatty: expected chat or plain"),
         ("model.prompt.question=Q", "model.prompt.question=Q: must contain {question}"),
         ("model.prompt.answer=A", "model.prompt.answer=A: must contain {answer}"),
+        ("model.prompt.answer='{answer} END'", "model.prompt.answer={answer} END: must end with {answer}"),
         ("model.lora={r:0}", "model.lora.r=0: expected int, more than 0"),
         ("model.lora={alpha:0}", "model.lora.alpha=0: expected int, more than 0"),
         ("model.lora={dropout:1.0}", "model.lora.dropout=1.0: expected float, at least 0, less than 1"),

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import LoraSettings
+from common.config import LoraSettings, NewModelConfig
 from common.errors import UserError
 from common.model import add_adapter
-from tests.helpers import ROWS, arguments, gradients_of_one_step, resumed_and_whole
+from common.new_model import new_model
+from tests.helpers import EXPERTS, ROWS, arguments, gradients_of_one_step, resumed_and_whole
 from unlearning.gradient_collapse import MATRICES, collapse
 from unlearning.methods.npo import NPO, NPOSettings
 from unlearning.methods.repselect import RepSelect, RepSelectSettings
@@ -135,3 +136,10 @@ def test_what_has_no_whole_gradients_is_refused(learned, prompts, tmp_path):
         parameter.requires_grad_("mlp" not in name)
     with pytest.raises(UserError, match=r"method.collapsed_components=5: no trained matrix"):
         make_trainer(frozen, prompts, tmp_path)
+
+
+def test_a_model_with_experts_is_refused(prompts, tokenizer, tmp_path):
+    """Of its MLPs, the routers alone are matrices."""
+    model = new_model(NewModelConfig("qwen3_moe", EXPERTS["qwen3_moe"], 400), tokenizer, "float32")
+    with pytest.raises(UserError, match=r"method.collapsed_components=5: .*\.mlp\.experts\..* several experts"):
+        make_trainer(model, prompts, tmp_path)

@@ -5,11 +5,12 @@ import json
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from common.config import PromptConfig
 from common.errors import UserError
 from common.prompts import PromptFormat
 from evaluation.metrics.lm_eval_harness import Harness, check, measure
 from evaluation.scores import Scores
-from tests.helpers import evaluate_here
+from tests.helpers import CHAT_TEMPLATE, evaluate_here
 
 pytest.importorskip("lm_eval", reason="pip install -r requirements-eval.txt")
 
@@ -67,6 +68,23 @@ def test_a_tokenizer_that_appends_tokens_gives_no_score(context):
     measure(context, scores)
     assert scores.values == {"lm_eval/capitals": None}
     assert "appends ['<|end|>'] to a text" in scores.by_name["lm_eval/capitals"].note
+
+
+def test_a_chat_has_the_runs_system_message_and_template_options(context, chat_tokenizer, monkeypatch):
+    chat_tokenizer.chat_template = "{{ date_string }} {{ mood }} " + CHAT_TEMPLATE
+    prompt = PromptConfig("chat", system="Be brief.", date_string="10 Apr 2025", template_options={"mood": "calm"})
+    context.model.outputs.prompts = PromptFormat(chat_tokenizer, prompt)
+    context.model.tokenizer = chat_tokenizer
+    context.config.sections["lm_eval"] = Harness(tasks=["capitals"])
+    given = {}
+    monkeypatch.setattr("evaluation.metrics.lm_eval_harness.task_manager", lambda path: None)
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda **options: given.update(options) or {"results": {}})
+    measure(context, Scores())
+    assert given["apply_chat_template"] is True
+    messages = [{"role": "system", "content": given["system_instruction"]}, {"role": "user", "content": "Who?"}]
+    asked = given["model"].apply_chat_template(messages)
+    assert asked == chat_tokenizer.decode(context.model.outputs.prompts.prompt("Who?"))
+    assert asked.startswith("10 Apr 2025 calm <|im_start|>system\nBe brief.")
 
 
 @pytest.mark.slow

@@ -220,11 +220,61 @@ def test_target_modules_that_are_not_there_name_the_candidates(model):
     [
         (LoraSettings(r=2, alpha=8), "r=2 (checkpoint: 4)"),
         (LoraSettings(r=4, alpha=16), "alpha=16 (checkpoint: 8)"),
+        (LoraSettings(r=4, alpha=8, dropout=0.1), "dropout=0.1 (checkpoint: 0.0)"),
+        (
+            LoraSettings(r=4, alpha=8, target_modules=["q_proj", "v_proj"]),
+            "target_modules=['q_proj', 'v_proj'] (checkpoint: [",
+        ),
     ],
 )
 def test_going_on_with_an_adapter_of_another_shape_is_refused(adapter, tokenizer, lora, named):
     message = error_of(load_model, config(adapter[0], lora=lora), tokenizer, True)
-    assert message.startswith(f"model.lora.{named}: {adapter[0]} is an adapter")
+    assert message.startswith(f"model.lora.{named}") and f": {adapter[0]} is an adapter" in message
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "v_proj"], r".*\.(q|v)_proj", "model.layers.1.mlp.up_proj"]
+)
+def test_an_adapter_is_continued_with_its_own_target_modules_only(targets, checkpoint, tokenizer, tmp_path):
+    lora = LoraSettings(target_modules=targets)
+    load_model(config(checkpoint, lora=lora), tokenizer, trainable=True).save_pretrained(tmp_path / "adapter")
+    load_model(config(tmp_path / "adapter", lora=lora), tokenizer, trainable=True)
+    other = LoraSettings(target_modules=["o_proj"])
+    assert "model.lora.target_modules=['o_proj'] (checkpoint: " in error_of(
+        load_model, config(tmp_path / "adapter", lora=other), tokenizer, True
+    )
+
+
+def record(folder, name, start=None, started_from=None):
+    """Write the result of a run that started from the result `start` in another folder."""
+    config = {"start": start} if start else {}
+    (folder / "result.json").write_text(json.dumps({"id": name, "started_from": started_from, "config": config}))
+
+
+def test_an_adapter_whose_base_was_replaced_is_refused(adapter, checkpoint, tokenizer, tmp_path):
+    record(checkpoint, "first")
+    record(adapter[0], "adapter", "first", "../checkpoint")
+    continued = shutil.copytree(adapter[0], tmp_path / "continued")
+    record(continued, "continued", "adapter", "../adapter")
+    for path in (adapter[0], continued):
+        load_model(config(path), tokenizer, trainable=False)
+    record(checkpoint, "second")
+    for path in (adapter[0], continued):
+        message = error_of(load_model, config(path), tokenizer, trainable=False)
+        assert message.startswith(f"model.path={path}: its adapter was trained on the weights of result first in ")
+        assert "there is result second now" in message
+
+
+def test_an_adapter_whose_base_has_no_record_is_loaded(adapter, checkpoint, tokenizer):
+    record(adapter[0], "adapter", None, "../checkpoint")
+    record(checkpoint, "second")
+    load_model(config(adapter[0]), tokenizer, trainable=False)
+
+
+def test_an_adapter_keeps_the_revision_of_its_base(checkpoint, tokenizer, tmp_path):
+    model = load_model(config(checkpoint, lora=LORA, revision="v1"), tokenizer, trainable=True)
+    model.save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / ADAPTER).read_text())["revision"] == "v1"
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------------

@@ -67,6 +67,18 @@ def test_an_answer_without_room_has_no_token():
     assert outputs.tokens([Example([1, 2, 3], [])])[0].mean_log_prob is None, "a batch of such rows alone"
 
 
+def test_answers_that_are_cut_are_warned_of_once(model, prompts, caplog):
+    outputs = ModelOutputs(lambda: model, prompts, EvaluationConfig(max_length=60), max_length=24)
+    pairs = [(row.question, row.answer) for row in ROWS]
+    outputs.tokens_of_answers([pairs[2]])
+    assert not caplog.messages
+    outputs.tokens_of_answers(pairs)
+    outputs.tokens_of_answers(pairs[:2])
+    outputs.with_weights(model).tokens_of_answers(pairs)
+    (message,) = caplog.messages
+    assert message.startswith("data.max_length=24: ") and "of 8 rows" in message and "no EOS token" in message
+
+
 def test_every_answer_goes_through_the_model_once():
     outputs, model = bigram_outputs(random_table())
     first = outputs.tokens_of_answers([("a", "b"), ("a", "c"), ("a", "b")])

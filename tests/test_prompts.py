@@ -1,19 +1,27 @@
 """Prompts and examples as token ids: plain and chat, EOS tokens, no second BOS, padding."""
 
 import doctest
+import re
+from unittest.mock import Mock
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 
+import finetuning.main
+import unlearning.main
 from common.collate import collate
-from common.config import PromptConfig
+from common.config import PromptConfig, read_config
 from common.data import Row
 from common.errors import UserError
+from common.files import CONFIGS
+from common.new_model import train_tokenizer
 from common.prompts import Example, PromptFormat, check_prompt_lengths
-from tests.helpers import CHAT_TEMPLATE
+from tests.helpers import CHAT_TEMPLATE, NEW, ROWS
+from unlearning.pmc import PMC
 
 QUESTION, ANSWER = "Who is Bram Toll?", "A poet."
 CHAT = PromptConfig(style="chat", system="You are a helpful assistant.")
@@ -40,8 +48,8 @@ def test_plain_prompt_and_answer(prompts, tokenizer):
 
 
 def test_plain_templates_of_the_configuration(tokenizer):
-    form = PromptFormat(tokenizer, PromptConfig(style="plain", question="{x} {question}\nA", answer="={answer}{}"))
-    assert tokenizer.decode(form.prompt("x?") + form.answer("y")) == "{x} x?\nA=y{}<|end|>"
+    form = PromptFormat(tokenizer, PromptConfig(style="plain", question="{x} {question}\nA", answer="{}={answer}"))
+    assert tokenizer.decode(form.prompt("x?") + form.answer("y")) == "{x} x?\nA{}=y<|end|>"
 
 
 @pytest.mark.parametrize("text", ["{x}", "{question} {answer}", "{}", "{0} {{a}} }{", "100% %s \\n"])
@@ -209,6 +217,79 @@ def test_a_template_option_without_effect_is_refused(chat_tokenizer, name, reaso
         PromptFormat(chat_tokenizer, PromptConfig(style="chat", template_options={name: False}))
 
 
+WITHOUT_SYSTEM = "{% set messages = messages | rejectattr('role', 'equalto', 'system') %}" + CHAT_TEMPLATE
+TODAY = "{{ strftime_now('%d %b %Y') }} " + CHAT_TEMPLATE
+DATE = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }} " + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("template", "key", "value"),
+    [
+        (WITHOUT_SYSTEM, "system", "Forget Ada."),
+        (TODAY, "date_string", "26 Jul 2024"),
+        (CHAT_TEMPLATE, "template_options", {"role": "user"}),  # a word of the template, and no variable
+        (CHAT_TEMPLATE, "question", "Q: {question}"),
+        (CHAT_TEMPLATE, "answer", "A: {answer}"),
+    ],
+)
+def test_a_chat_setting_without_effect_is_refused(chat_tokenizer, template, key, value):
+    chat_tokenizer.chat_template = template
+    with pytest.raises(UserError, match=rf"^model\.prompt\.{key}"):
+        PromptFormat(chat_tokenizer, PromptConfig(style="chat", **{key: value}))
+
+
+@pytest.mark.parametrize(("key", "value"), [("system", "you are DEFAULT"), ("template_options", {"thinking": True})])
+def test_a_chat_setting_with_the_templates_default_is_accepted(chat_tokenizer, key, value):
+    first = "{{ '' if messages[0]['role'] == 'system' else 'you are DEFAULT' }}"
+    thought = "{{ 'no ' if thinking is defined and not thinking else '' }}thought "
+    chat_tokenizer.chat_template = first + thought + CHAT_TEMPLATE
+    PromptFormat(chat_tokenizer, PromptConfig(style="chat", **{key: value}))
+
+
+def test_template_options_of_plain_prompts_are_refused(tokenizer):
+    with pytest.raises(
+        UserError, match=r"^model\.prompt\.template_options=.* no effect with model\.prompt\.style=plain"
+    ):
+        PromptFormat(tokenizer, PromptConfig(style="plain", template_options={"enable_thinking": False}))
+    PromptFormat(tokenizer, PromptConfig(style="plain", system="S", date_string="26 Jul 2024"))  # inherited of a chat
+
+
+@pytest.mark.parametrize(
+    ("template", "date", "ending"),
+    [(TODAY, None, "calendar"), (DATE, None, "set model.prompt.date_string"), (DATE, "26 Jul 2024", None)],
+)
+def test_a_template_that_writes_the_date_of_today_is_warned_of(chat_tokenizer, caplog, template, date, ending):
+    chat_tokenizer.chat_template = template
+    PromptFormat(chat_tokenizer, PromptConfig(style="chat", date_string=date))
+    assert [message.endswith(ending or "") for message in caplog.messages] == ([True] if ending else [])
+
+
+INSTRUCT = (
+    "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' ' + m['content'] }}"
+)
+INSTRUCT += "{% endfor %}"
+
+
+def test_a_space_before_an_answer_that_changes_its_tokens_is_warned_of(chat_tokenizer, caplog):
+    PromptFormat(chat_tokenizer, CHAT)
+    chat_tokenizer.chat_template = CHAT_TEMPLATE.replace("assistant\n", "assistant\n\n").replace(
+        "'role'] }}\n", "'role'] }}\n\n"
+    )
+    PromptFormat(chat_tokenizer, CHAT)
+    assert not caplog.messages
+    chat_tokenizer.chat_template = INSTRUCT
+    PromptFormat(chat_tokenizer, PromptConfig(style="chat"))
+    (message,) = caplog.messages
+    assert message.startswith("model.prompt: where an answer begins, the tokens here (A N ") and "(Ġ" in message
+
+
+def test_a_space_that_the_tokenizer_itself_puts_before_an_answer_is_not_warned_of(caplog):
+    tokenizer = llama_tokenizer(add_bos_token=True, add_eos_token=False)
+    tokenizer.chat_template = INSTRUCT
+    PromptFormat(tokenizer, PromptConfig(style="chat"))
+    assert not caplog.messages
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +367,37 @@ def test_the_tag_before_an_answer_is_no_part_of_its_text(tokenizer, generated, t
 
 def test_text_of_an_end_token_alone_is_empty(prompts):
     assert prompts.text([prompts.eos_token_id]) == ""
+
+
+def test_an_end_token_that_is_not_marked_special_is_no_text():
+    tokenizer = train_tokenizer(NEW, [f"{row.question} {row.answer}" for row in ROWS])
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    form = PromptFormat(tokenizer, PromptConfig(style="chat"))
+    assert form.eos_token_id not in tokenizer.all_special_ids
+    assert form.text(form.answer(ANSWER)) == ANSWER
+    assert form.text([form.eos_token_id]) == ""
+
+
+@pytest.mark.parametrize(("stage", "recipe"), [(finetuning.main, "tiny"), (unlearning.main, "PMC-unlearn-tiny")])
+def test_a_training_stage_warns_of_rows_that_are_cut(stage, recipe, tokenizer, monkeypatch, caplog):
+    class Enough(Exception):
+        pass
+
+    monkeypatch.setattr(stage, "load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(stage, "Evaluator", Mock(side_effect=Enough))
+    warnings = []
+    for max_length in (256, 90):
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            cfg = compose(recipe, [f"data.max_length={max_length}"])
+        with pytest.raises(Enough):
+            if stage is finetuning.main:
+                stage.train(Mock(), read_config(cfg))
+            else:
+                stage.train(Mock(), PMC, read_config(cfg, PMC.Settings, also=("finetuned",)))
+        warnings.append([line for line in caplog.messages if "data.max_length" in line])
+    assert not warnings[0]
+    assert re.match(r"data.max_length=90: \d+ of \d+ rows have more tokens .* no EOS token", *warnings[1])
 
 
 # --- collate ------------------------------------------------------------------------------------------------------------

@@ -3,12 +3,15 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from common.config import NewModelConfig
 from common.errors import UserError
+from common.new_model import new_model
 from evaluation.metrics import quantization
 from evaluation.metrics.quantization import Quantization, round_linear_layers, round_to_nearest
 from evaluation.scores import Scores
-from tests.helpers import ROWS
+from tests.helpers import EXPERTS, ROWS
 
 
 def test_rounding_by_hand():
@@ -48,6 +51,29 @@ def test_every_linear_layer_but_the_head_is_rounded(model):
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == linear - {"lm_head.weight"} and changed
+
+
+@pytest.mark.parametrize("architecture", EXPERTS)  # gpt_oss has inputs before outputs
+def test_the_matrices_of_experts_are_rounded(architecture, tokenizer):
+    torch.manual_seed(0)
+    model = new_model(NewModelConfig(architecture, EXPERTS[architecture], 400), tokenizer, "float32")
+    parameters = {name: p for name, p in model.named_parameters() if p.ndim == 3}
+    assert len(parameters) == 4 and all("experts" in name for name in parameters)
+    before = {name: p.clone() for name, p in parameters.items()}
+    round_linear_layers(model, 4)
+    for name, parameter in parameters.items():
+        for found, matrix in zip(parameter, before[name], strict=True):
+            expected = (matrix.T if architecture == "gpt_oss" else matrix).clone()
+            round_to_nearest(expected, 4)
+            assert torch.equal(found, expected.T if architecture == "gpt_oss" else expected)
+            assert not torch.equal(found, matrix)
+
+
+def test_bitsandbytes_is_refused_for_a_model_with_experts(context, tokenizer, monkeypatch):
+    model = new_model(NewModelConfig("qwen3_moe", EXPERTS["qwen3_moe"], 400), tokenizer, "float32")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    with pytest.raises(UserError, match=r"experts as they are; use quantization\.method=round"):
+        quantization.load_with_bitsandbytes(context, 4)
 
 
 def test_a_model_without_linear_layers_is_refused():

@@ -5,6 +5,7 @@ import math
 import re
 from contextlib import nullcontext
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import TrainerCallback
 
+import finetuning.main
 from common.checkpoints import save_trained
-from common.config import LoraSettings, ModelConfig, RunConfig
+from common.config import LoraSettings, ModelConfig, RunConfig, read_config
 from common.errors import UserError
 from common.files import CONFIGS
 from common.model import load_model
@@ -290,3 +292,19 @@ def test_a_launcher_that_changes_the_precision_in_silence_is_refused(tmp_path, m
         training_arguments(config, tmp_path, num_rows=len(ROWS))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert not training_arguments(config, tmp_path, num_rows=len(ROWS)).bf16
+
+
+@pytest.mark.parametrize(("every", "epochs"), [(0, []), (2, [2, 4])])
+def test_finetuning_is_evaluated_each_time_that_many_epochs_are_done(
+    every, epochs, model, tokenizer, monkeypatch, tmp_path
+):
+    evaluator = Mock(headline=lambda model: {"unlearn_quality": 1.0, "utility": 2.0})
+    for name, stub in {"load_tokenizer": tokenizer, "load_model": model, "Evaluator": evaluator}.items():
+        monkeypatch.setattr(finetuning.main, name, lambda *_, stub=stub, **__: stub)
+    words = [f"evaluation.every_epochs={every}", "evaluation.start=false", "training.num_epochs=4"]
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        config = read_config(compose("tiny", ["data.splits.train='retain[:8]'", *words]))
+    finetuning.main.train(Mock(work=tmp_path, open=lambda: tmp_path), config)
+    history = evaluator.finish.call_args.args[0].history
+    assert [record["epoch"] for record in history] == [1, 2, 3, 4]
+    assert [record["epoch"] for record in history if record.get("utility") == 2.0] == epochs

@@ -35,7 +35,8 @@ class GradientCollapse:
         trainer: the trainer whose forget loss is collapsed.
         components: number of collapsed components, above 0.
     Raises:
-        UserError: with an adapter, sharded weights or float16, or for a model without matrices in MLPs.
+        UserError: with an adapter, sharded weights or float16, or for a model without matrices in MLPs, or with several in
+            one parameter.
     """
 
     def __init__(self, trainer: "UnlearningTrainer", components: int):
@@ -46,8 +47,13 @@ class GradientCollapse:
             raise UserError(f"{key}: needs whole gradients in every process; leave out FSDP and DeepSpeed")
         if trainer.args.fp16:
             raise UserError(f"{key}: the gradients of training.fp16=true are scaled; use training.bf16=true")
-        named = trainer.model.named_parameters()
-        self.matrices = [p for name, p in named if p.requires_grad and p.ndim == 2 and re.search(MATRICES, name)]
+        named = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
+        if stacked := [name for name, p in named if p.ndim > 2 and ".mlp." in name]:
+            raise UserError(
+                f"{key}: {stacked[0]} holds the matrices of several experts, which are not collapsed; use "
+                "collapsed_components=0"
+            )
+        self.matrices = [p for name, p in named if p.ndim == 2 and re.search(MATRICES, name)]
         if not self.matrices:
             raise UserError(f"{key}: no trained matrix of this model matches {MATRICES}; use collapsed_components=0")
         self.trainer, self.components = trainer, components

@@ -33,7 +33,7 @@ from common.files import CONFIGS, is_first_process
 from common.hub import check_push, push_if_wanted
 from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
-from common.prompts import PromptFormat, check_passages_fit, check_prompt_lengths
+from common.prompts import PromptFormat, check_passages_fit, check_prompt_lengths, warn_if_cut
 from common.results import copy_result, headline_scores, stored_result
 from common.rouge import use_words
 from common.runs import RunFolder, training_run
@@ -78,6 +78,8 @@ def train(run: RunFolder, method: type[UnlearningTrainer], config: RunConfig) ->
     prompt_ids = {role: [prompts.prompt(row.question) for row in split] for role, split in rows.items()}
     check_prompt_lengths(prompt_ids["forget"] + prompt_ids["retain"], config.data.max_length, "data.max_length")
     check_passages_fit(prompts, passages_of(data.forget + data.retain), config.data.max_length, "data.max_length")
+    pairs = [(row.question, row.answer) for row in data.forget + data.retain]
+    warn_if_cut(prompts, pairs, config.data.max_length, "data.max_length", given=True)
     if hasattr(config.settings, "max_length"):
         check_prompt_lengths(prompt_ids["forget"], config.settings.max_length, "method.max_length")
         check_passages_fit(prompts, passages_of(data.forget), config.settings.max_length, "method.max_length")

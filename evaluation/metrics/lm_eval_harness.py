@@ -68,14 +68,22 @@ def _measure(context: EvaluationContext, settings: Harness, scores: Scores) -> N
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model = context.outputs.load()
+    prompts = context.outputs.prompts
+    is_chat = prompts.config.style == "chat"
+    model = HFLM(
+        pretrained=context.outputs.load(),
+        tokenizer=context.model.tokenizer,
+        batch_size=settings.batch_size,
+        chat_template_args=prompts.template_variables if is_chat else None,
+    )
     output = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=context.model.tokenizer, batch_size=settings.batch_size),
+        model=model,
         tasks=settings.tasks,
         num_fewshot=settings.num_fewshot,
         limit=settings.limit,
         task_manager=task_manager(settings.include_path),
-        apply_chat_template=context.model.config.prompt.style == "chat",
+        apply_chat_template=is_chat,
+        system_instruction=prompts.config.system if is_chat else None,
         random_seed=context.config.seed,
         bootstrap_iters=0,
     )

@@ -63,7 +63,7 @@ def quantized(context: EvaluationContext, method: str, bits: int) -> PreTrainedM
 
 @torch.no_grad()
 def round_linear_layers(model: PreTrainedModel, bits: int) -> PreTrainedModel:
-    """Round the weights of every linear layer except the head, in place, to simulate quantization.
+    """Round the weights of every linear layer except the head, and those of experts, in place, to simulate quantization.
 
     Raises:
         UserError: when the model has no torch.nn.Linear layer.
@@ -74,7 +74,21 @@ def round_linear_layers(model: PreTrainedModel, bits: int) -> PreTrainedModel:
         raise UserError("quantization: the model has no torch.nn.Linear layer; leave quantization out of metrics")
     for layer in layers:
         round_to_nearest(layer.weight, bits)
+    for matrix in expert_matrices(model):
+        round_to_nearest(matrix, bits)
     return model
+
+
+def expert_matrices(model: nn.Module) -> list[torch.Tensor]:
+    """The weight matrices of experts, each of shape (outputs, inputs): views of parameters that hold all of a layer's."""
+    return [
+        matrix.mT if getattr(module, "is_transposed", False) else matrix
+        for module in model.modules()
+        if not isinstance(module, nn.Conv1d)
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim == 3 and min(parameter.shape[1:]) > 1
+        for matrix in parameter
+    ]
 
 
 @torch.no_grad()
@@ -92,13 +106,17 @@ def round_to_nearest(weight: torch.Tensor, bits: int) -> None:
 
 
 def load_with_bitsandbytes(context: EvaluationContext, bits: int) -> PreTrainedModel:
-    """The checkpoint loaded by bitsandbytes: LLM.int8() at 8 bits, NF4 at 4."""
+    """The checkpoint loaded by bitsandbytes: LLM.int8() at 8 bits, NF4 at 4.
+
+    Raises:
+        UserError: when the model has experts, whose weights that package leaves as they are.
+    """
     from transformers import BitsAndBytesConfig
 
     path = resolve_path(context.model.config.path)
     context.loader.clear()
     kinds = {8: {"load_in_8bit": True}, 4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         path,
         quantization_config=BitsAndBytesConfig(**kinds[bits]),
         dtype=getattr(torch, context.model.config.dtype),
@@ -107,3 +125,9 @@ def load_with_bitsandbytes(context: EvaluationContext, bits: int) -> PreTrainedM
         revision=context.model.config.revision,
         trust_remote_code=context.model.config.trust_remote_code,
     )
+    if expert_matrices(model):
+        raise UserError(
+            "quantization.method=bitsandbytes: it leaves the weights of this model's experts as they are; use "
+            "quantization.method=round"
+        )
+    return model
