@@ -101,7 +101,10 @@ class Run:
                 "data": without_seeds(evaluation_inputs(values)),
                 "training": {} if evaluated_only else values.get("training", {}),
             }
-        flat = {key: value for key, value in flattened(values) if key not in NOT_SETTINGS}
+        flat = dict(flattened(values))
+        if "training.num_train_epochs" in flat:  # the one that is used; the recipes set it to num_epochs
+            flat["training.num_epochs"] = flat["training.num_train_epochs"]
+        flat = {key: value for key, value in flat.items() if key not in NOT_SETTINGS}
         return {key: without_seeds(value) for key, value in flat.items()}
 
     def files(self, name: str) -> list[dict]:

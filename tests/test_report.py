@@ -135,6 +135,16 @@ def test_finetuned_models_with_other_settings_are_rows_of_their_own(tmp_path):
     assert summary(groups) == []
 
 
+def test_the_epochs_of_a_setting_are_those_that_were_trained(tmp_path):
+    for seed, epochs in ((0, 25), (1, 1)):
+        folder = make_run(tmp_path, seed, 90.0, 90.0, num_samples=2)
+        stored = json.loads((folder / "result.json").read_text())
+        stored["config"]["training"] = {"num_epochs": 25, "num_train_epochs": epochs}
+        write_json(folder / "result.json", stored)
+    groups = [group for group in grouped(read_runs([tmp_path])) if not group.reference]
+    assert [group.varied for group in groups] == [{"training.num_epochs": 25}, {"training.num_epochs": 1}]
+
+
 def test_a_setting_that_only_data_or_training_has_keeps_runs_apart(tmp_path):
     for seed, length in ((0, 256), (1, 128)):
         folder = make_run(tmp_path, seed, 90.0, 90.0, num_samples=2)
