@@ -28,18 +28,20 @@ from common.cli import check_recipe, job_errors, launch
 from common.command import this_command
 from common.errors import UserError, naming
 from common.files import CONFIGS, is_first_process, resolve_checkpoint, resolve_path, write_text
-from common.results import headline_scores, result_id, result_of, started_from, write_result
+from common.results import headline_scores, result_id, result_of, write_result
 from common.rouge import use_words
 from common.runs import RunFolder, comparable_config, run_folder, with_portable_paths
-from evaluation.context import EvaluationContext, Loader
+from evaluation.context import EvaluationContext, Loader, model_before
 from evaluation.inputs import fill_from_run, named_models, overrides_for, read_evaluation
 from evaluation.metrics.registry import check_inputs, chosen_groups, measure_groups
 from evaluation.plots import plot_relearning, relearning_curves
 from evaluation.report import report_sweep
-from evaluation.tables import headline_table, score_table
+from evaluation.scores import Missing
+from evaluation.tables import as_text, headline_table, score_table
 from generation.sampler import use_engine
 
 log = logging.getLogger(__name__)
+NEED_BASE_MODEL = {"privacy", "side_effects", "fluency", "depth"}  # groups that compare to the model before unlearning
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Path]:
@@ -67,7 +69,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Path]:
 def show_report(folder: Path, folders: dict[str, Path], table: Callable[[dict[str, dict]], str]) -> None:
     """Write a table of the models' scores to report.md, and print it. If there are relearning curves, they are drawn."""
     results = {name: result_of(of_model) for name, of_model in folders.items()}
-    shown, picture = table(results), ""
+    shown, picture = table(results) + different_bases(results), ""
     folder.mkdir(parents=True, exist_ok=True)
     if curves := relearning_curves(results):
         plot_relearning(curves, folder / "relearning.png")
@@ -77,6 +79,17 @@ def show_report(folder: Path, folders: dict[str, Path], table: Callable[[dict[st
     for name, of_model in folders.items():
         print(f"Result of {name}: {of_model / 'result.json'}")
     print(f"Report: {folder / 'report.md'}")
+
+
+def different_bases(results: dict[str, dict]) -> str:
+    """A line that names the model before unlearning of each model, if they are not the same and scores depend on it."""
+    compared = {name: result["config"]["compared_to"] for name, result in results.items()}
+    bases = {name: others.get("base_model", {}).get("path") for name, others in compared.items()}
+    groups = {score.partition("/")[0] for result in results.values() for score in result["scores"]}
+    if len(set(bases.values())) == 1 or groups.isdisjoint(NEED_BASE_MODEL):
+        return ""
+    named = "; ".join(f"{as_text(name)}: {as_text(base or 'not known')}" for name, base in bases.items())
+    return f"\n\nThe models are compared to different models before unlearning (base_model.path): {named}."
 
 
 class Job:
@@ -108,8 +121,12 @@ class Job:
         for name in others:
             with naming(name):
                 self.context.open_other(name)
-        if start := started_from(self.path):
-            others.setdefault("base_model", start)
+        if "base_model" not in others:
+            try:
+                if start := model_before(self.path):
+                    others["base_model"] = start
+            except Missing as missing:
+                self.context.unknown["base_model"] = str(missing)
         self.identity = comparable_config(cfg, made_by.get("id"))
         self.identity["compared_to"] = {
             name: with_portable_paths({"path": other, "id": result_id(other)}, self.config.models_dir)

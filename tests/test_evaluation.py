@@ -10,8 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from common.files import ROOT, write_json_lines
+from evaluation.context import model_before
+from evaluation.main import different_bases
 from evaluation.metrics.registry import METRIC_GROUPS, chosen_groups
 from evaluation.run_report import examples
+from evaluation.scores import Missing
 from evaluation.tables import headline_table, score_table
 from tests.helpers import docs_generator, evaluate_here, run_in_processes
 
@@ -214,6 +217,52 @@ def test_a_broken_model_is_named_before_the_others_are_measured(models_dir, chec
     (tmp_path / "broken" / "result.json").write_text((checkpoints["vanilla"] / "result.json").read_text())
     with pytest.raises(UserError, match="broken: not a checkpoint"):
         evaluate_here(models_dir, f"models=[{checkpoints['vanilla']},{tmp_path}/broken]")
+
+
+# --- the model before unlearning -------------------------------------------------------------------------------------
+
+
+def made_from(folder, start=None, recorded=None, **config):
+    """A run's folder with a result that records what it started from; returns the folder."""
+    folder.mkdir()
+    config = config | ({"start": recorded} if recorded else {})
+    result = {"id": folder.name, "started_from": start and f"../{start}", "config": config, "scores": {}}
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_the_model_before_unlearning_is_the_first_one_that_was_not_unlearned(tmp_path):
+    vanilla = made_from(tmp_path / "vanilla")
+    finetuned = made_from(tmp_path / "finetuned", "vanilla", "vanilla")
+    pmc = made_from(tmp_path / "pmc", "finetuned", "finetuned", method={})
+    undo = made_from(tmp_path / "undo", "pmc", "pmc", method={})
+    assert model_before(vanilla) is None
+    assert model_before(finetuned) == str(vanilla)
+    assert model_before(pmc) == model_before(undo) == str(finetuned)
+    assert model_before(made_from(tmp_path / "gone", "deleted", "an id", method={})) == "../deleted"
+
+
+def test_a_model_that_was_replaced_is_not_taken_for_the_one_before_unlearning(tmp_path, context):
+    made_from(tmp_path / "other", method={})
+    pmc = made_from(tmp_path / "pmc", "other", "finetuned", method={})
+    undo = made_from(tmp_path / "undo", "pmc", "pmc", method={})
+    for folder in (pmc, undo):
+        with pytest.raises(Missing, match=r"/other was trained again or replaced since .*/pmc was .*base_model\.path"):
+            model_before(folder)
+    context.unknown["base_model"] = "it was replaced"
+    with pytest.raises(Missing, match="it was replaced"):
+        context.find_base_model()
+
+
+def test_a_report_names_the_models_before_unlearning_where_they_differ():
+    def result(base, score="fluency/refusals"):
+        compared = {"base_model": {"path": base, "id": "x"}} if base else {}
+        return {"scores": {score: 0.5}, "config": {"compared_to": compared}}
+
+    assert different_bases({"one": result("a"), "two": result("a")}) == ""
+    assert different_bases({"one": result("a", "utility"), "two": result("b", "utility")}) == ""
+    shown = different_bases({"one": result("a"), "two": result("b"), "three": result(None)})
+    assert shown.endswith("(base_model.path): one: a; two: b; three: not known.")
 
 
 def average(one, other, folder):
