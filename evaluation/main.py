@@ -32,7 +32,7 @@ from common.results import headline_scores, result_id, result_of, write_result
 from common.rouge import use_words
 from common.runs import RunFolder, comparable_config, run_folder, with_portable_paths
 from evaluation.context import EvaluationContext, Loader, model_before
-from evaluation.inputs import fill_from_run, named_models, overrides_for, read_evaluation
+from evaluation.inputs import check_retain_model, fill_from_run, named_models, overrides_for, read_evaluation
 from evaluation.metrics.registry import check_inputs, chosen_groups, measure_groups
 from evaluation.plots import plot_relearning, relearning_curves
 from evaluation.report import report_sweep
@@ -121,6 +121,8 @@ class Job:
         for name in others:
             with naming(name):
                 self.context.open_other(name)
+        if "retain_model" in others:
+            check_retain_model(self.config, others["retain_model"])
         if "base_model" not in others:
             try:
                 if start := model_before(self.path):

@@ -3,7 +3,9 @@
 import inspect
 import json
 import shutil
+from dataclasses import asdict, replace
 from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -11,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from common.errors import UserError
 from common.files import ROOT, write_json_lines
 from evaluation.context import model_before
+from evaluation.inputs import check_retain_model
 from evaluation.main import different_bases
-from evaluation.metrics.registry import METRIC_GROUPS, chosen_groups
+from evaluation.metrics.registry import METRIC_GROUPS, check_inputs, chosen_groups
 from evaluation.run_report import examples
 from evaluation.scores import Missing
 from evaluation.tables import headline_table, score_table
@@ -263,6 +266,55 @@ def test_a_report_names_the_models_before_unlearning_where_they_differ():
     assert different_bases({"one": result("a", "utility"), "two": result("b", "utility")}) == ""
     shown = different_bases({"one": result("a"), "two": result("b"), "three": result(None)})
     assert shown.endswith("(base_model.path): one: a; two: b; three: not known.")
+
+
+# --- the retain-only model --------------------------------------------------------------------------------------------
+
+
+def finetuned_on(context, train, **config):
+    """The retain-only model's folder, with a result that records the rows it was finetuned on."""
+    data = asdict(context.config.data)
+    recorded = {"model": {"prompt": {"style": "plain"}}, "data": data | {"splits": {"train": train}}, **config}
+    folder = Path(context.others["retain_model"])
+    (folder / "result.json").write_text(json.dumps({"id": "retain", "scores": {}, "config": recorded}))
+    return str(folder)
+
+
+def test_a_retain_only_model_that_saw_the_forget_rows_is_refused(context, caplog):
+    check_retain_model(context.config, context.others["retain_model"])  # nothing is known of it
+    check_retain_model(context.config, finetuned_on(context, "kept"))
+    assert not caplog.messages
+    with pytest.raises(
+        UserError, match=r"^retain_model\.path=.*/retain: was finetuned on 4 of the 4 rows of data.splits.f"
+    ):
+        check_retain_model(context.config, finetuned_on(context, "kept + gone"))
+    check_retain_model(context.config, finetuned_on(context, "gone[1:2] + kept"))
+    assert "was finetuned on 1 of the 4 rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("train", "config", "message"),
+    [
+        ("kept", {"method": {}}, "is an unlearned model"),
+        (
+            "kept",
+            {"model": {"prompt": {"style": "plain", "question": "Q {question}"}}},
+            "(question='Q {question}'), but",
+        ),
+        ("deleted", {}, "cannot be read: data.splits.train=deleted"),
+    ],
+)
+def test_a_retain_only_model_that_was_made_in_another_way_is_warned_of(context, caplog, train, config, message):
+    check_retain_model(context.config, finetuned_on(context, train, **config))
+    (warning,) = caplog.messages
+    assert warning.startswith(f"retain_model.path={context.others['retain_model']}: ") and message in warning
+
+
+def test_holdout_rows_that_the_model_was_trained_on_are_refused(context):
+    for role, split in (("forget", "gone"), ("retain", "kept")):
+        data = replace(context.config.data, splits=context.config.data.splits | {"holdout": split})
+        with pytest.raises(UserError, match=rf"data\.splits\.holdout: all 4 rows are also in data\.splits\.{role}"):
+            check_inputs(replace(context.config, data=data), ["headline", "privacy"])
 
 
 def average(one, other, folder):
