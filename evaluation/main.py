@@ -19,23 +19,26 @@ if __name__ == "__main__":
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
 from common.cli import check_recipe, job_errors, launch
 from common.command import this_command
+from common.config import problem_list
 from common.errors import UserError, naming
 from common.files import CONFIGS, is_first_process, resolve_checkpoint, resolve_path, write_text
-from common.results import headline_scores, result_id, result_of, write_result
+from common.results import evaluation_inputs, headline_scores, result_id, result_of, write_result
 from common.rouge import use_words
-from common.runs import RunFolder, comparable_config, run_folder, with_portable_paths
+from common.runs import RunFolder, comparable_config, flattened, run_folder, with_portable_paths
 from evaluation.context import EvaluationContext, Loader, model_before
 from evaluation.inputs import check_retain_model, fill_from_run, named_models, overrides_for, read_evaluation
-from evaluation.metrics.registry import check_inputs, chosen_groups, measure_groups
+from evaluation.metrics.registry import METRIC_GROUPS, check_inputs, chosen_groups, measure_groups
 from evaluation.plots import plot_relearning, relearning_curves
 from evaluation.report import report_sweep
+from evaluation.run_records import shown_value
 from evaluation.scores import Missing
 from evaluation.tables import as_text, headline_table, score_table
 from generation.sampler import use_engine
@@ -53,8 +56,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Path]:
     loader = Loader()
     # All inputs are checked before the first model is measured.
     jobs = {name: Job(cfg, path, loader) for name, path in named_models(cfg).items()}
-    if len(words := {job.config.data.words for job in jobs.values()}) > 1:
-        raise UserError(f"data.words: the models were made with {' and '.join(sorted(words))}; give one of them")
+    check_same_inputs({name: job.identity for name, job in jobs.items()}, next(iter(jobs.values())).groups)
     folders = {}
     for number, (name, job) in enumerate(jobs.items(), 1):
         log.info("model %d of %d: %s", number, len(jobs), name)
@@ -64,6 +66,31 @@ def evaluate(cfg: DictConfig) -> dict[str, Path]:
         table = headline_table if job.groups == ["headline"] else score_table
         show_report(run_folder("evaluated", job.config) if cfg.models else job.folder, folders, table)
     return folders
+
+
+def check_same_inputs(identities: dict[str, dict[str, Any]], groups: Sequence[str]) -> None:
+    """Check that one table would have scores of the same data, measured in the same way. Another prompt is warned of.
+
+    Args:
+        identities: name of the model -> configuration of its evaluation.
+        groups: the metric groups; splits that none of them reads may differ.
+    Raises:
+        UserError: names each key with its values.
+    """
+    read = {f"data.splits.{role}" for name in groups for role in METRIC_GROUPS[name].roles}
+    inputs = {name: dict(flattened(evaluation_inputs(identity))) for name, identity in identities.items()}
+    problems = []
+    for key in sorted({key for of_model in inputs.values() for key in of_model}):
+        values = {name: shown_value(of_model.get(key)) for name, of_model in inputs.items()}
+        if len(set(values.values())) == 1 or (key.startswith("data.splits.") and key not in read):
+            continue
+        shown = ", ".join(f"{value} of {name}" for name, value in values.items())
+        if key.startswith("model.prompt"):
+            log.warning("%s: the models are asked in different ways (%s)", key, shown)
+        else:
+            problems.append(f"{key}: the models were made with different values ({shown}); give one in the command")
+    if problems:
+        raise UserError(problem_list(problems))
 
 
 def show_report(folder: Path, folders: dict[str, Path], table: Callable[[dict[str, dict]], str]) -> None:

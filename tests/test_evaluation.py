@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.files import ROOT, write_json_lines
 from evaluation.context import model_before
 from evaluation.inputs import check_retain_model
-from evaluation.main import different_bases
+from evaluation.main import check_same_inputs, different_bases
 from evaluation.metrics.registry import METRIC_GROUPS, check_inputs, chosen_groups
 from evaluation.run_report import examples
 from evaluation.scores import Missing
@@ -220,6 +220,36 @@ def test_a_broken_model_is_named_before_the_others_are_measured(models_dir, chec
     (tmp_path / "broken" / "result.json").write_text((checkpoints["vanilla"] / "result.json").read_text())
     with pytest.raises(UserError, match="broken: not a checkpoint"):
         evaluate_here(models_dir, f"models=[{checkpoints['vanilla']},{tmp_path}/broken]")
+
+
+def test_models_that_were_made_with_other_inputs_are_not_one_table(caplog):
+    def identity(forget="forget", length=200, holdout="holdout", question="{question}"):
+        return {
+            "model": {"prompt": {"style": "plain", "question": question}},
+            "data": {"path": "./data/tiny", "splits": {"forget": forget, "holdout": holdout}},
+            "evaluation": {"max_length": length, "full_eval": False, "bf16": "auto"},
+        }
+
+    check_same_inputs({"a": identity(), "b": identity(holdout="other")}, ["headline"])
+    assert not caplog.messages
+    check_same_inputs({"a": identity(), "b": identity(question="Q {question}")}, ["headline"])
+    assert (
+        "model.prompt.question: the models are asked in different ways ({question} of a, Q {question} of b)"
+        in caplog.text
+    )
+    with pytest.raises(UserError) as caught:
+        check_same_inputs({"a": identity(), "b": identity("forget[:5]", 40, "other")}, ["headline", "privacy"])
+    assert [line.strip() for line in str(caught.value).splitlines()] == [
+        "3 problems:",
+        *(
+            f"- {key}: the models were made with different values ({values}); give one in the command"
+            for key, values in (
+                ("data.splits.forget", "forget of a, forget[:5] of b"),
+                ("data.splits.holdout", "holdout of a, other of b"),
+                ("evaluation.max_length", "200 of a, 40 of b"),
+            )
+        ),
+    ]
 
 
 # --- the model before unlearning -------------------------------------------------------------------------------------
