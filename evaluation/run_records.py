@@ -536,6 +536,20 @@ def differing_inputs(configs: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
     return {key: found for key, of_key in values.items() if len(found := list(dict.fromkeys(of_key))) > 1}
 
 
+def _other_inputs(config: dict[str, Any], runs: Sequence[Run]) -> list[str]:
+    """The inputs of an evaluation that differ from those of all runs, with both values, where both are known."""
+    here = dict(flattened(evaluation_inputs(config)))
+    found = []
+    for run in runs:
+        there = dict(flattened(evaluation_inputs(run.config)))
+        both = {key: (here[key], there[key]) for key in here if here[key] is not None and there.get(key) is not None}
+        shown = {key: [shown_value(without_seeds(value)) for value in values] for key, values in both.items()}
+        found = [f"{key} ({ours}, not {theirs})" for key, (ours, theirs) in shown.items() if ours != theirs]
+        if not found:
+            break
+    return found
+
+
 def notices(groups: Sequence[Group]) -> list[str]:
     """What a reader must know to compare the scores: runs that do not count, and evaluations with different settings."""
     found = [
@@ -560,6 +574,12 @@ def notices(groups: Sequence[Group]) -> list[str]:
             found.append(
                 f"{place(run.folder)}: its evaluations do not agree on {', '.join(texts[:3])}{more}; the newest ones count. "
                 "They differ in a seed, a data type or another setting."
+            )
+    methods = [run for run in runs if not run.reference]
+    for group in groups:
+        if group.reference and (keys := _other_inputs(group.runs[0].config, methods)):
+            found.append(
+                f"{group.label} was evaluated with another {', '.join(keys)}: do not compare its scores with the others."
             )
     values: dict[str, set[str]] = {}
     for run in runs:

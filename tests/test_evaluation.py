@@ -252,6 +252,23 @@ def test_models_that_were_made_with_other_inputs_are_not_one_table(caplog):
     ]
 
 
+def test_the_stage_checks_that_models_fit_each_other(context, tmp_path):
+    for name, forget in (("model", "gone"), ("retain", "gone[:2]")):
+        config = context.config
+        data = asdict(config.data) | {"splits": {"train": "kept + gone", "retain": "kept", "forget": forget}}
+        config = {
+            "model": {"prompt": asdict(config.model.prompt)},
+            "data": data,
+            "evaluation": asdict(config.evaluation),
+        }
+        (tmp_path / name / "result.json").write_text(json.dumps({"id": name, "config": config}))
+    model, retain = f"{tmp_path}/model", f"{tmp_path}/retain"
+    with pytest.raises(UserError, match=r"data\.splits\.forget: .* \(gone of a, gone\[:2\] of b\)"):
+        evaluate_here(tmp_path, f"models={{a:{model},b:{retain}}}")
+    with pytest.raises(UserError, match=r"retain_model\.path=.*: was finetuned on 4 of the 4 rows"):
+        evaluate_here(tmp_path, f"model.path={model}", f"retain_model.path={retain}")
+
+
 # --- the model before unlearning -------------------------------------------------------------------------------------
 
 

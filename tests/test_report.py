@@ -414,6 +414,18 @@ def test_runs_on_other_data_or_from_other_models_are_not_ranked(models):
     assert summary(groups)[0].startswith("These runs cannot be ranked")
 
 
+def test_a_reference_that_was_evaluated_on_other_rows_is_named(tmp_path):
+    folder = make_run(tmp_path, 0, 92.0, 99.0)
+    assert notices(grouped(read_runs([tmp_path]))) == []
+    stored = json.loads((folder / "finetuned" / "result.json").read_text())
+    stored["config"]["data"]["splits"] = {"forget": "forget[:5]", "holdout": "holdout"}
+    write_json(folder / "finetuned" / "result.json", stored)
+    assert notices(grouped(read_runs([tmp_path]))) == [
+        "finetuned was evaluated with another data.splits.forget (forget[:5], not forget): do not compare its scores with the "
+        "others."
+    ]
+
+
 def test_columns_of_two_sections_keep_their_full_names(tmp_path):
     folders = [make_run(tmp_path, 0, 90.0, 99.0, num_samples=number) for number in (2, 5)]
     for folder, value in zip(folders, (False, True), strict=True):
