@@ -550,6 +550,22 @@ def _other_inputs(config: dict[str, Any], runs: Sequence[Run]) -> list[str]:
     return found
 
 
+def _made_with(runs: Sequence[Run]) -> list[str]:
+    """What differs between the programs and machines that made the results, with all known values."""
+    values: dict[str, dict[str, None]] = {}
+    for result in [result for run in runs for result in (run.result, *run.evaluations.values())]:
+        versions = result.get("versions") or {}
+        known = {
+            "device": result.get("device"),
+            "git_commit": re.sub(r"^(\w{12})\w*", r"\1", result.get("git_commit") or ""),
+        }
+        known |= {name: versions.get(name) for name in ("torch", "transformers")}
+        for key, value in known.items():
+            if value:
+                values.setdefault(key, {})[str(value)] = None
+    return [f"{key} ({', '.join(of_key)})" for key, of_key in values.items() if len(of_key) > 1]
+
+
 def notices(groups: Sequence[Group]) -> list[str]:
     """What a reader must know to compare the scores: runs that do not count, and evaluations with different settings."""
     found = [
@@ -575,6 +591,8 @@ def notices(groups: Sequence[Group]) -> list[str]:
                 f"{place(run.folder)}: its evaluations do not agree on {', '.join(texts[:3])}{more}; the newest ones count. "
                 "They differ in a seed, a data type or another setting."
             )
+    if differing := _made_with(runs):
+        found.append(f"The results were made with different {'; '.join(differing)}.")
     methods = [run for run in runs if not run.reference]
     for group in groups:
         if group.reference and (keys := _other_inputs(group.runs[0].config, methods)):

@@ -426,6 +426,16 @@ def test_a_reference_that_was_evaluated_on_other_rows_is_named(tmp_path):
     ]
 
 
+def test_results_of_other_machines_and_versions_are_named(tmp_path):
+    for seed, made in enumerate(
+        [{"device": "H100", "git_commit": "0123456789abcdef-dirty"}, {"versions": {}, "git_commit": None}, {}]
+    ):
+        path = make_run(tmp_path, seed, 92.0, 99.0) / "result.json"
+        write_json(path, json.loads(path.read_text()) | made)
+    (notice,) = notices(grouped(read_runs([tmp_path])))
+    assert notice == "The results were made with different device (cpu, H100); git_commit (abc, 0123456789ab-dirty)."
+
+
 def test_columns_of_two_sections_keep_their_full_names(tmp_path):
     folders = [make_run(tmp_path, 0, 90.0, 99.0, num_samples=number) for number in (2, 5)]
     for folder, value in zip(folders, (False, True), strict=True):
