@@ -77,7 +77,7 @@ def overrides_for(path: str, config: RunConfig) -> list[str]:
 
 DEFAULTS = {  # of null keys, where no run made the checkpoint, or one of an older version
     "data": {"words": "latin", "max_length": fields_of(DataConfig)["max_length"].default},
-    "evaluation": {"max_length": fields_of(EvaluationConfig)["max_length"].default, "bf16": "auto"},
+    "evaluation": {"max_length": fields_of(EvaluationConfig)["max_length"].default, "full_eval": False, "bf16": "auto"},
 }
 
 

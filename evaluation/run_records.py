@@ -288,12 +288,18 @@ def _add_evaluation(path: Path, result: dict, runs: dict[str, Run]) -> None:
         runs[str(path)] = Run(path, _name_of_model(model), result, status)
     elif run is None:
         runs[made_by or model] = Run(path, _name_of_model(model), result, reference=True)
-    elif evaluation_inputs(result["config"]) != evaluation_inputs(run.config):
-        keys = ", ".join(differing_inputs([result["config"], run.config]))
-        status = f"left out: evaluated with another value of {keys} than its run {run.folder.name}"
-        runs[str(path)] = Run(path, run.name, result, status)
+    elif why := not_of_run(result, run):
+        runs[str(path)] = Run(path, run.name, result, f"left out: {why}")
     elif path not in run.evaluations:
         run.evaluations[path] = result
+
+
+def not_of_run(result: dict[str, Any], run: Run) -> str | None:
+    """Why an evaluation of the run's model says nothing of the run; None if it has the run's data and other inputs."""
+    if evaluation_inputs(result["config"]) == evaluation_inputs(run.config):
+        return None
+    keys = ", ".join(differing_inputs([result["config"], run.config]))
+    return f"evaluated with another value of {keys} than its run {run.folder.name}"
 
 
 def _is_in(folder: Path, result: str) -> bool:

@@ -639,6 +639,16 @@ def test_evaluation_keeps_what_the_command_names():
     assert config.data.path == "locuslab/TOFU"
 
 
+def test_evaluation_scores_the_retain_rows_that_the_run_scored():
+    for made_by, expected in ((None, False), ({}, False), ({"full_eval": True}, True)):
+        cfg = compose("evaluate", ["model=phi", "data=tofu", "model.path=models/some/run"])
+        fill_from_run(cfg, made_by if made_by is None else MADE_BY | {"evaluation": made_by})
+        assert read_evaluation(cfg).evaluation.full_eval is expected
+    cfg = compose("evaluate", ["model.path=models/some/run", "evaluation.full_eval=false"])
+    fill_from_run(cfg, MADE_BY | {"evaluation": {"full_eval": True}})
+    assert read_evaluation(cfg).evaluation.full_eval is False
+
+
 def test_evaluation_of_a_checkpoint_without_result_needs_prompt_and_data():
     cfg = compose("evaluate", ["model.path=elsewhere"])
     with pytest.raises(
