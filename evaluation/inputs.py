@@ -84,7 +84,8 @@ DEFAULTS = {  # of null keys, where no run made the checkpoint, or one of an old
 def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
     """Set null keys of `model`, `data` and `evaluation`, in place, to the values of the run that made the checkpoint.
 
-    If `data.path` is null, splits and columns of the command are added to those of that run.
+    If `data.path` is null, splits and columns of the command are added to those of that run. So are single keys of
+    `model.prompt`, unless they name another style or belong to a model that the command chose (model=phi).
 
     Args:
         made_by: configuration of that run; None if the checkpoint has no result.json of a run.
@@ -99,6 +100,11 @@ def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
             for key in ("windows", "hub_configurations"):
                 if cfg.data.get(key) is None and made_by["data"].get(key) is not None:
                     cfg.data[key] = made_by["data"][key]
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    if made_by and cfg.model.get("prompt") is not None and choices.get("model", "from_run") == "from_run":
+        recorded = made_by["model"]["prompt"]
+        if cfg.model.prompt.get("style", recorded["style"]) == recorded["style"]:
+            cfg.model.prompt = {**recorded, **cfg.model.prompt}
     with open_dict(cfg):
         for name, defaults in DEFAULTS.items():
             for key, default in defaults.items():

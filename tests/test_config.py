@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import hydra
 import pytest
@@ -637,6 +638,30 @@ def test_evaluation_keeps_what_the_command_names():
     config = read("evaluate", "model=phi", "data=tofu", "model.path=models/some/run")
     assert (config.model.path, config.model.prompt.style) == ("models/some/run", "plain")
     assert config.data.path == "locuslab/TOFU"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("++model.prompt.answer=' A {answer}'", ("Q {question}", " A {answer}")),
+        ("model.prompt={style:plain,answer:' A {answer}'}", ("Q {question}", " A {answer}")),
+        ("model.prompt={style:chat}", (PromptConfig("chat").question, PromptConfig("chat").answer)),
+    ],
+)
+def test_single_keys_of_a_prompt_are_added_to_those_of_the_run(override, expected):
+    made_by = MADE_BY | {"model": {"prompt": {"style": "plain", "question": "Q {question}", "answer": "{answer}"}}}
+    cfg = compose("evaluate", ["model.path=models/some/run", override])
+    fill_from_run(cfg, made_by)
+    prompt = read_evaluation(cfg).model.prompt
+    assert (prompt.question, prompt.answer) == expected
+
+
+def test_the_prompt_of_a_model_that_the_command_chose_is_its_own(monkeypatch):
+    cfg = compose("evaluate", ["model=gemma3", "data=tofu", "model.path=models/some/run"])
+    chosen = SimpleNamespace(runtime=SimpleNamespace(choices={"model": "gemma3"}))
+    monkeypatch.setattr("evaluation.inputs.HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: chosen))
+    fill_from_run(cfg, MADE_BY | {"model": {"prompt": {"style": "chat", "date_string": "10 Apr 2025"}}})
+    assert read_evaluation(cfg).model.prompt == PromptConfig("chat", system="You are a helpful assistant.")
 
 
 def test_evaluation_scores_the_retain_rows_that_the_run_scored():
