@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -14,6 +15,7 @@ from common.files import resolve_path
 from common.model import has_tokenizer, load_model, load_tokenizer
 from common.model_checks import check_positions
 from common.prompts import PromptFormat
+from common.results import result_id, result_of, started_from
 from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Missing
 
@@ -88,12 +90,14 @@ class EvaluationContext:
         model: the evaluated model.
         others: name -> path of the models that it is compared to: `retain_model`, finetuned without the forget set, and
             `base_model`, the model before unlearning.
+        unknown: name -> why the path of one of these models is not known.
     """
 
     config: RunConfig
     loader: Loader
     model: EvaluatedModel
     others: dict[str, str]
+    unknown: dict[str, str] = field(default_factory=dict)
     _rows: dict[str, list[Row]] = field(default_factory=dict)
 
     @property
@@ -122,7 +126,7 @@ class EvaluationContext:
     def find_base_model(self) -> EvaluatedModel:
         """The model before unlearning; raises Missing when it is unknown or cannot be loaded."""
         if "base_model" not in self.others:
-            raise Missing("the model before unlearning is not known (base_model.path)")
+            raise Missing(self.unknown.get("base_model", "the model before unlearning is not known (base_model.path)"))
         try:
             return self.open_other("base_model")
         except UserError as error:  # the path is not in the command: it was read from a result.json
@@ -138,3 +142,24 @@ class EvaluationContext:
         if not has_tokenizer(resolve_path(path)):
             of_files["tokenizer"] = own.tokenizer or own.path
         return self.loader.open(self.config, replace(own, path=path, **of_files))
+
+
+def model_before(path: str) -> str | None:
+    """The checkpoint that the model was trained from, as a path or a hub id; None if it is not recorded.
+
+    If that one was itself unlearned, it is the first one before it that was not.
+
+    Raises:
+        Missing: when a folder on the way has another result than at the time of that training.
+    """
+    while start := started_from(path):
+        recorded = result_of(path)["config"].get("start")
+        if recorded and Path(start).exists() and result_id(start) != recorded:
+            raise Missing(
+                f"{start} was trained again or replaced since {path} was trained from it; base_model.path names the model "
+                "before unlearning"
+            )
+        if "method" not in (result_of(start) or {}).get("config", {}):
+            break
+        path = start
+    return start

@@ -1,13 +1,31 @@
 """The inputs of an evaluation: the models, their configuration, and the models that they are compared to."""
 
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from common.config import DataConfig, EvaluationConfig, RunConfig, fields_of, read_config, section
+from common.config import (
+    DataConfig,
+    EvaluationConfig,
+    PromptConfig,
+    RunConfig,
+    fields_of,
+    read_config,
+    read_section,
+    section,
+)
+from common.data import load_split
 from common.errors import UserError
+from common.files import resolve_path
+from common.results import result_of
 from common.runs import with_portable_paths
 from evaluation.metrics.registry import SETTINGS
+
+log = logging.getLogger(__name__)
 
 
 @section
@@ -59,14 +77,15 @@ def overrides_for(path: str, config: RunConfig) -> list[str]:
 
 DEFAULTS = {  # of null keys, where no run made the checkpoint, or one of an older version
     "data": {"words": "latin", "max_length": fields_of(DataConfig)["max_length"].default},
-    "evaluation": {"max_length": fields_of(EvaluationConfig)["max_length"].default, "bf16": "auto"},
+    "evaluation": {"max_length": fields_of(EvaluationConfig)["max_length"].default, "full_eval": False, "bf16": "auto"},
 }
 
 
 def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
     """Set null keys of `model`, `data` and `evaluation`, in place, to the values of the run that made the checkpoint.
 
-    If `data.path` is null, splits and columns of the command are added to those of that run.
+    If `data.path` is null, splits and columns of the command are added to those of that run. So are single keys of
+    `model.prompt`, unless they name another style or belong to a model that the command chose (model=phi).
 
     Args:
         made_by: configuration of that run; None if the checkpoint has no result.json of a run.
@@ -81,6 +100,11 @@ def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
             for key in ("windows", "hub_configurations"):
                 if cfg.data.get(key) is None and made_by["data"].get(key) is not None:
                     cfg.data[key] = made_by["data"][key]
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    if made_by and cfg.model.get("prompt") is not None and choices.get("model", "from_run") == "from_run":
+        recorded = made_by["model"]["prompt"]
+        if cfg.model.prompt.get("style", recorded["style"]) == recorded["style"]:
+            cfg.model.prompt = {**recorded, **cfg.model.prompt}
     with open_dict(cfg):
         for name, defaults in DEFAULTS.items():
             for key, default in defaults.items():
@@ -96,3 +120,43 @@ def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
         with open_dict(cfg):
             for key in empty:
                 cfg[name][key] = made_by[name][key]
+
+
+def check_retain_model(config: RunConfig, path: str) -> None:
+    """Warn of a retain-only model that was trained in another way than an evaluation of it assumes, if its run is known.
+
+    Args:
+        path: folder or hub id of that model.
+    Raises:
+        UserError: if it was finetuned on all forget rows.
+    """
+    made_by = (result_of(path) or {}).get("config")
+    if made_by is None:
+        return
+    key = f"retain_model.path={path}"
+    if "method" in made_by:
+        log.warning("%s: is an unlearned model; expected one that was finetuned without the forget rows", key)
+        return
+    prompt = asdict(PromptConfig(style="plain")) | made_by["model"]["prompt"]
+    if differing := [
+        f"{name}={prompt[name]!r}" for name, ours in asdict(config.model.prompt).items() if prompt[name] != ours
+    ]:
+        log.warning(
+            "%s: was finetuned with another model.prompt (%s), but is asked in this one's", key, ", ".join(differing)
+        )
+    made_from = made_by["data"]
+    here = made_from["path"] == config.data.path or Path(resolve_path(made_from["path"])).is_dir()
+    if made_from["splits"].get("train") is None or not here:  # not recorded, or to be downloaded
+        return
+    try:
+        trained = load_split(read_section("data", DataConfig, made_from), "train")
+    except UserError as error:
+        log.warning("%s: the rows that it was finetuned on cannot be read: %s", key, error)
+        return
+    seen, forget = {(row.question, row.answer) for row in trained}, load_split(config.data, "forget")
+    shared = sum((row.question, row.answer) in seen for row in forget)
+    message = f"{key}: was finetuned on {shared} of the {len(forget)} rows of data.splits.forget={config.data.splits['forget']}"
+    if shared == len(forget):
+        raise UserError(f"{message}; name a model that never saw them, or null")
+    if shared:
+        log.warning("%s", message)

@@ -19,27 +19,32 @@ if __name__ == "__main__":
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
 from common.cli import check_recipe, job_errors, launch
 from common.command import this_command
+from common.config import problem_list
 from common.errors import UserError, naming
 from common.files import CONFIGS, is_first_process, resolve_checkpoint, resolve_path, write_text
-from common.results import headline_scores, result_id, result_of, started_from, write_result
+from common.results import evaluation_inputs, headline_scores, result_id, result_of, write_result
 from common.rouge import use_words
-from common.runs import RunFolder, comparable_config, run_folder, with_portable_paths
-from evaluation.context import EvaluationContext, Loader
-from evaluation.inputs import fill_from_run, named_models, overrides_for, read_evaluation
-from evaluation.metrics.registry import check_inputs, chosen_groups, measure_groups
+from common.runs import RunFolder, comparable_config, flattened, run_folder, with_portable_paths
+from evaluation.context import EvaluationContext, Loader, model_before
+from evaluation.inputs import check_retain_model, fill_from_run, named_models, overrides_for, read_evaluation
+from evaluation.metrics.registry import METRIC_GROUPS, check_inputs, chosen_groups, measure_groups
 from evaluation.plots import plot_relearning, relearning_curves
 from evaluation.report import report_sweep
-from evaluation.tables import headline_table, score_table
+from evaluation.run_records import shown_value
+from evaluation.scores import Missing
+from evaluation.tables import as_text, headline_table, score_table
 from generation.sampler import use_engine
 
 log = logging.getLogger(__name__)
+NEED_BASE_MODEL = {"privacy", "side_effects", "fluency", "depth"}  # groups that compare to the model before unlearning
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Path]:
@@ -51,8 +56,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Path]:
     loader = Loader()
     # All inputs are checked before the first model is measured.
     jobs = {name: Job(cfg, path, loader) for name, path in named_models(cfg).items()}
-    if len(words := {job.config.data.words for job in jobs.values()}) > 1:
-        raise UserError(f"data.words: the models were made with {' and '.join(sorted(words))}; give one of them")
+    check_same_inputs({name: job.identity for name, job in jobs.items()}, next(iter(jobs.values())).groups)
     folders = {}
     for number, (name, job) in enumerate(jobs.items(), 1):
         log.info("model %d of %d: %s", number, len(jobs), name)
@@ -64,10 +68,35 @@ def evaluate(cfg: DictConfig) -> dict[str, Path]:
     return folders
 
 
+def check_same_inputs(identities: dict[str, dict[str, Any]], groups: Sequence[str]) -> None:
+    """Check that one table would have scores of the same data, measured in the same way. Another prompt is warned of.
+
+    Args:
+        identities: name of the model -> configuration of its evaluation.
+        groups: the metric groups; splits that none of them reads may differ.
+    Raises:
+        UserError: names each key with its values.
+    """
+    read = {f"data.splits.{role}" for name in groups for role in METRIC_GROUPS[name].roles}
+    inputs = {name: dict(flattened(evaluation_inputs(identity))) for name, identity in identities.items()}
+    problems = []
+    for key in sorted({key for of_model in inputs.values() for key in of_model}):
+        values = {name: shown_value(of_model.get(key)) for name, of_model in inputs.items()}
+        if len(set(values.values())) == 1 or (key.startswith("data.splits.") and key not in read):
+            continue
+        shown = ", ".join(f"{value} of {name}" for name, value in values.items())
+        if key.startswith("model.prompt"):
+            log.warning("%s: the models are asked in different ways (%s)", key, shown)
+        else:
+            problems.append(f"{key}: the models were made with different values ({shown}); give one in the command")
+    if problems:
+        raise UserError(problem_list(problems))
+
+
 def show_report(folder: Path, folders: dict[str, Path], table: Callable[[dict[str, dict]], str]) -> None:
     """Write a table of the models' scores to report.md, and print it. If there are relearning curves, they are drawn."""
     results = {name: result_of(of_model) for name, of_model in folders.items()}
-    shown, picture = table(results), ""
+    shown, picture = table(results) + different_bases(results), ""
     folder.mkdir(parents=True, exist_ok=True)
     if curves := relearning_curves(results):
         plot_relearning(curves, folder / "relearning.png")
@@ -77,6 +106,17 @@ def show_report(folder: Path, folders: dict[str, Path], table: Callable[[dict[st
     for name, of_model in folders.items():
         print(f"Result of {name}: {of_model / 'result.json'}")
     print(f"Report: {folder / 'report.md'}")
+
+
+def different_bases(results: dict[str, dict]) -> str:
+    """A line that names the model before unlearning of each model, if they are not the same and scores depend on it."""
+    compared = {name: result["config"]["compared_to"] for name, result in results.items()}
+    bases = {name: others.get("base_model", {}).get("path") for name, others in compared.items()}
+    groups = {score.partition("/")[0] for result in results.values() for score in result["scores"]}
+    if len(set(bases.values())) == 1 or groups.isdisjoint(NEED_BASE_MODEL):
+        return ""
+    named = "; ".join(f"{as_text(name)}: {as_text(base or 'not known')}" for name, base in bases.items())
+    return f"\n\nThe models are compared to different models before unlearning (base_model.path): {named}."
 
 
 class Job:
@@ -108,8 +148,14 @@ class Job:
         for name in others:
             with naming(name):
                 self.context.open_other(name)
-        if start := started_from(self.path):
-            others.setdefault("base_model", start)
+        if "retain_model" in others:
+            check_retain_model(self.config, others["retain_model"])
+        if "base_model" not in others:
+            try:
+                if start := model_before(self.path):
+                    others["base_model"] = start
+            except Missing as missing:
+                self.context.unknown["base_model"] = str(missing)
         self.identity = comparable_config(cfg, made_by.get("id"))
         self.identity["compared_to"] = {
             name: with_portable_paths({"path": other, "id": result_id(other)}, self.config.models_dir)

@@ -101,7 +101,10 @@ class Run:
                 "data": without_seeds(evaluation_inputs(values)),
                 "training": {} if evaluated_only else values.get("training", {}),
             }
-        flat = {key: value for key, value in flattened(values) if key not in NOT_SETTINGS}
+        flat = dict(flattened(values))
+        if "training.num_train_epochs" in flat:  # the one that is used; the recipes set it to num_epochs
+            flat["training.num_epochs"] = flat["training.num_train_epochs"]
+        flat = {key: value for key, value in flat.items() if key not in NOT_SETTINGS}
         return {key: without_seeds(value) for key, value in flat.items()}
 
     def files(self, name: str) -> list[dict]:
@@ -285,12 +288,18 @@ def _add_evaluation(path: Path, result: dict, runs: dict[str, Run]) -> None:
         runs[str(path)] = Run(path, _name_of_model(model), result, status)
     elif run is None:
         runs[made_by or model] = Run(path, _name_of_model(model), result, reference=True)
-    elif evaluation_inputs(result["config"]) != evaluation_inputs(run.config):
-        keys = ", ".join(differing_inputs([result["config"], run.config]))
-        status = f"left out: evaluated with another value of {keys} than its run {run.folder.name}"
-        runs[str(path)] = Run(path, run.name, result, status)
+    elif why := not_of_run(result, run):
+        runs[str(path)] = Run(path, run.name, result, f"left out: {why}")
     elif path not in run.evaluations:
         run.evaluations[path] = result
+
+
+def not_of_run(result: dict[str, Any], run: Run) -> str | None:
+    """Why an evaluation of the run's model says nothing of the run; None if it has the run's data and other inputs."""
+    if evaluation_inputs(result["config"]) == evaluation_inputs(run.config):
+        return None
+    keys = ", ".join(differing_inputs([result["config"], run.config]))
+    return f"evaluated with another value of {keys} than its run {run.folder.name}"
 
 
 def _is_in(folder: Path, result: str) -> bool:
@@ -533,6 +542,36 @@ def differing_inputs(configs: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
     return {key: found for key, of_key in values.items() if len(found := list(dict.fromkeys(of_key))) > 1}
 
 
+def _other_inputs(config: dict[str, Any], runs: Sequence[Run]) -> list[str]:
+    """The inputs of an evaluation that differ from those of all runs, with both values, where both are known."""
+    here = dict(flattened(evaluation_inputs(config)))
+    found = []
+    for run in runs:
+        there = dict(flattened(evaluation_inputs(run.config)))
+        both = {key: (here[key], there[key]) for key in here if here[key] is not None and there.get(key) is not None}
+        shown = {key: [shown_value(without_seeds(value)) for value in values] for key, values in both.items()}
+        found = [f"{key} ({ours}, not {theirs})" for key, (ours, theirs) in shown.items() if ours != theirs]
+        if not found:
+            break
+    return found
+
+
+def _made_with(runs: Sequence[Run]) -> list[str]:
+    """What differs between the programs and machines that made the results, with all known values."""
+    values: dict[str, dict[str, None]] = {}
+    for result in [result for run in runs for result in (run.result, *run.evaluations.values())]:
+        versions = result.get("versions") or {}
+        known = {
+            "device": result.get("device"),
+            "git_commit": re.sub(r"^(\w{12})\w*", r"\1", result.get("git_commit") or ""),
+        }
+        known |= {name: versions.get(name) for name in ("torch", "transformers")}
+        for key, value in known.items():
+            if value:
+                values.setdefault(key, {})[str(value)] = None
+    return [f"{key} ({', '.join(of_key)})" for key, of_key in values.items() if len(of_key) > 1]
+
+
 def notices(groups: Sequence[Group]) -> list[str]:
     """What a reader must know to compare the scores: runs that do not count, and evaluations with different settings."""
     found = [
@@ -557,6 +596,14 @@ def notices(groups: Sequence[Group]) -> list[str]:
             found.append(
                 f"{place(run.folder)}: its evaluations do not agree on {', '.join(texts[:3])}{more}; the newest ones count. "
                 "They differ in a seed, a data type or another setting."
+            )
+    if differing := _made_with(runs):
+        found.append(f"The results were made with different {'; '.join(differing)}.")
+    methods = [run for run in runs if not run.reference]
+    for group in groups:
+        if group.reference and (keys := _other_inputs(group.runs[0].config, methods)):
+            found.append(
+                f"{group.label} was evaluated with another {', '.join(keys)}: do not compare its scores with the others."
             )
     values: dict[str, set[str]] = {}
     for run in runs:

@@ -12,10 +12,10 @@
 If a method's run fails, the error is logged, the table has no value for that run, and the other runs continue. If a stage in
 `comparison.before` fails, its seed is skipped. Overrides on the command line are passed to every method's run, except those
 that begin with `comparison.` or `seed`. Overrides of `models_dir`, `model.` and `data.` are also passed to the stages in
-`comparison.before`. A top-level key that is not in the recipe takes two plus signs (++finetuned=FOLDER). With overrides of
-`model.` or `data.`, the last of these stages writes to before/ in the comparison's folder, and every method starts from there
-unless its arguments name another finetuned=FOLDER, or the recipe itself gives each of these stages an output_dir. In the
-recipe, {seed} stands for the seed.
+`comparison.before`, those of `generation.` to the evaluations. A top-level key that is not in the recipe takes two plus signs
+(++finetuned=FOLDER). With overrides of `model.` or `data.`, the last of these stages writes to before/ in the comparison's
+folder, and every method starts from there unless its arguments name another finetuned=FOLDER, or the recipe itself gives each
+of these stages an output_dir. In the recipe, {seed} stands for the seed.
 """
 
 import sys
@@ -48,7 +48,7 @@ from common.results import result_of
 from evaluation.metrics.registry import chosen_groups
 from evaluation.plots import RED, new_figure
 from evaluation.report import method_table, write_reports
-from evaluation.run_records import Group, Run, grouped
+from evaluation.run_records import Group, Run, grouped, not_of_run
 from evaluation.tables import as_text
 
 log = logging.getLogger(__name__)
@@ -183,7 +183,12 @@ class Commands:
         measured = folder / "evaluation"
         if not self.evaluate(str(folder), seed, measured, settings):
             return None
-        return Run(folder, name, result_of(folder), evaluations={measured: result_of(measured)})
+        run, evaluation = Run(folder, name, result_of(folder)), result_of(measured)
+        if why := not_of_run(evaluation, run):
+            self.failed[f"evaluation of {name}, seed {seed}"] = why
+            return None
+        run.evaluations[measured] = evaluation
+        return run
 
     def reference(self, name: str, model: str, seed: int, folder: Path, settings: ComparisonSettings) -> Run | None:
         """Evaluate a model to compare with; None if the command failed."""
@@ -194,6 +199,7 @@ class Commands:
         """Evaluate a checkpoint, with the result in a folder; returns whether the command succeeded."""
         words = [quoted("model.path", model), quoted("output_dir", str(folder))]
         words += [f"metrics=[{','.join(settings.metrics)}]", f"seed={seed}"]
+        words += [word for word in self.shared if word.startswith("generation.")]  # drawn as in the methods' runs
         words += words_of(settings.evaluation, seed)
         return self.run("evaluation", "-cn=evaluate", *words)
 

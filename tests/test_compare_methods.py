@@ -15,6 +15,15 @@ from evaluation.tables import cell
 from scripts.compare_methods import Commands, ComparisonSettings, message_of, run_all
 from tests.helpers import TOKEN, run_imported
 
+RESULT = {
+    "scores": {},
+    "config": {
+        "model": {"prompt": {}},
+        "data": {"path": "d", "splits": {"forget": "forget"}},
+        "evaluation": {"full_eval": False},
+    },
+}
+
 
 def test_a_missing_value_of_one_seed_leaves_the_others():
     assert cell([1.0, None, 3.0], 1) == "2.0 ± 1.4"
@@ -113,7 +122,7 @@ def test_the_recipes_pass(name):
 def test_references_are_evaluated_as_the_methods_are(monkeypatch):
     commands = []
     monkeypatch.setattr(Commands, "run", lambda self, stage, *words: commands.append((stage, *words)) or True)
-    monkeypatch.setattr("scripts.compare_methods.result_of", lambda folder: {"scores": {}})
+    monkeypatch.setattr("scripts.compare_methods.result_of", lambda folder: RESULT)
     more = {"evaluation": "retain_model.path=m/seed-{seed}", "references": {"vanilla": "v/seed-{seed}"}}
     settings = ComparisonSettings([3], [], {"PMC": "-cn=unlearn-tiny"}, ["headline"], **more)
     found = run_all(settings, Commands([], settings.commands()), [], [], Path("folder"))
@@ -124,10 +133,26 @@ def test_references_are_evaluated_as_the_methods_are(monkeypatch):
     assert [(run.name, run.reference) for run in found] == [("vanilla", True), ("PMC", False)]
 
 
+def test_an_evaluation_with_other_inputs_than_its_run_is_a_failure(monkeypatch):
+    commands = []
+    monkeypatch.setattr(Commands, "run", lambda self, stage, *words: commands.append((stage, *words)) or True)
+    other = {**RESULT, "config": {**RESULT["config"], "evaluation": {"full_eval": True}}}
+    monkeypatch.setattr(
+        "scripts.compare_methods.result_of", lambda folder: other if folder.name == "evaluation" else RESULT
+    )
+    settings = ComparisonSettings([3], [], {"PMC": "-cn=unlearn-tiny"}, ["headline"])
+    shared = ["generation.engine=vllm", "method.beta=1"]
+    comparison = Commands(shared, settings.commands())
+    assert run_all(settings, comparison, [], [], Path("folder")) == []
+    why = "evaluated with another value of evaluation.full_eval than its run seed-3"
+    assert comparison.failed == {"evaluation of PMC, seed 3": why}
+    assert shared[0] in commands[1] and shared[1] not in commands[1], "answers are generated as in the run"
+
+
 def test_a_recipe_that_names_the_folder_of_each_stage_keeps_them_with_other_data(monkeypatch):
     commands = []
     monkeypatch.setattr(Commands, "run", lambda self, stage, *words: commands.append((stage, *words)) or True)
-    monkeypatch.setattr("scripts.compare_methods.result_of", lambda folder: {"scores": {}})
+    monkeypatch.setattr("scripts.compare_methods.result_of", lambda folder: RESULT)
     before = ["finetuning -cn=tiny output_dir=m/{seed}/a", "finetuning -cn=tiny-retain output_dir=m/{seed}/b"]
     more = {"unlearning": "finetuned=m/{seed}/b", "references": {"finetuned": "m/{seed}/b"}}
     settings = ComparisonSettings([3], before, {"NPO": "-cn=unlearn-tiny method=npo"}, ["headline"], **more)
@@ -146,7 +171,7 @@ def test_a_method_that_names_its_start_has_it_and_the_others_the_finetuned_model
     """UNDO starts from a method's result, also where other data give the comparison a finetuned model of its own."""
     commands = []
     monkeypatch.setattr(Commands, "run", lambda self, stage, *words: commands.append((stage, *words)) or True)
-    monkeypatch.setattr("scripts.compare_methods.result_of", lambda folder: {"scores": {}})
+    monkeypatch.setattr("scripts.compare_methods.result_of", lambda folder: RESULT)
     methods = {"PMC": "-cn=unlearn-tiny", "UNDO": "-cn=unlearn-tiny method=undo finetuned=m/PMC/seed-{seed}"}
     settings = ComparisonSettings([3], ["finetuning -cn=tiny"], methods, ["headline"])
     run_all(settings, Commands([], settings.commands()), ["data.path=x"], ["data.path=x"], Path("folder"))
@@ -196,7 +221,8 @@ def test_the_log_counts_the_commands_and_estimates_the_time_left(monkeypatch, ca
 
     monkeypatch.setattr(subprocess, "run", finished)
     monkeypatch.setattr(
-        "scripts.compare_methods.result_of", lambda folder: {"seconds": {"unlearning": 1.0}, "scores": {"utility": 1.0}}
+        "scripts.compare_methods.result_of",
+        lambda folder: {**RESULT, "seconds": {"unlearning": 1.0}, "scores": {"utility": 1.0}},
     )
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     caplog.set_level("INFO")

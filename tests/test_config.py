@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import hydra
 import pytest
@@ -638,6 +639,40 @@ def test_evaluation_keeps_what_the_command_names():
     config = read("evaluate", "model=phi", "data=tofu", "model.path=models/some/run")
     assert (config.model.path, config.model.prompt.style) == ("models/some/run", "plain")
     assert config.data.path == "locuslab/TOFU"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("++model.prompt.answer=' A {answer}'", ("Q {question}", " A {answer}")),
+        ("model.prompt={style:plain,answer:' A {answer}'}", ("Q {question}", " A {answer}")),
+        ("model.prompt={style:chat}", (PromptConfig("chat").question, PromptConfig("chat").answer)),
+    ],
+)
+def test_single_keys_of_a_prompt_are_added_to_those_of_the_run(override, expected):
+    made_by = MADE_BY | {"model": {"prompt": {"style": "plain", "question": "Q {question}", "answer": "{answer}"}}}
+    cfg = compose("evaluate", ["model.path=models/some/run", override])
+    fill_from_run(cfg, made_by)
+    prompt = read_evaluation(cfg).model.prompt
+    assert (prompt.question, prompt.answer) == expected
+
+
+def test_the_prompt_of_a_model_that_the_command_chose_is_its_own(monkeypatch):
+    cfg = compose("evaluate", ["model=gemma3", "data=tofu", "model.path=models/some/run"])
+    chosen = SimpleNamespace(runtime=SimpleNamespace(choices={"model": "gemma3"}))
+    monkeypatch.setattr("evaluation.inputs.HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: chosen))
+    fill_from_run(cfg, MADE_BY | {"model": {"prompt": {"style": "chat", "date_string": "10 Apr 2025"}}})
+    assert read_evaluation(cfg).model.prompt == PromptConfig("chat", system="You are a helpful assistant.")
+
+
+def test_evaluation_scores_the_retain_rows_that_the_run_scored():
+    for made_by, expected in ((None, False), ({}, False), ({"full_eval": True}, True)):
+        cfg = compose("evaluate", ["model=phi", "data=tofu", "model.path=models/some/run"])
+        fill_from_run(cfg, made_by if made_by is None else MADE_BY | {"evaluation": made_by})
+        assert read_evaluation(cfg).evaluation.full_eval is expected
+    cfg = compose("evaluate", ["model.path=models/some/run", "evaluation.full_eval=false"])
+    fill_from_run(cfg, MADE_BY | {"evaluation": {"full_eval": True}})
+    assert read_evaluation(cfg).evaluation.full_eval is False
 
 
 def test_evaluation_of_a_checkpoint_without_result_needs_prompt_and_data():

@@ -3,15 +3,21 @@
 import inspect
 import json
 import shutil
+from dataclasses import asdict, replace
 from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from common.files import ROOT, write_json_lines
-from evaluation.metrics.registry import METRIC_GROUPS, chosen_groups
+from evaluation.context import model_before
+from evaluation.inputs import check_retain_model
+from evaluation.main import check_same_inputs, different_bases
+from evaluation.metrics.registry import METRIC_GROUPS, check_inputs, chosen_groups
 from evaluation.run_report import examples
+from evaluation.scores import Missing
 from evaluation.tables import headline_table, score_table
 from tests.helpers import docs_generator, evaluate_here, run_in_processes
 
@@ -214,6 +220,148 @@ def test_a_broken_model_is_named_before_the_others_are_measured(models_dir, chec
     (tmp_path / "broken" / "result.json").write_text((checkpoints["vanilla"] / "result.json").read_text())
     with pytest.raises(UserError, match="broken: not a checkpoint"):
         evaluate_here(models_dir, f"models=[{checkpoints['vanilla']},{tmp_path}/broken]")
+
+
+def test_models_that_were_made_with_other_inputs_are_not_one_table(caplog):
+    def identity(forget="forget", length=200, holdout="holdout", question="{question}"):
+        return {
+            "model": {"prompt": {"style": "plain", "question": question}},
+            "data": {"path": "./data/tiny", "splits": {"forget": forget, "holdout": holdout}},
+            "evaluation": {"max_length": length, "full_eval": False, "bf16": "auto"},
+        }
+
+    check_same_inputs({"a": identity(), "b": identity(holdout="other")}, ["headline"])
+    assert not caplog.messages
+    check_same_inputs({"a": identity(), "b": identity(question="Q {question}")}, ["headline"])
+    assert (
+        "model.prompt.question: the models are asked in different ways ({question} of a, Q {question} of b)"
+        in caplog.text
+    )
+    with pytest.raises(UserError) as caught:
+        check_same_inputs({"a": identity(), "b": identity("forget[:5]", 40, "other")}, ["headline", "privacy"])
+    assert [line.strip() for line in str(caught.value).splitlines()] == [
+        "3 problems:",
+        *(
+            f"- {key}: the models were made with different values ({values}); give one in the command"
+            for key, values in (
+                ("data.splits.forget", "forget of a, forget[:5] of b"),
+                ("data.splits.holdout", "holdout of a, other of b"),
+                ("evaluation.max_length", "200 of a, 40 of b"),
+            )
+        ),
+    ]
+
+
+def test_the_stage_checks_that_models_fit_each_other(context, tmp_path):
+    for name, forget in (("model", "gone"), ("retain", "gone[:2]")):
+        config = context.config
+        data = asdict(config.data) | {"splits": {"train": "kept + gone", "retain": "kept", "forget": forget}}
+        config = {
+            "model": {"prompt": asdict(config.model.prompt)},
+            "data": data,
+            "evaluation": asdict(config.evaluation),
+        }
+        (tmp_path / name / "result.json").write_text(json.dumps({"id": name, "config": config}))
+    model, retain = f"{tmp_path}/model", f"{tmp_path}/retain"
+    with pytest.raises(UserError, match=r"data\.splits\.forget: .* \(gone of a, gone\[:2\] of b\)"):
+        evaluate_here(tmp_path, f"models={{a:{model},b:{retain}}}")
+    with pytest.raises(UserError, match=r"retain_model\.path=.*: was finetuned on 4 of the 4 rows"):
+        evaluate_here(tmp_path, f"model.path={model}", f"retain_model.path={retain}")
+
+
+# --- the model before unlearning -------------------------------------------------------------------------------------
+
+
+def made_from(folder, start=None, recorded=None, **config):
+    """A run's folder with a result that records what it started from; returns the folder."""
+    folder.mkdir()
+    config = config | ({"start": recorded} if recorded else {})
+    result = {"id": folder.name, "started_from": start and f"../{start}", "config": config, "scores": {}}
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_the_model_before_unlearning_is_the_first_one_that_was_not_unlearned(tmp_path):
+    vanilla = made_from(tmp_path / "vanilla")
+    finetuned = made_from(tmp_path / "finetuned", "vanilla", "vanilla")
+    pmc = made_from(tmp_path / "pmc", "finetuned", "finetuned", method={})
+    undo = made_from(tmp_path / "undo", "pmc", "pmc", method={})
+    assert model_before(vanilla) is None
+    assert model_before(finetuned) == str(vanilla)
+    assert model_before(pmc) == model_before(undo) == str(finetuned)
+    assert model_before(made_from(tmp_path / "gone", "deleted", "an id", method={})) == "../deleted"
+
+
+def test_a_model_that_was_replaced_is_not_taken_for_the_one_before_unlearning(tmp_path, context):
+    made_from(tmp_path / "other", method={})
+    pmc = made_from(tmp_path / "pmc", "other", "finetuned", method={})
+    undo = made_from(tmp_path / "undo", "pmc", "pmc", method={})
+    for folder in (pmc, undo):
+        with pytest.raises(Missing, match=r"/other was trained again or replaced since .*/pmc was .*base_model\.path"):
+            model_before(folder)
+    context.unknown["base_model"] = "it was replaced"
+    with pytest.raises(Missing, match="it was replaced"):
+        context.find_base_model()
+
+
+def test_a_report_names_the_models_before_unlearning_where_they_differ():
+    def result(base, score="fluency/refusals"):
+        compared = {"base_model": {"path": base, "id": "x"}} if base else {}
+        return {"scores": {score: 0.5}, "config": {"compared_to": compared}}
+
+    assert different_bases({"one": result("a"), "two": result("a")}) == ""
+    assert different_bases({"one": result("a", "utility"), "two": result("b", "utility")}) == ""
+    shown = different_bases({"one": result("a"), "two": result("b"), "three": result(None)})
+    assert shown.endswith("(base_model.path): one: a; two: b; three: not known.")
+
+
+# --- the retain-only model --------------------------------------------------------------------------------------------
+
+
+def finetuned_on(context, train, **config):
+    """The retain-only model's folder, with a result that records the rows it was finetuned on."""
+    data = asdict(context.config.data)
+    recorded = {"model": {"prompt": {"style": "plain"}}, "data": data | {"splits": {"train": train}}, **config}
+    folder = Path(context.others["retain_model"])
+    (folder / "result.json").write_text(json.dumps({"id": "retain", "scores": {}, "config": recorded}))
+    return str(folder)
+
+
+def test_a_retain_only_model_that_saw_the_forget_rows_is_refused(context, caplog):
+    check_retain_model(context.config, context.others["retain_model"])  # nothing is known of it
+    check_retain_model(context.config, finetuned_on(context, "kept"))
+    assert not caplog.messages
+    with pytest.raises(
+        UserError, match=r"^retain_model\.path=.*/retain: was finetuned on 4 of the 4 rows of data.splits.f"
+    ):
+        check_retain_model(context.config, finetuned_on(context, "kept + gone"))
+    check_retain_model(context.config, finetuned_on(context, "gone[1:2] + kept"))
+    assert "was finetuned on 1 of the 4 rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("train", "config", "message"),
+    [
+        ("kept", {"method": {}}, "is an unlearned model"),
+        (
+            "kept",
+            {"model": {"prompt": {"style": "plain", "question": "Q {question}"}}},
+            "(question='Q {question}'), but",
+        ),
+        ("deleted", {}, "cannot be read: data.splits.train=deleted"),
+    ],
+)
+def test_a_retain_only_model_that_was_made_in_another_way_is_warned_of(context, caplog, train, config, message):
+    check_retain_model(context.config, finetuned_on(context, train, **config))
+    (warning,) = caplog.messages
+    assert warning.startswith(f"retain_model.path={context.others['retain_model']}: ") and message in warning
+
+
+def test_holdout_rows_that_the_model_was_trained_on_are_refused(context):
+    for role, split in (("forget", "gone"), ("retain", "kept")):
+        data = replace(context.config.data, splits=context.config.data.splits | {"holdout": split})
+        with pytest.raises(UserError, match=rf"data\.splits\.holdout: all 4 rows are also in data\.splits\.{role}"):
+            check_inputs(replace(context.config, data=data), ["headline", "privacy"])
 
 
 def average(one, other, folder):

@@ -7,7 +7,7 @@ import pytest
 from common.config import DataConfig, EvaluationConfig
 from common.data import Row
 from common.errors import UserError
-from common.files import write_json_lines
+from common.files import ROOT, write_json_lines
 from common.rouge import use_words
 from evaluation.metrics.headline import Question, check_words, load_questions, score_answers
 from tests.helpers import ROWS, write_rows
@@ -104,3 +104,36 @@ def test_retain_rows_that_are_all_to_be_forgotten_are_refused(tmp_path):
     data = DataConfig(path=str(tmp_path), splits={"forget": "rows", "retain": "rows[:1]"}, columns=columns)
     with pytest.raises(UserError, match=r"^data\.splits\.retain: all 1 rows are also in data\.splits\.forget"):
         load_questions(data, EvaluationConfig())
+
+
+@pytest.mark.parametrize(
+    ("forget", "paraphrased", "shown"),
+    [
+        ("forget", "forget_perturbed", None),
+        ("forget[5:9]", "forget_perturbed[5:9] + forget_perturbed[5:9]", None),
+        ("forget[:5]", "forget_perturbed", "30 rows, of which 5 are of these, and 5 rows to be forgotten"),
+        ("forget[:5]", "forget_perturbed[5:10]", "5 rows, of which 0 are of these, and 5 rows to be forgotten"),
+        ("forget", "forget_perturbed[:20]", "20 rows, of which 20 are of these, and 30 rows to be forgotten"),
+    ],
+)
+def test_paraphrases_of_other_rows_than_those_to_be_forgotten_are_warned_of(caplog, forget, paraphrased, shown):
+    columns = {name: name for name in ("question", "answer", "paraphrased_question", "paraphrased_answer")}
+    splits = {"forget": forget, "forget_paraphrased": paraphrased, "retain": "retain"}
+    load_questions(DataConfig(str(ROOT / "data/tiny"), splits, columns), EvaluationConfig())
+    found = [message for message in caplog.messages if message.startswith("data.splits.forget_paraphrased=")]
+    assert len(found) == (shown is not None)
+    if shown:
+        assert f"={paraphrased} is not the paraphrase of data.splits.forget={forget}: {shown}" in found[0]
+
+
+def test_paraphrases_without_the_original_questions_are_compared_by_number(caplog, tmp_path):
+    rows = [Row(row.index, row.question.replace("?", ", say?"), row.answer) for row in ROWS[:3]]
+    splits = {"forget": write_rows(tmp_path, "gone", ROWS[:3]), "retain": write_rows(tmp_path, "kept", ROWS[3:])}
+    splits["forget_paraphrased"] = write_rows(tmp_path, "said", rows)
+    columns = {"question": "question", "answer": "answer"}
+    columns |= {"paraphrased_question": "question", "paraphrased_answer": "answer"}
+    data = DataConfig(str(tmp_path), splits, columns)
+    load_questions(data, EvaluationConfig())
+    assert not caplog.messages
+    load_questions(replace(data, splits=splits | {"forget": "gone[:2]"}), EvaluationConfig())
+    assert "3 rows, and 2 rows to be forgotten" in caplog.text

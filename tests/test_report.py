@@ -135,6 +135,16 @@ def test_finetuned_models_with_other_settings_are_rows_of_their_own(tmp_path):
     assert summary(groups) == []
 
 
+def test_the_epochs_of_a_setting_are_those_that_were_trained(tmp_path):
+    for seed, epochs in ((0, 25), (1, 1)):
+        folder = make_run(tmp_path, seed, 90.0, 90.0, num_samples=2)
+        stored = json.loads((folder / "result.json").read_text())
+        stored["config"]["training"] = {"num_epochs": 25, "num_train_epochs": epochs}
+        write_json(folder / "result.json", stored)
+    groups = [group for group in grouped(read_runs([tmp_path])) if not group.reference]
+    assert [group.varied for group in groups] == [{"training.num_epochs": 25}, {"training.num_epochs": 1}]
+
+
 def test_a_setting_that_only_data_or_training_has_keeps_runs_apart(tmp_path):
     for seed, length in ((0, 256), (1, 128)):
         folder = make_run(tmp_path, seed, 90.0, 90.0, num_samples=2)
@@ -402,6 +412,28 @@ def test_runs_on_other_data_or_from_other_models_are_not_ranked(models):
     groups = grouped(runs)
     assert not any(group.on_front or group.best for group in groups) and recommended(groups) is None
     assert summary(groups)[0].startswith("These runs cannot be ranked")
+
+
+def test_a_reference_that_was_evaluated_on_other_rows_is_named(tmp_path):
+    folder = make_run(tmp_path, 0, 92.0, 99.0)
+    assert notices(grouped(read_runs([tmp_path]))) == []
+    stored = json.loads((folder / "finetuned" / "result.json").read_text())
+    stored["config"]["data"]["splits"] = {"forget": "forget[:5]", "holdout": "holdout"}
+    write_json(folder / "finetuned" / "result.json", stored)
+    assert notices(grouped(read_runs([tmp_path]))) == [
+        "finetuned was evaluated with another data.splits.forget (forget[:5], not forget): do not compare its scores with the "
+        "others."
+    ]
+
+
+def test_results_of_other_machines_and_versions_are_named(tmp_path):
+    for seed, made in enumerate(
+        [{"device": "H100", "git_commit": "0123456789abcdef-dirty"}, {"versions": {}, "git_commit": None}, {}]
+    ):
+        path = make_run(tmp_path, seed, 92.0, 99.0) / "result.json"
+        write_json(path, json.loads(path.read_text()) | made)
+    (notice,) = notices(grouped(read_runs([tmp_path])))
+    assert notice == "The results were made with different device (cpu, H100); git_commit (abc, 0123456789ab-dirty)."
 
 
 def test_columns_of_two_sections_keep_their_full_names(tmp_path):

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from common.config import DataConfig, EvaluationConfig
-from common.data import check_apart, load_splits, scored_retain_rows
+from common.data import Row, check_apart, load_splits, scored_retain_rows
 from common.errors import UserError
 from common.prompts import PromptFormat, check_passages_fit, warn_if_cut
 from common.rouge import rouge_l_recall, rouge_tokens, use_words, words
@@ -67,6 +67,8 @@ def load_questions(data: DataConfig, evaluation: EvaluationConfig) -> list[Quest
     roles = tuple(role for role in ROLES if role in ("forget", "retain") or data.splits.get(role) is not None)
     rows = load_splits(data, roles)
     check_apart(rows["forget"], rows["retain"], "retain")
+    if "forget_paraphrased" in rows:
+        warn_of_other_rows(data, rows["forget"], rows["forget_paraphrased"])
     rows["retain"] = scored_retain_rows(rows["retain"], evaluation.full_eval)
     questions = []
     for split, row in [(role, row) for role in roles for row in rows[role]]:
@@ -82,6 +84,24 @@ def load_questions(data: DataConfig, evaluation: EvaluationConfig) -> list[Quest
     with use_words(data.words):
         check_words(questions, data.words)
     return questions
+
+
+def warn_of_other_rows(data: DataConfig, forget: Sequence[Row], paraphrased: Sequence[Row]) -> None:
+    """Warn if forget_paraphrased has other rows than forget: by their questions before paraphrasing, else by their number."""
+    asked = {row.question for row in forget}
+    originals = [row.question for row in paraphrased if row.question != row.paraphrased_question]
+    differ = set(originals) != asked if originals else len(paraphrased) != len(forget)
+    if differ:
+        known = f", of which {sum(question in asked for question in originals)} are of these" if originals else ""
+        log.warning(
+            "data.splits.forget_paraphrased=%s is not the paraphrase of data.splits.forget=%s: %d rows%s, and %d rows to be "
+            "forgotten; half of unlearn_quality and the truth ratios are measured on it, so set both keys to the same rows",
+            data.splits["forget_paraphrased"],
+            data.splits["forget"],
+            len(paraphrased),
+            known,
+            len(forget),
+        )
 
 
 def check_words(questions: Sequence[Question], kind: str) -> None:

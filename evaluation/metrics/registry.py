@@ -120,8 +120,9 @@ def check_inputs(config: RunConfig, groups: Sequence[str]) -> None:
         settings = config.sections["relearning"]
         rows = relearning.select_relearn_rows(load_split(config.data, "forget"), settings.fraction, config.seed)
         relearning.check_batches(settings, len(rows))
-    if "privacy" in groups and "holdout" in others:
-        check_apart(load_split(config.data, "forget"), others["holdout"], "holdout")
+    if "holdout" in others:
+        for role in ("forget", "retain"):  # the model was trained on both
+            check_apart(load_split(config.data, role), others["holdout"], "holdout", role)
     if "muse" in groups:
         for role, other in muse.DISJOINT_ROLES.items():
             if role in others and other in others:
