@@ -30,7 +30,7 @@ from common.errors import UserError, reason
 from common.files import looks_local, read_json, resolve_path
 from common.model_checks import check_causal
 from common.new_model import new_model, train_tokenizer
-from common.results import result_id, result_of, started_from
+from common.results import checkpoint_id, result_of, started_from
 
 log = logging.getLogger(__name__)
 ADAPTER = "adapter_config.json"
@@ -289,14 +289,14 @@ def _check_base(config: ModelConfig, adapter: str, base: str) -> None:
     recorded = (result or {}).get("config", {}).get("start")
     if recorded is None or not start or not Path(base).exists():
         return
-    now = result_id(start)
+    now = checkpoint_id(start)
     if Path(start).resolve() != Path(base).resolve():  # the run continued an adapter, which has a record of its base
         if _is_adapter(start) and now == recorded:
             _check_base(config, start, base)
     elif now != recorded:
         raise UserError(
-            f"model.path={config.path}: its adapter was trained on the weights of result {recorded} in {base}, where there is "
-            f"{f'result {now}' if now else 'no result'} now; make the adapter again, or put those weights back"
+            f"model.path={config.path}: its adapter was trained on the weights {recorded:.12} in {base}, where there are "
+            f"{f'the weights {now:.12}' if now else 'none'} now; make the adapter again, or put those weights back"
         )
 
 

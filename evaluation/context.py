@@ -15,7 +15,7 @@ from common.files import resolve_path
 from common.model import has_tokenizer, load_model, load_tokenizer
 from common.model_checks import check_positions
 from common.prompts import PromptFormat
-from common.results import result_id, result_of, started_from
+from common.results import checkpoint_id, result_of, started_from
 from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Missing
 
@@ -154,7 +154,7 @@ def model_before(path: str) -> str | None:
     """
     while start := started_from(path):
         recorded = result_of(path)["config"].get("start")
-        if recorded and Path(start).exists() and result_id(start) != recorded:
+        if recorded and Path(start).exists() and checkpoint_id(start) != recorded:
             raise Missing(
                 f"{start} was trained again or replaced since {path} was trained from it; base_model.path names the model "
                 "before unlearning"

@@ -30,7 +30,7 @@ from common.command import this_command
 from common.config import problem_list
 from common.errors import UserError, naming
 from common.files import CONFIGS, is_first_process, resolve_checkpoint, resolve_path, write_text
-from common.results import evaluation_inputs, headline_scores, result_id, result_of, write_result
+from common.results import checkpoint_id, evaluation_inputs, headline_scores, result_of, write_result
 from common.rouge import use_words
 from common.runs import RunFolder, comparable_config, flattened, run_folder, with_portable_paths
 from evaluation.context import EvaluationContext, Loader, model_before
@@ -156,9 +156,9 @@ class Job:
                     others["base_model"] = start
             except Missing as missing:
                 self.context.unknown["base_model"] = str(missing)
-        self.identity = comparable_config(cfg, made_by.get("id"))
+        self.identity = comparable_config(cfg, checkpoint_id(self.path))
         self.identity["compared_to"] = {
-            name: with_portable_paths({"path": other, "id": result_id(other)}, self.config.models_dir)
+            name: with_portable_paths({"path": other, "id": checkpoint_id(other)}, self.config.models_dir)
             for name, other in others.items()
         }
 

@@ -104,7 +104,7 @@ class Run:
         flat = dict(flattened(values))
         if "training.num_train_epochs" in flat:  # the one that is used; the recipes set it to num_epochs
             flat["training.num_epochs"] = flat["training.num_train_epochs"]
-        flat = {key: value for key, value in flat.items() if key not in NOT_SETTINGS}
+        flat = {key: value for key, value in flat.items() if key not in NOT_SETTINGS and not key.startswith("files.")}
         return {key: without_seeds(value) for key, value in flat.items()}
 
     def files(self, name: str) -> list[dict]:

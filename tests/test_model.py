@@ -261,8 +261,8 @@ def test_an_adapter_whose_base_was_replaced_is_refused(adapter, checkpoint, toke
     record(checkpoint, "second")
     for path in (adapter[0], continued):
         message = error_of(load_model, config(path), tokenizer, trainable=False)
-        assert message.startswith(f"model.path={path}: its adapter was trained on the weights of result first in ")
-        assert "there is result second now" in message
+        assert message.startswith(f"model.path={path}: its adapter was trained on the weights first in ")
+        assert "there are the weights second now" in message
 
 
 def test_an_adapter_whose_base_has_no_record_is_loaded(adapter, checkpoint, tokenizer):
