@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,12 +78,12 @@ def check_same_inputs(identities: dict[str, dict[str, Any]], groups: Sequence[st
     Raises:
         UserError: names each key with its values.
     """
-    read = {f"data.splits.{role}" for name in groups for role in METRIC_GROUPS[name].roles}
+    read = {role for name in groups for role in METRIC_GROUPS[name].roles}
     inputs = {name: dict(flattened(evaluation_inputs(identity))) for name, identity in identities.items()}
-    problems = []
+    problems, of_splits = [], re.compile(r"data\.(splits|files)\.")
     for key in sorted({key for of_model in inputs.values() for key in of_model}):
         values = {name: shown_value(of_model.get(key)) for name, of_model in inputs.items()}
-        if len(set(values.values())) == 1 or (key.startswith("data.splits.") and key not in read):
+        if len(set(values.values())) == 1 or (of_splits.match(key) and key.rpartition(".")[2] not in read):
             continue
         shown = ", ".join(f"{value} of {name}" for name, value in values.items())
         if key.startswith("model.prompt"):
