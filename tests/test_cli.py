@@ -352,6 +352,23 @@ def test_ctrl_c_while_importing_has_no_traceback(program):
     assert process.returncode != 0
 
 
+def test_ctrl_c_in_a_destructor_still_ends_the_program():
+    code = """
+import signal, sys, time
+import common.interrupts
+
+class Slow:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+Slow()
+time.sleep(20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode != 0, done.stderr) == (True, "")
+
+
 def test_a_mapping_on_the_command_line_replaces_the_recipe_s(monkeypatch):
     cfg = OmegaConf.create({"model": {"new": {"settings": {"hidden_size": 64, "rope_theta": 1.0, "n_embd": 8}}}})
     words = ["seed=1", "++model.new.settings={n_embd:8}"]
