@@ -21,6 +21,7 @@ from common.files import ROOT, SURROGATE, looks_local, resolve_path
 log = logging.getLogger(__name__)
 
 SCORED_RETAIN_ROWS = 400
+HEADLINE_ROLES = ("forget", "forget_paraphrased", "retain", "real_authors", "world_facts")  # of the headline scores
 WHOLE_TEXTS = ("forget_texts", "holdout_texts")  # roles whose texts are not cut into windows
 _PART = re.compile(
     r"^(?P<name>[\w.\-]+(?:/[\w.\-]+)?)(?:\{(?P<filter>[^{}]*)\})?(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$"
@@ -267,7 +268,7 @@ def windows_of(text: str, windows: WindowsConfig) -> list[tuple[str, str] | None
 
 def local_files(path: str, splits: str) -> list[Path]:
     """The files that a sum of splits is read from; those that do not exist, and splits of the hub, have none."""
-    files, names = _json_files(Path(resolve_path(path))), [_PART.match(part.strip()) for part in splits.split("+")]
+    files, names = _json_files(Path(resolve_path(path))), [_PART.match(part.strip()) for part in str(splits).split("+")]
     return [files[match["name"]] for match in names if match and match["name"] in files]
 
 

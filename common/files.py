@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,34 @@ def is_hub_id(path: str | None) -> bool:
     return bool(path) and not looks_local(path) and not Path(resolve_path(path)).exists()
 
 
+def is_local_file(path: str) -> bool:
+    """Whether a text is the path of a file, in the working folder or in the repository."""
+    try:
+        return Path(resolve_path(path)).is_file()
+    except (OSError, RuntimeError, ValueError):  # too long for a path, "~name" of nobody, a null character
+        return False
+
+
 def digest(paths: Iterable[Path]) -> str:
-    """SHA-256 of the contents of files, as hexadecimal digits."""
+    """The first 16 hexadecimal digits of a SHA-256 of the contents of files.
+
+    Raises:
+        UserError: if a file cannot be read.
+    """
     found = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()
+        try:
+            found.update(_digest_of(path, path.stat().st_mtime_ns, path.stat().st_size))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    return found.hexdigest()[:16]
+
+
+@cache
+def _digest_of(path: Path, changed: int, size: int) -> bytes:
+    """SHA-256 of a file, read again only after it was changed: weights have gigabytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def is_first_process() -> bool:

@@ -18,7 +18,7 @@ def _quiet(kind, error, traceback):
 
 def _again(unraisable):
     """A destructor swallowed Ctrl-C: interrupt the process once more, when it has ended."""
-    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+    if issubclass(unraisable.exc_type, KeyboardInterrupt) and not sys.is_finalizing():
         threading.Timer(0.05, _thread.interrupt_main).start()
     else:
         sys.__unraisablehook__(unraisable)

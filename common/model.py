@@ -246,7 +246,9 @@ def _load_adapter(
     if not continue_adapter:
         return model.merge_and_unload().requires_grad_(trainable)
     if wanted != {name for name, layer in model.get_base_model().named_modules() if hasattr(layer, "base_layer")}:
-        _refuse_other_adapter(path, {"target_modules": (config.lora.target_modules, saved.get("target_modules"))})
+        layers = saved.get("target_modules")  # peft lists every layer of "all-linear"
+        there = f"{len(layers)} layers" if isinstance(layers, list) and len(layers) > 8 else layers
+        _refuse_other_adapter(path, {"target_modules": (config.lora.target_modules, there)})
     model.get_base_model().enable_input_require_grads()
     return model
 

@@ -46,7 +46,7 @@ class PromptFormat:
         config: the `model.prompt` section.
     Raises:
         UserError: for style "chat" if the tokenizer has no chat template, the template puts other text than whitespace
-            between prompt and answer, or a setting changes nothing; or if there is no EOS token.
+            between prompt and answer, or if there is no EOS token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig):
@@ -178,11 +178,7 @@ class PromptFormat:
             )
 
     def _check_settings_matter(self) -> None:
-        """Refuse settings on which the text of a chat does not depend; warn if it has the date of today.
-
-        Raises:
-            UserError: names the setting.
-        """
+        """Warn of settings on which the text of a chat does not depend, and if it has the date of today."""
         options, shown = self.config.template_options, self._shown(self.config)
         others = {key: [{key: OTHER}] for key in ("system", "date_string") if getattr(self.config, key)}
         for name, value in options.items():
@@ -191,9 +187,8 @@ class PromptFormat:
             others[f"template_options.{name}"] = [{"template_options": values} for values in changed]
         for key, values in others.items():
             if all(self._shown(replace(self.config, **value)) == shown for value in values):
-                raise UserError(
-                    f"model.prompt.{key}: the chat template makes the same text with another value; remove it"
-                    + ("" if key.startswith("template_options") else f" (model.prompt.{key}=null)")
+                log.warning(
+                    "model.prompt.%s: the chat template made the same text with the other values that were tried", key
                 )
         if self._shown(self.config, strftime_now=lambda _: OTHER) != shown:
             log.warning(

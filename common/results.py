@@ -4,14 +4,17 @@ import contextlib
 import platform
 import subprocess
 import uuid
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from common.data import HEADLINE_ROLES
 from common.errors import UserError
 from common.files import ROOT, digest, is_first_process, read_json, write_json, write_json_lines, write_text
 from common.hardware import device_name, peak_memory_bytes
 
+HEADLINE_FIELDS = ("question", "answer", "text", "paraphrased_question", "paraphrased_answer")  # of the headline scores
 RESULT = "result.json"
 PUBLISHING = "in_progress.publishing"  # inside a run's folder: the finished files that are being moved up
 GENERATIONS = "generations.jsonl"  # one row per greedy answer
@@ -20,6 +23,15 @@ ROWS = "rows.jsonl"  # one row per score, with the values that the score is the 
 HISTORY = "history.jsonl"  # one row per epoch of training
 PICKS = "picks.jsonl"  # one row each time that PMC selects another answer to a question
 CARD = "README.md"  # the model card, if there are weights
+CHECKPOINT_FILES = (
+    ".safetensors",
+    ".gguf",
+    ".json",
+    ".jinja",
+    ".model",
+    ".txt",
+    ".tiktoken",
+)  # weights, tokenizer, settings
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "hydra-core", "omegaconf", "rapidfuzz")
 
 
@@ -48,8 +60,10 @@ def result_id(folder: Path | str) -> str | None:
 
 def checkpoint_id(path: Path | str) -> str | None:
     """The id that a run which starts from a checkpoint records: its `result_id`, or that of its files; None on the hub."""
-    files = sorted([*Path(path).glob("*.safetensors"), *Path(path).glob("*.gguf"), *Path(path).glob("tokenizer*")])
-    return result_id(path) or (digest(files) if files else None)
+    if found := result_id(path):
+        return found
+    files = sorted(file for file in Path(path).glob("*") if file.suffix in CHECKPOINT_FILES and file.is_file())
+    return digest(files) if files else None
 
 
 def headline_scores(folder: Path) -> list[float]:
@@ -120,23 +134,34 @@ def started_from(folder: Path | str) -> str | None:
 def stored_result(folder: str | Path, identity: dict[str, Any]) -> dict | None:
     """The result in a checkpoint's folder, if it was evaluated on the same data in the same way."""
     result = result_of(folder)
-    return result if result and evaluation_inputs(result["config"]) == evaluation_inputs(identity) else None
+    return result if result and not differing_inputs([result["config"], identity]) else None
 
 
 def evaluation_inputs(identity: dict[str, Any]) -> dict[str, Any]:
     """The settings that the headline scores depend on, apart from the weights: dotted key -> value."""
-    data, evaluation = identity["data"], identity["evaluation"]
-    splits = {role: split for role, split in data["splits"].items() if role != "train"}
+    data, evaluation, files = identity["data"], identity["evaluation"], identity.get("files", {})
     return {
         "data.path": data["path"],
-        "data.splits": splits,
-        "data.files": {role: digest for role, digest in identity.get("files", {}).items() if role in splits},
-        **{f"data.{key}": data.get(key) for key in ("columns", "windows")},
+        "data.splits": {role: data["splits"][role] for role in HEADLINE_ROLES if data["splits"].get(role) is not None},
+        **{f"data.files.{role}": files[role] for role in HEADLINE_ROLES if role in files},
+        "data.columns": {field: data.get("columns", {}).get(field) for field in HEADLINE_FIELDS},
+        "data.windows": data.get("windows"),
         "data.words": data.get("words", "latin"),
         **{f"evaluation.{key}": evaluation.get(key) for key in ("max_length", "full_eval", "bf16")},
         "model.prompt": identity["model"]["prompt"],
         "generation.engine": identity.get("generation", {}).get("engine", "own"),
     }
+
+
+def differing_inputs(identities: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The keys of which `evaluation_inputs` has different values, with these; one that is not recorded is no difference."""
+    values: dict[str, list[Any]] = {}
+    for identity in identities:
+        for key, value in evaluation_inputs(identity).items():
+            of_key = values.setdefault(key, [])
+            if value not in of_key:
+                of_key.append(value)
+    return {key: found for key, found in values.items() if len(found) > 1}
 
 
 def copy_result(source: str | Path, target: Path) -> None:

@@ -36,9 +36,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from common.config import RunConfig
-from common.data import local_files
+from common.data import HEADLINE_ROLES, local_files
 from common.errors import FULL_DISK, UserError
-from common.files import ROOT, digest, is_first_process, read_json, resolve_path, write_json
+from common.files import ROOT, digest, is_first_process, is_local_file, read_json, resolve_path, write_json
 from common.lock import LOCK, locked
 from common.redaction import without_secrets
 from common.results import CARD, PUBLISHING, RESULT, checkpoint_id, result_of
@@ -153,7 +153,7 @@ def has_result_of(folder: Path, cfg: DictConfig) -> bool:
     """
     wanted, found = stored_config(cfg), (result_of(folder) or {}).get("config")
     if "metrics" not in wanted or not found:
-        return found == wanted
+        return not changed_keys(found, wanted)
     if wanted.get("generation") != found.get("generation"):  # left out for the project's own sampler
         return False
     known = dict(flattened(found))
@@ -212,16 +212,24 @@ def comparable_config(cfg: DictConfig, start_id: str | None = None) -> dict[str,
 
 
 def digests_of_files(plain: dict[str, Any]) -> dict[str, str]:
-    """Digests of the local files that a configuration names: of the data set by role, of others by their dotted key."""
+    """Digests of the local files that a run reads: of the data set by role, of others by their dotted key."""
     data, found = plain.get("data"), {}
+    read = HEADLINE_ROLES if "method" in plain else (*HEADLINE_ROLES, "train")
     if isinstance(data, dict) and data.get("path"):
         for role, splits in (data.get("splits") or {}).items():
-            if splits and (files := local_files(data["path"], splits)):
+            if splits and ("metrics" in plain or role in read) and (files := local_files(data["path"], splits)):
                 found[role] = digest(files)
     for key, value in flattened(plain):
-        if isinstance(value, str) and Path(value).suffix and Path(resolve_path(value)).is_file():
+        if isinstance(value, str) and is_local_file(value):
             found[key] = digest([Path(resolve_path(value))])
     return found
+
+
+def changed_keys(recorded: Any, wanted: dict[str, Any]) -> list[str]:
+    """`differing_keys` of a recorded configuration and that of a command; what older versions did not record is no change."""
+    if isinstance(recorded, dict) and "files" not in recorded:
+        wanted = {key: value for key, value in wanted.items() if key in recorded or key not in ("files", "start")}
+    return differing_keys(recorded, wanted)
 
 
 def with_portable_paths(value: Any, models_dir: str) -> Any:
@@ -315,7 +323,15 @@ class RunFolder:
         if self._can_continue():
             log.info("%s: continuing an interrupted run; its result will replace the one in this folder", self.folder)
             return False
-        changes = differing_keys(result.get("config"), self.configuration)
+        changes = changed_keys(result.get("config"), self.configuration)
+        if changes and all(change.startswith("processes: ") for change in changes):
+            log.warning(
+                "%s: the result already exists, made by another number of processes, each with a batch of its own (%s); "
+                "overwrite=true repeats the run",
+                self.folder,
+                changes[0],
+            )
+            return True
         if changes:
             log.info("%s: the configuration changed, so the run is repeated: %s", self.folder, "; ".join(changes[:8]))
         else:
@@ -325,7 +341,7 @@ class RunFolder:
     def _is_published(self) -> bool:
         """Whether the run that broke off while publishing had this configuration; if so, complete it."""
         result = result_of(self.publishing) or result_of(self.folder)
-        if result is None or result["config"] != self.configuration:
+        if result is None or changed_keys(result["config"], self.configuration):
             return False
         PartialState().wait_for_everyone()  # all processes have read the same state
         if is_first_process():
@@ -367,7 +383,7 @@ class RunFolder:
         A command with `overwrite` continues only a run that was begun with it, as when it is itself started again.
         """
         begun = self._begun() or {}
-        same = begun.get("config") == self.configuration
+        same = not changed_keys(begun.get("config"), self.configuration)
         return same and (begun["overwrite"] or not self.overwrite)
 
     def _prepare(self) -> None:
@@ -381,7 +397,7 @@ class RunFolder:
         if begun is None and result_of(self.folder) is None and _names(self.folder) - {LOCK}:
             raise UserError(f"output_dir={self.folder}: holds files that no run wrote; name another folder")
         if self.work.is_dir() and not self._can_continue():
-            changes = differing_keys((begun or {}).get("config"), self.configuration)
+            changes = changed_keys((begun or {}).get("config"), self.configuration)
             if begun and not self.overwrite and all(change.startswith("processes: ") for change in changes):
                 raise UserError(
                     f"{self.folder}: the interrupted run was begun with {begun['config'].get('processes', 1)} processes, each "

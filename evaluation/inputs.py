@@ -101,7 +101,7 @@ def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
                 if cfg.data.get(key) is None and made_by["data"].get(key) is not None:
                     cfg.data[key] = made_by["data"][key]
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
-    if made_by and cfg.model.get("prompt") is not None and choices.get("model", "from_run") == "from_run":
+    if made_by and OmegaConf.is_dict(cfg.model.get("prompt")) and choices.get("model", "from_run") == "from_run":
         recorded = made_by["model"]["prompt"]
         if cfg.model.prompt.get("style", recorded["style"]) == recorded["style"]:
             cfg.model.prompt = {**recorded, **cfg.model.prompt}
@@ -131,7 +131,7 @@ def check_retain_model(config: RunConfig, path: str) -> None:
         UserError: if it was finetuned on all forget rows.
     """
     made_by = (result_of(path) or {}).get("config")
-    if made_by is None:
+    if made_by is None or not made_by.keys() >= {"model", "data"}:
         return
     key = f"retain_model.path={path}"
     if "method" in made_by:

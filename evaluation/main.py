@@ -80,6 +80,10 @@ def check_same_inputs(identities: dict[str, dict[str, Any]], groups: Sequence[st
     """
     read = {role for name in groups for role in METRIC_GROUPS[name].roles}
     inputs = {name: dict(flattened(evaluation_inputs(identity))) for name, identity in identities.items()}
+    for name, identity in identities.items():
+        splits, files = identity["data"]["splits"], identity.get("files", {})
+        of_roles = {f"data.splits.{role}": splits.get(role) for role in read}
+        inputs[name] |= of_roles | {f"data.files.{role}": files.get(role) for role in read}
     problems, of_splits = [], re.compile(r"data\.(splits|files)\.")
     for key in sorted({key for of_model in inputs.values() for key in of_model}):
         values = {name: shown_value(of_model.get(key)) for name, of_model in inputs.items()}

@@ -21,7 +21,7 @@ from pydantic import BaseModel, StrictFloat, StrictInt, ValidationError
 
 from common.errors import UserError
 from common.files import read_json, read_json_lines, resolve_path
-from common.results import HISTORY, PUBLISHING, RESULT, evaluation_inputs, result_id, result_of
+from common.results import HISTORY, PUBLISHING, RESULT, differing_inputs, evaluation_inputs, result_id, result_of
 from common.runs import FAILURES, failure_of, flattened
 from evaluation.tables import BEFORE
 
@@ -296,10 +296,8 @@ def _add_evaluation(path: Path, result: dict, runs: dict[str, Run]) -> None:
 
 def not_of_run(result: dict[str, Any], run: Run) -> str | None:
     """Why an evaluation of the run's model says nothing of the run; None if it has the run's data and other inputs."""
-    if evaluation_inputs(result["config"]) == evaluation_inputs(run.config):
-        return None
     keys = ", ".join(differing_inputs([result["config"], run.config]))
-    return f"evaluated with another value of {keys} than its run {run.folder.name}"
+    return keys and f"evaluated with another value of {keys} than its run {run.folder.name}"
 
 
 def _is_in(folder: Path, result: str) -> bool:
@@ -522,7 +520,10 @@ def differences(runs: Sequence[Run]) -> list[str]:
     """
     runs = [run for run in runs if not run.reference]
     found = []
-    for key, values in differing_inputs([run.config for run in runs]).items():
+    for key, of_key in differing_inputs([run.config for run in runs]).items():
+        values = list(dict.fromkeys(shown_value(without_seeds(value)) for value in of_key))
+        if len(values) == 1:
+            continue
         shown = " and ".join(values) if max(map(len, values)) < 40 else f"{len(values)} values"
         found.append(f"they were evaluated with different {key} ({shown})")
     starts: dict[int | None, set] = {}
@@ -531,15 +532,6 @@ def differences(runs: Sequence[Run]) -> list[str]:
     if several := [str(seed) for seed, ids in starts.items() if len(ids) > 1]:
         found.append(f"those of seed {', '.join(several)} started from different models")
     return found
-
-
-def differing_inputs(configs: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
-    """The keys of which `evaluation_inputs` has different values for these configurations, with the values."""
-    values: dict[str, list[str]] = {}
-    for config in configs:
-        for key, value in evaluation_inputs(config).items():
-            values.setdefault(key, []).append(shown_value(without_seeds(value)))
-    return {key: found for key, of_key in values.items() if len(found := list(dict.fromkeys(of_key))) > 1}
 
 
 def _other_inputs(config: dict[str, Any], runs: Sequence[Run]) -> list[str]:

@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 
 from common.cli import allow_new_key
 from common.errors import Pruned, UserError, library_errors_as_user_error
-from common.runs import differing_keys, stored_config
+from common.runs import changed_keys, stored_config
 from common.sweeps import current_sweep, job_of
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ class OptunaSweeper(Sweeper):
             found = study.user_attrs.get("config")
             if found is None:
                 study.set_user_attr("config", wanted)
-        if changes := differing_keys(found, wanted) if found else []:
+        if changes := changed_keys(found, wanted) if found else []:
             raise UserError(
                 f"{path}: its trials were run with another configuration ({'; '.join(changes[:8])}); undo the change, or "
                 "move the file away to begin anew"

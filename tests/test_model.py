@@ -223,7 +223,7 @@ def test_target_modules_that_are_not_there_name_the_candidates(model):
         (LoraSettings(r=4, alpha=8, dropout=0.1), "dropout=0.1 (checkpoint: 0.0)"),
         (
             LoraSettings(r=4, alpha=8, target_modules=["q_proj", "v_proj"]),
-            "target_modules=['q_proj', 'v_proj'] (checkpoint: [",
+            "target_modules=['q_proj', 'v_proj'] (checkpoint: 14 layers)",
         ),
     ],
 )

@@ -228,12 +228,18 @@ DATE = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }
         (WITHOUT_SYSTEM, "system", "Forget Ada."),
         (TODAY, "date_string", "26 Jul 2024"),
         (CHAT_TEMPLATE, "template_options", {"role": "user"}),  # a word of the template, and no variable
-        (CHAT_TEMPLATE, "question", "Q: {question}"),
-        (CHAT_TEMPLATE, "answer", "A: {answer}"),
     ],
 )
-def test_a_chat_setting_without_effect_is_refused(chat_tokenizer, template, key, value):
+def test_a_chat_setting_without_effect_is_warned_of(chat_tokenizer, template, key, value, caplog):
+    """Not refused: a checkpoint that was finetuned with it is unlearned and evaluated with it."""
     chat_tokenizer.chat_template = template
+    PromptFormat(chat_tokenizer, PromptConfig(style="chat", **{key: value}))
+    assert f"model.prompt.{key}" in caplog.text and "made the same text" in caplog.text
+
+
+@pytest.mark.parametrize(("key", "value"), [("question", "Q: {question}"), ("answer", "A: {answer}")])
+def test_a_setting_of_the_plain_style_is_refused_in_a_chat(chat_tokenizer, key, value):
+    chat_tokenizer.chat_template = CHAT_TEMPLATE
     with pytest.raises(UserError, match=rf"^model\.prompt\.{key}"):
         PromptFormat(chat_tokenizer, PromptConfig(style="chat", **{key: value}))
 

@@ -18,8 +18,8 @@ from common import runs
 from common.config import RunConfig
 from common.errors import UserError
 from common.files import ROOT, write_json
-from common.results import checkpoint_id, evaluation_inputs, result_of
-from common.runs import RunFolder, comparable_config, differing_keys, has_result_of, run_folder, run_name
+from common.results import checkpoint_id, differing_inputs, evaluation_inputs, result_of
+from common.runs import RunFolder, changed_keys, comparable_config, differing_keys, has_result_of, run_folder, run_name
 from tests.helpers import TOKEN
 
 # --- names --------------------------------------------------------------------------------------------------------------
@@ -187,18 +187,21 @@ def test_data_in_the_folder_of_runs_keeps_its_path():
     assert found["data"] == {"path": "models/rows"}
 
 
-@pytest.mark.parametrize(("edited", "key"), [("data/forget.json", "forget"), ("refusals.txt", "method.refusals")])
+@pytest.mark.parametrize(("edited", "key"), [("data/forget.json", "forget"), ("refusals", "method.refusals")])
 def test_a_file_that_is_edited_makes_the_result_stale(tmp_path, edited, key):
     (tmp_path / "data").mkdir()
-    for name in ("data/forget.json", "data/retain.jsonl", "data/other.json", "refusals.txt"):
+    for name in ("data/forget.json", "data/retain.jsonl", "data/other.json", "data/holdout.json", "refusals"):
         (tmp_path / name).write_text("{}")
     data = {
         "path": str(tmp_path / "data"),
-        "splits": {"forget": "forget[:5]", "retain": "retain + more", "holdout": None},
+        "splits": {"forget": "forget[:5]", "retain": "retain + more", "holdout": "holdout"},
     }
-    cfg = configuration(method={"refusals": str(tmp_path / "refusals.txt")}, data=data)
+    cfg = configuration(method={"refusals": str(tmp_path / "refusals")}, data=data)
     before = comparable_config(cfg)
     assert set(before["files"]) == {"forget", "retain", "method.refusals"}
+    assert set(comparable_config(OmegaConf.merge(cfg, {"metrics": "full"}))["files"]) - set(before["files"]) == {
+        "holdout"
+    }
     (tmp_path / "data/other.json").write_text("not read")
     assert comparable_config(cfg) == before
     (tmp_path / edited).write_text("changed")
@@ -206,17 +209,34 @@ def test_a_file_that_is_edited_makes_the_result_stale(tmp_path, edited, key):
     assert change.startswith(f"files.{key}: ")
 
 
-def test_a_checkpoint_that_no_run_made_is_known_by_its_files(tmp_path):
-    for name in ("model.safetensors", "tokenizer.json"):
+@pytest.mark.parametrize("text", ["Answer. " * 100 + "{question}", "~nobody. {question}", "a\0.b"])
+def test_a_text_that_cannot_be_a_path_is_no_file(text):
+    assert "files" not in comparable_config(configuration(model={"prompt": {"question": text}}))
+
+
+def test_what_an_older_version_did_not_record_is_no_change(folder):
+    """Else an upgrade would repeat finished runs and delete the checkpoints of interrupted ones."""
+    new = {**CONFIG, "files": {"forget": "1a2b"}, "start": "of its files"}
+    assert changed_keys(CONFIG, new) == []
+    assert changed_keys({**CONFIG, "files": {"forget": "3c4d"}}, new) != []
+    (RunFolder(folder, CONFIG).open() / "checkpoint-1").mkdir()
+    assert (RunFolder(folder, new).open() / "checkpoint-1").is_dir()
+
+
+@pytest.mark.parametrize("edited", ["model.safetensors", "config.json", "chat_template.jinja"])
+def test_a_checkpoint_that_no_run_made_is_known_by_its_files(tmp_path, edited):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer.model").symlink_to(tmp_path / "nowhere")
+    for name in ("model.safetensors", "tokenizer.json", edited):
         (tmp_path / name).write_text("x")
     found = checkpoint_id(tmp_path)
-    (tmp_path / "model.safetensors").write_text("y")
+    (tmp_path / edited).write_text("changed")
     assert checkpoint_id(tmp_path) not in (found, None)
     write_json(tmp_path / "result.json", {"config": {}, "id": "of the run"})
     assert (checkpoint_id(tmp_path), checkpoint_id("owner/name")) == ("of the run", None)
 
 
-def test_a_run_is_not_continued_by_another_number_of_processes(folder, monkeypatch):
+def test_a_run_is_not_continued_by_another_number_of_processes(folder, monkeypatch, caplog):
     """Each process has a batch of its own, so that epochs and learning rates would not go on where they stopped."""
     alone = comparable_config(configuration())
     monkeypatch.setattr("common.runs.PartialState", lambda: SimpleNamespace(num_processes=2))
@@ -224,6 +244,10 @@ def test_a_run_is_not_continued_by_another_number_of_processes(folder, monkeypat
     assert differing_keys(alone, two) == ["processes: None -> 2"]
     assert comparable_config(configuration(metrics=["headline"])).get("processes") is None, "evaluations are the same"
     monkeypatch.undo()
+    finish(RunFolder(folder / "done", two), "by two")
+    assert RunFolder(folder / "done", alone).is_done()
+    assert "made by another number of processes" in caplog.text
+    folder = folder / "begun"
     work = RunFolder(folder, two).open()
     (work / "checkpoint-1").mkdir()
     with pytest.raises(UserError, match="was begun with 2 processes, .*; continue it with as many"):
@@ -590,8 +614,11 @@ EVALUATED = {
     ],
 )
 def test_other_columns_windows_or_files_are_not_the_same_evaluation(changed):
-    assert evaluation_inputs(EVALUATED | changed) != evaluation_inputs(EVALUATED)
-    assert evaluation_inputs(EVALUATED | {"files": {"train": "x"}}) == evaluation_inputs(EVALUATED)
+    recorded = EVALUATED | {"files": {"forget": "digest"}}
+    assert differing_inputs([recorded, recorded | changed])
+    assert not differing_inputs([recorded, EVALUATED]), "not recorded by an older version"
+    further = {"columns": {"entity": "answer"}, "splits": EVALUATED["data"]["splits"] | {"holdout": "h"}}
+    assert not differing_inputs([recorded, recorded | {"data": EVALUATED["data"] | further}]), "of other scores"
 
 
 def test_answers_of_another_engine_are_not_the_same_evaluation():

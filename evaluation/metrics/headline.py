@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from common.config import DataConfig, EvaluationConfig
-from common.data import Row, check_apart, load_splits, scored_retain_rows
+from common.data import HEADLINE_ROLES, Row, check_apart, load_splits, scored_retain_rows
 from common.errors import UserError
 from common.prompts import PromptFormat, check_passages_fit, warn_if_cut
 from common.rouge import rouge_l_recall, rouge_tokens, use_words, words
@@ -39,7 +39,6 @@ from evaluation.scores import Scores
 log = logging.getLogger(__name__)
 FORGET_ROLES = ("forget", "forget_paraphrased")
 UTILITY_ROLES = ("retain", "real_authors", "world_facts")
-ROLES = FORGET_ROLES + UTILITY_ROLES
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def load_questions(data: DataConfig, evaluation: EvaluationConfig) -> list[Quest
     Raises:
         UserError: when a split is missing or a row of forget_paraphrased has no paraphrase.
     """
-    roles = tuple(role for role in ROLES if role in ("forget", "retain") or data.splits.get(role) is not None)
+    roles = tuple(role for role in HEADLINE_ROLES if role in ("forget", "retain") or data.splits.get(role) is not None)
     rows = load_splits(data, roles)
     check_apart(rows["forget"], rows["retain"], "retain")
     if "forget_paraphrased" in rows:
@@ -89,7 +88,7 @@ def load_questions(data: DataConfig, evaluation: EvaluationConfig) -> list[Quest
 def warn_of_other_rows(data: DataConfig, forget: Sequence[Row], paraphrased: Sequence[Row]) -> None:
     """Warn if forget_paraphrased has other rows than forget: by their questions before paraphrasing, else by their number."""
     asked = {row.question for row in forget}
-    originals = [row.question for row in paraphrased if row.question != row.paraphrased_question]
+    originals = [row.question for row in paraphrased if row.paraphrased_question not in (None, row.question)]
     differ = set(originals) != asked if originals else len(paraphrased) != len(forget)
     if differ:
         known = f", of which {sum(question in asked for question in originals)} are of these" if originals else ""
@@ -158,7 +157,7 @@ def score_outputs(outputs: ModelOutputs, questions: Sequence[Question]) -> Score
 def score_answers(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
     """The headline scores, and one row per answer with its recall."""
     rows = answer_rows(questions, answers)
-    recalls = {split: [row["rougeL_recall"] for row in rows if row["split"] == split] for split in ROLES}
+    recalls = {split: [row["rougeL_recall"] for row in rows if row["split"] == split] for split in HEADLINE_ROLES}
     means = {split: fmean(values) for split, values in recalls.items() if values}
     forget_words = [len(words(row["answer"])) for row in rows if row["split"] == "forget"]
     scores = Scores(generations=rows)

@@ -13,7 +13,7 @@ from omegaconf import ListConfig
 from tqdm.auto import tqdm
 
 from common.config import RunConfig, problem_list
-from common.data import check_apart, load_split, load_splits
+from common.data import HEADLINE_ROLES, check_apart, load_split, load_splits
 from common.errors import UserError, did_you_mean
 from evaluation.context import EvaluationContext
 from evaluation.metrics import (
@@ -59,7 +59,7 @@ class MetricGroup:
 # First the groups that use only the evaluated model, then those that compare it to other models, then those that change
 # copies. In this order, weights are rarely loaded again.
 METRIC_GROUPS = {
-    "headline": MetricGroup(headline.measure, headline.ROLES),
+    "headline": MetricGroup(headline.measure, HEADLINE_ROLES),
     "memorization": MetricGroup(memorization.measure, ["forget"]),
     "text": MetricGroup(text.measure, ["forget", "forget_passages", *text.QUESTION_ROLES]),
     "muse": MetricGroup(muse.measure, muse.ROLES),
@@ -73,7 +73,7 @@ METRIC_GROUPS = {
     "side_effects": MetricGroup(side_effects.measure, ["unrelated"]),
     "fluency": MetricGroup(fluency.measure, ["forget"]),
     "depth": MetricGroup(depth.measure, ["forget"]),
-    "quantization": MetricGroup(quantization.measure, headline.ROLES, quantization.Quantization),
+    "quantization": MetricGroup(quantization.measure, HEADLINE_ROLES, quantization.Quantization),
     "relearning": MetricGroup(relearning.measure, ["forget", "retain"], relearning.Relearning),
 }
 PRESETS = {
@@ -115,7 +115,7 @@ def check_inputs(config: RunConfig, groups: Sequence[str]) -> None:
     headline.load_questions(config.data, config.evaluation)
     roles = dict.fromkeys(role for name in groups for role in METRIC_GROUPS[name].roles)
     given = [role for role in roles if config.data.splits.get(role) is not None]
-    others = load_splits(config.data, tuple(role for role in given if role not in headline.ROLES))
+    others = load_splits(config.data, tuple(role for role in given if role not in HEADLINE_ROLES))
     if "relearning" in groups and "forget" in given:
         settings = config.sections["relearning"]
         rows = relearning.select_relearn_rows(load_split(config.data, "forget"), settings.fraction, config.seed)
