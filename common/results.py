@@ -23,15 +23,8 @@ ROWS = "rows.jsonl"  # one row per score, with the values that the score is the 
 HISTORY = "history.jsonl"  # one row per epoch of training
 PICKS = "picks.jsonl"  # one row each time that PMC selects another answer to a question
 CARD = "README.md"  # the model card, if there are weights
-CHECKPOINT_FILES = (
-    ".safetensors",
-    ".gguf",
-    ".json",
-    ".jinja",
-    ".model",
-    ".txt",
-    ".tiktoken",
-)  # weights, tokenizer, settings
+# Of weights, tokenizers and their settings.
+CHECKPOINT_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".tiktoken")
 RECORDED_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "peft", "hydra-core", "omegaconf", "rapidfuzz")
 
 

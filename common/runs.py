@@ -398,7 +398,7 @@ class RunFolder:
             raise UserError(f"output_dir={self.folder}: holds files that no run wrote; name another folder")
         if self.work.is_dir() and not self._can_continue():
             changes = changed_keys((begun or {}).get("config"), self.configuration)
-            if begun and not self.overwrite and all(change.startswith("processes: ") for change in changes):
+            if begun and changes and not self.overwrite and all(change.startswith("processes: ") for change in changes):
                 raise UserError(
                     f"{self.folder}: the interrupted run was begun with {begun['config'].get('processes', 1)} processes, each "
                     "with a batch of its own; continue it with as many, or start again with overwrite=true"

@@ -297,7 +297,7 @@ def _add_evaluation(path: Path, result: dict, runs: dict[str, Run]) -> None:
 def not_of_run(result: dict[str, Any], run: Run) -> str | None:
     """Why an evaluation of the run's model says nothing of the run; None if it has the run's data and other inputs."""
     keys = ", ".join(differing_inputs([result["config"], run.config]))
-    return keys and f"evaluated with another value of {keys} than its run {run.folder.name}"
+    return f"evaluated with another value of {keys} than its run {run.folder.name}" if keys else None
 
 
 def _is_in(folder: Path, result: str) -> bool:
