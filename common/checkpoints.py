@@ -1,6 +1,5 @@
 """Checkpoints: find the one to resume from, write one on SIGTERM or Ctrl-C, and save the trained model."""
 
-import hashlib
 import logging
 import signal
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from common import interrupts
 from common.config import ModelConfig
 from common.errors import UserError
-from common.files import is_first_process, read_json, write_json
+from common.files import is_first_process, read_json, sha256, write_json
 from common.forward import evaluation_mode, own_forward
 from common.model import load_model
 
@@ -30,8 +29,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def _size_and_hash(path: Path) -> list:
-    with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    return [path.stat().st_size, sha256(path)]
 
 
 def damage(checkpoint: Path) -> str | None:

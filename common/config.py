@@ -219,7 +219,7 @@ class DataConfig:
     """What ROUGE compares: latin: words of a-z and 0-9, as in the rouge_score package; unicode: words of any script,
     single characters for scripts without spaces."""
     max_length: int = Field(256, ge=2)
-    """Maximum tokens of a training example; longer answers are truncated, longer windows of a text are refused."""
+    """Maximum tokens of a training example; longer answers are truncated, longer windows refused."""
     hub_configurations: bool = True
     """Each split is a separate configuration on the hub, as in TOFU."""
 

@@ -21,7 +21,9 @@ from common.files import ROOT, SURROGATE, looks_local, resolve_path
 log = logging.getLogger(__name__)
 
 SCORED_RETAIN_ROWS = 400
-HEADLINE_ROLES = ("forget", "forget_paraphrased", "retain", "real_authors", "world_facts")  # of the headline scores
+FORGET_ROLES = ("forget", "forget_paraphrased")  # of unlearn quality
+UTILITY_ROLES = ("retain", "real_authors", "world_facts")
+HEADLINE_ROLES = FORGET_ROLES + UTILITY_ROLES
 WHOLE_TEXTS = ("forget_texts", "holdout_texts")  # roles whose texts are not cut into windows
 _PART = re.compile(
     r"^(?P<name>[\w.\-]+(?:/[\w.\-]+)?)(?:\{(?P<filter>[^{}]*)\})?(?:\[(?P<start>\d*):(?P<stop>\d*)\])?$"

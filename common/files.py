@@ -47,12 +47,19 @@ def is_hub_id(path: str | None) -> bool:
     return bool(path) and not looks_local(path) and not Path(resolve_path(path)).exists()
 
 
-def is_local_file(path: str) -> bool:
-    """Whether a text is the path of a file, in the working folder or in the repository."""
+def local_file(path: str) -> Path | None:
+    """The file that a text names, in the working folder or in the repository; None if it names none."""
     try:
-        return Path(resolve_path(path)).is_file()
+        found = Path(resolve_path(path))
+        return found if found.is_file() else None
     except (OSError, RuntimeError, ValueError):  # too long for a path, "~name" of nobody, a null character
-        return False
+        return None
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(paths: Iterable[Path]) -> str:
@@ -64,17 +71,16 @@ def digest(paths: Iterable[Path]) -> str:
     found = hashlib.sha256()
     for path in paths:
         try:
-            found.update(_digest_of(path, path.stat().st_mtime_ns, path.stat().st_size))
+            found.update(bytes.fromhex(_sha256_of(path, path.stat().st_mtime_ns, path.stat().st_size)))
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     return found.hexdigest()[:16]
 
 
 @cache
-def _digest_of(path: Path, changed: int, size: int) -> bytes:
-    """SHA-256 of a file, read again only after it was changed: weights have gigabytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+def _sha256_of(path: Path, changed: int, size: int) -> str:
+    """`sha256`, read again only after the file was changed: weights have gigabytes."""
+    return sha256(path)
 
 
 def is_first_process() -> bool:

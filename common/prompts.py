@@ -106,6 +106,10 @@ class PromptFormat:
         prompt = self.prompt(row.question)
         return Example(prompt, self.answer(row.answer)[: max(0, max_length - len(prompt))])
 
+    def is_cut(self, example: Example) -> bool:
+        """Whether the example lacks the end of its answer, with the EOS token."""
+        return example.answer[-1:] != [self.eos_token_id]
+
     def text(self, answer_ids: Sequence[int]) -> str:
         """The text of an answer, without special tokens, surrounding whitespace and what `model.prompt.answer` puts before it.
 

@@ -38,7 +38,7 @@ from omegaconf import DictConfig, OmegaConf
 from common.config import RunConfig
 from common.data import HEADLINE_ROLES, local_files
 from common.errors import FULL_DISK, UserError
-from common.files import ROOT, digest, is_first_process, is_local_file, read_json, resolve_path, write_json
+from common.files import ROOT, digest, is_first_process, local_file, read_json, resolve_path, write_json
 from common.lock import LOCK, locked
 from common.redaction import without_secrets
 from common.results import CARD, PUBLISHING, RESULT, checkpoint_id, result_of
@@ -220,8 +220,8 @@ def digests_of_files(plain: dict[str, Any]) -> dict[str, str]:
             if splits and ("metrics" in plain or role in read) and (files := local_files(data["path"], splits)):
                 found[role] = digest(files)
     for key, value in flattened(plain):
-        if isinstance(value, str) and is_local_file(value):
-            found[key] = digest([Path(resolve_path(value))])
+        if isinstance(value, str) and (file := local_file(value)):
+            found[key] = digest([file])
     return found
 
 
@@ -259,6 +259,11 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
         keys = sorted(set(old) | set(new))
         return [line for key in keys for line in differing_keys(old.get(key), new.get(key), f"{prefix}{key}.")]
     return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
+
+
+def only_processes_differ(changes: list[str]) -> bool:
+    """Whether the number of processes is the one thing that these `changed_keys` name."""
+    return bool(changes) and all(change.startswith("processes: ") for change in changes)
 
 
 def training_run(stage: str, cfg: DictConfig, config: RunConfig) -> "RunFolder":
@@ -324,7 +329,7 @@ class RunFolder:
             log.info("%s: continuing an interrupted run; its result will replace the one in this folder", self.folder)
             return False
         changes = changed_keys(result.get("config"), self.configuration)
-        if changes and all(change.startswith("processes: ") for change in changes):
+        if only_processes_differ(changes):
             log.warning(
                 "%s: the result already exists, made by another number of processes, each with a batch of its own (%s); "
                 "overwrite=true repeats the run",
@@ -398,7 +403,7 @@ class RunFolder:
             raise UserError(f"output_dir={self.folder}: holds files that no run wrote; name another folder")
         if self.work.is_dir() and not self._can_continue():
             changes = changed_keys((begun or {}).get("config"), self.configuration)
-            if begun and changes and not self.overwrite and all(change.startswith("processes: ") for change in changes):
+            if begun and not self.overwrite and only_processes_differ(changes):
                 raise UserError(
                     f"{self.folder}: the interrupted run was begun with {begun['config'].get('processes', 1)} processes, each "
                     "with a batch of its own; continue it with as many, or start again with overwrite=true"

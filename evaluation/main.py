@@ -45,7 +45,6 @@ from evaluation.tables import as_text, headline_table, score_table
 from generation.sampler import use_engine
 
 log = logging.getLogger(__name__)
-NEED_BASE_MODEL = {"privacy", "side_effects", "fluency", "depth"}  # groups that compare to the model before unlearning
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Path]:
@@ -118,7 +117,9 @@ def different_bases(results: dict[str, dict]) -> str:
     compared = {name: result["config"]["compared_to"] for name, result in results.items()}
     bases = {name: others.get("base_model", {}).get("path") for name, others in compared.items()}
     groups = {score.partition("/")[0] for result in results.values() for score in result["scores"]}
-    if len(set(bases.values())) == 1 or groups.isdisjoint(NEED_BASE_MODEL):
+    if len(set(bases.values())) == 1 or not any(
+        group.reads_base_model for name, group in METRIC_GROUPS.items() if name in groups
+    ):
         return ""
     named = "; ".join(f"{as_text(name)}: {as_text(base or 'not known')}" for name, base in bases.items())
     return f"\n\nThe models are compared to different models before unlearning (base_model.path): {named}."

@@ -146,7 +146,7 @@ class ModelOutputs:
         Warns once if an answer is cut at `max_length`.
         """
         examples = [self.prompts.example(Row(0, *pair), self.max_length) for pair in pairs]
-        if not self._warned and any(example.answer[-1:] != [self.prompts.eos_token_id] for example in examples):
+        if not self._warned and any(map(self.prompts.is_cut, examples)):
             warn_if_cut(self.prompts, pairs, self.max_length, "data.max_length", given=True)
             self._warned = True
         return self.tokens(examples)

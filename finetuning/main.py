@@ -62,9 +62,10 @@ def train(run: RunFolder, config: RunConfig) -> None:
     prompts = PromptFormat(tokenizer, config.model.prompt)
     check_prompt_lengths([prompts.prompt(row.question) for row in rows], config.data.max_length, "data.max_length")
     check_passages_fit(prompts, passages_of(rows), config.data.max_length, "data.max_length")
-    pairs = [(row.question, row.answer) for row in rows]
-    warn_if_cut(prompts, pairs, config.data.max_length, "data.max_length", given=True)
     examples = [prompts.example(row, config.data.max_length) for row in rows]
+    if any(map(prompts.is_cut, examples)):
+        pairs = [(row.question, row.answer) for row in rows]
+        warn_if_cut(prompts, pairs, config.data.max_length, "data.max_length", given=True)
     evaluator = Evaluator(config, prompts, run.configuration)
     args = training_arguments(config, run.work, len(examples))
     set_seed(config.seed)

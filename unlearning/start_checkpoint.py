@@ -16,6 +16,8 @@ from common.results import result_of
 from common.runs import run_name, with_portable_paths
 
 log = logging.getLogger(__name__)
+# Settings that unlearning may have otherwise than finetuning had them, with a warning.
+MAY_DIFFER = ("model.lora", "data.max_length", "data.columns", "data.windows")
 
 
 def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
@@ -121,9 +123,7 @@ def differences_from_finetuning(config: RunConfig, path: str) -> tuple[list[str]
     for key in sorted(here):
         if comparable(key, there[key]) != comparable(key, here[key]):
             copy = key == "data.path" and looks_local(there[key]) != looks_local(here[key])
-            found = (
-                warned if copy or key in ("model.lora", "data.max_length", "data.columns", "data.windows") else refused
-            )
+            found = warned if copy or key in MAY_DIFFER else refused
             found.append(f"{key}={there[key]} there, {here[key]} here")
     return refused, warned
 

@@ -28,7 +28,15 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from common.config import DataConfig, EvaluationConfig
-from common.data import HEADLINE_ROLES, Row, check_apart, load_splits, scored_retain_rows
+from common.data import (
+    FORGET_ROLES,
+    HEADLINE_ROLES,
+    UTILITY_ROLES,
+    Row,
+    check_apart,
+    load_splits,
+    scored_retain_rows,
+)
 from common.errors import UserError
 from common.prompts import PromptFormat, check_passages_fit, warn_if_cut
 from common.rouge import rouge_l_recall, rouge_tokens, use_words, words
@@ -37,8 +45,6 @@ from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Scores
 
 log = logging.getLogger(__name__)
-FORGET_ROLES = ("forget", "forget_paraphrased")
-UTILITY_ROLES = ("retain", "real_authors", "world_facts")
 
 
 @dataclass(frozen=True)

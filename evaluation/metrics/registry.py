@@ -48,12 +48,14 @@ class MetricGroup:
         roles: roles of the splits that it reads (keys of `data.splits`).
         settings: class of the configuration section with the group's name.
         check: raises UserError for unusable settings, before anything is loaded.
+        reads_base_model: whether it compares to the model before unlearning.
     """
 
     measure: Callable[[EvaluationContext, Scores], None]
     roles: Sequence[str]
     settings: type | None = None
     check: Callable[[Any], None] | None = None
+    reads_base_model: bool = False
 
 
 # First the groups that use only the evaluated model, then those that compare it to other models, then those that change
@@ -68,11 +70,11 @@ METRIC_GROUPS = {
     "target_suppression": MetricGroup(target_suppression.measure, ["forget_paraphrased"]),
     "lm_eval": MetricGroup(lm_eval_harness.measure, [], lm_eval_harness.Harness, lm_eval_harness.check),
     "tofu": MetricGroup(tofu.measure, [*tofu.ROLES.values(), "forget_paraphrased"]),
-    "privacy": MetricGroup(privacy.measure, privacy.SPLITS, privacy.Privacy),
+    "privacy": MetricGroup(privacy.measure, privacy.SPLITS, privacy.Privacy, reads_base_model=True),
     "openunlearning": MetricGroup(openunlearning.measure, [*tofu.ROLES.values(), "forget_paraphrased", "holdout"]),
-    "side_effects": MetricGroup(side_effects.measure, ["unrelated"]),
-    "fluency": MetricGroup(fluency.measure, ["forget"]),
-    "depth": MetricGroup(depth.measure, ["forget"]),
+    "side_effects": MetricGroup(side_effects.measure, ["unrelated"], reads_base_model=True),
+    "fluency": MetricGroup(fluency.measure, ["forget"], reads_base_model=True),
+    "depth": MetricGroup(depth.measure, ["forget"], reads_base_model=True),
     "quantization": MetricGroup(quantization.measure, HEADLINE_ROLES, quantization.Quantization),
     "relearning": MetricGroup(relearning.measure, ["forget", "retain"], relearning.Relearning),
 }
