@@ -439,18 +439,67 @@ def test_the_contrast_loss_has_the_gradient_of_its_formula(model, prompts, tmp_p
     }
 
 
+def test_the_distillation_loss_has_the_gradient_of_its_formula(model, prompts, tmp_path):
+    """In float64 by hand, over two micro-batches, in a step in which the model is no longer the reference model."""
+    weights, beta, answers = (1.5, 0.8), 3.0, [[7, 8, 9, 10, 11, 12, 13, 14, 15, 2], [5, 2], [9, 4, 2], [3] * 30 + [2]]
+    settings = PMCSettings(
+        max_length=60,
+        lambda_unlearning=0.0,
+        distillation_weight=weights[0],
+        distillation_beta=beta,
+        contrast_weight=weights[1],
+    )
+    trainer = make_trainer(model, prompts, tmp_path, ROWS[:4], 2, 2, settings=settings)
+    before = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    end = prompts.eos_token_id
+    initial = {row.index: ids[:-1] + [end] for row, ids in zip(ROWS[:4], answers, strict=True)}
+    trainer.initial_tokens = initial
+    trainer.best = {index: Candidate(1.0, [20 + index, 21, end]) for index in initial}  # all are solved
+    found = gradients_of_one_step(trainer)
+
+    now = copy.deepcopy(model).double()
+    question = {row.index: prompts.prompt(row.question) for row in ROWS[:4]}
+    picked = [-token_log_probs(now, question[index], best.answer) for index, best in trainer.best.items()]
+    old = [-token_log_probs(now, question[index], ids) for index, ids in initial.items()]
+    contrast = torch.stack([-2 * torch.nn.functional.logsigmoid(ids.mean()) for ids in old]).mean()
+    cross_entropies = []
+    for index, ids in initial.items():
+        teacher, student = (answer_logits_of(of_model, question[index], ids) for of_model in (before, now))
+        for position, token in enumerate(ids):
+            lowered = teacher[position].detach().clone()
+            lowered[token] -= beta
+            cross_entropies.append(-(lowered.softmax(-1) * student[position].log_softmax(-1)).sum())
+    distillation = torch.stack(cross_entropies).mean()
+    (torch.cat(picked).mean() + weights[0] * distillation + weights[1] * contrast).backward()
+    for name, parameter in now.named_parameters():
+        torch.testing.assert_close(found[name].double(), parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+    (record,) = trainer.history
+    assert record["distillation_loss"] == pytest.approx(distillation.item(), rel=1e-5)
+    assert record["contrast_loss"] == pytest.approx(contrast.item(), rel=1e-5)
+
+
+def answer_logits_of(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    return model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+
+
 def token_log_probs(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+    log_probs = answer_logits_of(model, prompt, answer).log_softmax(-1)
+    return log_probs.gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
-def test_contrast_makes_the_initial_responses_unlikely_where_pmc_alone_leaves_them_likely(memorized, prompts, tmp_path):
+@pytest.mark.parametrize(("option", "value"), [("contrast_weight", 8.0), ("distillation_weight", 30.0)])
+def test_losses_on_initial_responses_make_them_unlikely_where_pmc_alone_leaves_them_likely(
+    option, value, memorized, prompts, tmp_path
+):
     start, likely = {name: value.clone() for name, value in memorized.state_dict().items()}, {}
-    for weight in (0.0, 8.0):
+    for weight in (0.0, value):
         memorized.load_state_dict(start)
-        settings = PMCSettings(num_samples=4, max_length=60, temperature=2.0, contrast_weight=weight)
+        settings = PMCSettings(num_samples=4, max_length=60, temperature=2.0, **{option: weight})
         trainer = make_trainer(memorized, prompts, tmp_path, settings=settings, learning_rate=1e-3, max_steps=24)
         trainer.train()
         ids = [(prompts.prompt(row.question), trainer.initial_tokens[row.index]) for row in ROWS]
         likely[weight] = sum(token_log_probs(trainer.model, *pair).mean().exp().item() for pair in ids) / len(ROWS)
-    assert likely[8.0] < likely[0.0] / 3
+    assert likely[value] < likely[0.0] / 3

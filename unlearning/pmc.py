@@ -28,7 +28,7 @@ from common.prompts import Example
 from common.results import PICKS
 from unlearning import pmc_log
 from unlearning.early_stopping import EarlyStopping
-from unlearning.pmc_options import Contrast, FluencyPenalty, PMCSettings, StalledTemperature
+from unlearning.pmc_options import FluencyPenalty, InitialResponseLosses, PMCSettings, StalledTemperature
 from unlearning.reference_model import ReferenceModel, ShardedReferenceModel
 from unlearning.sampling import OwnAnswerTrainer
 from unlearning.selection import Candidate, draw, select
@@ -47,21 +47,22 @@ class PMC(OwnAnswerTrainer):
     """
 
     Settings = PMCSettings
+    logged_terms = ("collapse_loss", "contrast_loss", "distillation_loss", "initial_nll")  # where they are computed
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: PMCSettings):
-        self.needs_reference = settings.fluency_weight > 0
+        self.needs_reference = settings.fluency_weight > 0 or settings.distillation_weight > 0
         super().__init__(model, args, data, settings)
         # A drawn selection needs the reward of every sample, as each has a probability.
         self.stops_early = settings.early_stopping and self.scorer.is_monotone and not settings.selection_temperature
-        self.fluency = FluencyPenalty(self, settings.fluency_weight) if self.needs_reference else None
+        self.fluency = FluencyPenalty(self, settings.fluency_weight) if settings.fluency_weight else None
         self.temperature = StalledTemperature(settings)
-        self.contrast = Contrast(self, settings) if settings.contrast_weight else None
-        self.logged_terms = ("collapse_loss", "contrast_loss", "initial_nll") if self.contrast else ()
+        on_initial = settings.contrast_weight or settings.distillation_weight
+        self.initial_losses = InitialResponseLosses(self, settings) if on_initial else None
         self.best: dict[int, Candidate] = {}
         self.picks: list[dict[str, Any]] = []
 
     def new_reference(self) -> ReferenceModel | ShardedReferenceModel:
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled and self.settings.fluency_weight:
             raise UserError(
                 f"FSDP: method.fluency_weight={self.settings.fluency_weight:g} runs the reference model for a different number "
                 "of samples in each process, and with sharded weights they would wait for each other; use fluency_weight=0"
@@ -87,13 +88,13 @@ class PMC(OwnAnswerTrainer):
         return Example(self.prompt_ids[row.index], [*beginning, ending])
 
     def forget_groups(self, rows: list[Row]) -> list[tuple[Example, ...]]:
-        if not self.contrast:
+        if not self.initial_losses:
             return super().forget_groups(rows)
         initial = [self.own_example(row, self.initial_tokens[row.index]) for row in rows]
-        return self.contrast.groups(self.forget_examples(rows), initial)
+        return self.initial_losses.groups(self.forget_examples(rows), initial)
 
     def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
-        return self.contrast.loss(forget) if self.contrast else forget.cross_entropy
+        return self.initial_losses.loss(forget) if self.initial_losses else forget.cross_entropy
 
     def is_solved(self, row: Row) -> bool:
         return row.index in self.best and self.best[row.index].reward == 1

@@ -40,7 +40,8 @@ def epoch_record(trainer: "PMC", losses: dict[str, float]) -> dict[str, float]:
     """The values to log for an epoch.
 
     Args:
-        losses: the epoch's losses. With contrast, "forget_loss" is their sum, and the collapse loss is in it as well.
+        losses: the epoch's losses. With losses on initial responses, "forget_loss" is their sum, and the collapse loss
+            is in it as well.
     """
     record = {"collapse_loss": losses.pop("forget_loss"), **losses}
     record |= trainer.epoch_means("questions", ["selected_reward", "solved", "selected_penalty"])

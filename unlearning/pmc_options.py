@@ -1,4 +1,4 @@
-"""PMC's settings, and its options that are off by default: fluency penalty, rising temperature, contrast."""
+"""PMC's settings, and its options that are off by default: fluency penalty, rising temperature, losses on initial responses."""
 
 import logging
 import math
@@ -46,6 +46,11 @@ class PMCSettings(OwnAnswerSettings):
     """Weight of a loss that makes the initial responses unlikely; 0: off."""
     contrast_beta: PositiveFloat = 1.0
     """The larger, the earlier the contrast loss ends: its gradient fades where the mean NLL per token exceeds 1 / beta."""
+    distillation_weight: NonNegativeFloat = 0.0
+    """Weight of a loss that distills the model before unlearning on the initial responses, with the logits of their tokens
+    lowered; 0: off."""
+    distillation_beta: PositiveFloat = 10.0
+    """Amount subtracted from the logit of each token of an initial response."""
     early_stopping: bool = True
     """Stop samples that can no longer be selected; only for rewards that never rise as a sample grows,
     and with selection_temperature=0."""
@@ -120,38 +125,47 @@ class FluencyPenalty:
         return means.tolist()
 
 
-class Contrast:
-    """Makes the initial responses unlikely, so that the answers are removed and not only replaced.
+class InitialResponseLosses:
+    """Losses that make the initial responses unlikely, so that the answers are removed and not only replaced.
 
-    The loss of SimNPO (arXiv 2410.07163), with the model's own greedy answers from before training in place of the data
-    set's: -(2/beta) log sigmoid(beta * NLL/length), the mean over questions. The forget answers are not read.
+    contrast:     -(2/beta) log sigmoid(beta * NLL/length), the mean over questions; the loss of SimNPO (arXiv 2410.07163)
+    distillation: CE against softmax(logits of the reference model, less beta at the token), the mean over tokens; the
+                  loss of UNDIAL (arXiv 2402.10052)
+
+    Both are computed on the model's own greedy answers from before training, not on the data set's. These are not read.
 
     Args:
-        trainer: the trainer that the loss is logged with.
-        settings: PMC's settings, with a `contrast_weight` above 0.
+        trainer: the trainer that the losses are logged with; it has a reference model if `distillation_weight` is above 0.
+        settings: PMC's settings, with a `contrast_weight` or a `distillation_weight` above 0.
     """
 
     def __init__(self, trainer: UnlearningTrainer, settings: PMCSettings):
-        self.trainer, self.weight, self.beta = trainer, settings.contrast_weight, settings.contrast_beta
-        self.selected_tokens = 0.0
+        self.trainer, self.settings = trainer, settings
+        self.step_tokens = [0.0, 0.0]
 
     def groups(self, selected: list[Example], initial: list[Example]) -> list[tuple[Example, ...]]:
         """For each forget row of the optimizer step: the selected sample, and the initial response."""
-        self.selected_tokens = self.trainer.total(sum(len(example.answer) for example in selected))
+        lengths = [sum(len(example.answer) for example in examples) for examples in (selected, initial)]
+        self.step_tokens = list(map(self.trainer.total, lengths))
         return list(zip(selected, initial, strict=True))
 
     def loss(self, forget: TokenLosses) -> torch.Tensor:
-        """Cross-entropy of the selected samples (the mean over their tokens) + weight * contrast loss."""
-        is_initial = forget.position == 1
-        collapse = forget.losses[~is_initial[forget.rows]].sum() / self.selected_tokens
-        mean_nll = (forget.nll / forget.lengths)[is_initial]
-        contrast = forget.mean_over_rows(-2 / self.beta * logsigmoid(self.beta * mean_nll))
+        """Cross-entropy of the selected samples + the weighted losses on the initial responses."""
+        selected, initial = [forget.at_position(index, self.step_tokens[index]) for index in (0, 1)]
+        mean_nll = initial.nll / initial.lengths
+        terms = {"collapse_loss": (1.0, selected.cross_entropy)}
+        if self.settings.contrast_weight:
+            beta = self.settings.contrast_beta
+            contrast = initial.mean_over_rows(-2 / beta * logsigmoid(beta * mean_nll))
+            terms["contrast_loss"] = (self.settings.contrast_weight, contrast)
+        if self.settings.distillation_weight:
+            distillation = initial.mean_over_tokens(initial.lowered_distillation(self.settings.distillation_beta))
+            terms["distillation_loss"] = (self.settings.distillation_weight, distillation)
         self.trainer.add_to_epoch(
-            collapse_loss=collapse.detach(),
-            contrast_loss=contrast.detach(),
-            initial_nll=forget.mean_over_rows(mean_nll.detach()),
+            **{name: value.detach() for name, (_, value) in terms.items()},
+            initial_nll=initial.mean_over_rows(mean_nll.detach()),
         )
-        return collapse + self.weight * contrast
+        return sum(weight * value for weight, value in terms.values())
 
 
 class StalledTemperature:
