@@ -439,8 +439,11 @@ def test_the_contrast_loss_has_the_gradient_of_its_formula(model, prompts, tmp_p
     }
 
 
-def test_the_distillation_loss_has_the_gradient_of_its_formula(model, prompts, tmp_path):
-    """In float64 by hand, over two micro-batches, in a step in which the model is no longer the reference model."""
+@pytest.mark.parametrize("rows_per_pass", [None, 1])
+def test_the_distillation_loss_has_the_gradient_of_its_formula(rows_per_pass, model, prompts, tmp_path, monkeypatch):
+    """In float64 by hand, in a step in which the model is no longer the reference model; also in passes without a response."""
+    if rows_per_pass:
+        monkeypatch.setattr(PMC, "buckets", lambda self, batch: one_row_each(batch))
     weights, beta, answers = (1.5, 0.8), 3.0, [[7, 8, 9, 10, 11, 12, 13, 14, 15, 2], [5, 2], [9, 4, 2], [3] * 30 + [2]]
     settings = PMCSettings(
         max_length=60,
@@ -479,6 +482,10 @@ def test_the_distillation_loss_has_the_gradient_of_its_formula(model, prompts, t
     (record,) = trainer.history
     assert record["distillation_loss"] == pytest.approx(distillation.item(), rel=1e-5)
     assert record["contrast_loss"] == pytest.approx(contrast.item(), rel=1e-5)
+
+
+def one_row_each(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    return [{name: values[row : row + 1] for name, values in batch.items()} for row in range(len(batch["input_ids"]))]
 
 
 def answer_logits_of(model, prompt: list[int], answer: list[int]) -> torch.Tensor:

@@ -68,9 +68,10 @@ def assert_equal_weights(*folders):
     assert all((one[name] - other[name]).abs().mean() < 1e-6 for name in one)
 
 
-def test_two_processes_draw_remember_and_weigh_as_one_does(models_dir, tmp_path):
+@pytest.mark.parametrize("recipe", ["PMC-unlearn-tiny", "PMC-distillation-tiny"])
+def test_two_processes_draw_remember_and_weigh_as_one_does(recipe, models_dir, tmp_path):
     """Three epochs: a shuffled question goes from one process to the other, and its pick with it."""
-    words = ("-cn=PMC-unlearn-tiny", "training.learning_rate=1e-9", *QUICK)
+    words = (f"-cn={recipe}", "training.learning_rate=1e-9", *QUICK)
     assert_equal_histories(*(run(n, tmp_path / str(n), models_dir, *words) for n in (1, 2)))
     assert_equal_weights(tmp_path / "1", tmp_path / "2")
 

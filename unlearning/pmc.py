@@ -47,7 +47,7 @@ class PMC(OwnAnswerTrainer):
     """
 
     Settings = PMCSettings
-    logged_terms = ("collapse_loss", "contrast_loss", "distillation_loss", "initial_nll")  # where they are computed
+    logged_terms = ("collapse_loss", "contrast_loss", "distillation_loss", "initial_nll")  # each where it is computed
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: PMCSettings):
         self.needs_reference = settings.fluency_weight > 0 or settings.distillation_weight > 0

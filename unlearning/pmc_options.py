@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 @section
 class PMCSettings(OwnAnswerSettings):
     gamma: PositiveFloat = 1.0
-    """Weight of the collapse loss."""
+    """Weight of the collapse loss and of the losses on initial responses."""
     lambda_unlearning: NonNegativeFloat | Literal["auto"] = 1.5
     temperature: NonNegativeFloat = 1.25
     top_p: Fraction = 0.95
@@ -47,9 +47,9 @@ class PMCSettings(OwnAnswerSettings):
     contrast_beta: PositiveFloat = 1.0
     """The larger, the earlier the contrast loss ends: its gradient fades where the mean NLL per token exceeds 1 / beta."""
     distillation_weight: NonNegativeFloat = 0.0
-    """Weight of a loss that distills the model before unlearning on the initial responses, with the logits of their tokens
-    lowered; 0: off."""
-    distillation_beta: PositiveFloat = 10.0
+    """Weight of a loss that distills the reference model (the model before unlearning) on its own initial responses, with the
+    logits of their tokens lowered; 0: off."""
+    distillation_beta: NonNegativeFloat = 10.0
     """Amount subtracted from the logit of each token of an initial response."""
     early_stopping: bool = True
     """Stop samples that can no longer be selected; only for rewards that never rise as a sample grows,
@@ -132,7 +132,7 @@ class InitialResponseLosses:
     distillation: CE against softmax(logits of the reference model, less beta at the token), the mean over tokens; the
                   loss of UNDIAL (arXiv 2402.10052)
 
-    Both are computed on the model's own greedy answers from before training, not on the data set's. These are not read.
+    Both are computed on the model's own greedy answers from before training. The data set's forget answers are not read.
 
     Args:
         trainer: the trainer that the losses are logged with; it has a reference model if `distillation_weight` is above 0.

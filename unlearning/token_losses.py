@@ -15,7 +15,7 @@ class MicroBatchPart:
     Attributes:
         step_tokens: number of their answer tokens in the whole optimizer step, over all micro-batches and processes.
         step_rows: number of forget rows in the whole optimizer step.
-        compute_reference: returns `reference`, for those examples alone that a mask of shape (examples,) selects.
+        compute_reference: returns `reference`, of all examples or of those that a mask of shape (examples,) selects.
     """
 
     step_tokens: float
@@ -89,6 +89,8 @@ class TokenLosses(MicroBatchPart):
 
         UNDIAL (arXiv 2402.10052): it makes the token unlikely and keeps the rest of the reference model's distribution.
         """
+        if not self.size:  # a pass may have no initial responses; the reference model cannot run on none
+            return self.losses
         logits = self.reference.logits
         logits[torch.arange(len(logits)), self.targets] -= beta
         return -(logits.softmax(dim=-1) * self.log_probs).sum(dim=-1)
@@ -102,6 +104,10 @@ class TokenLosses(MicroBatchPart):
         """
         examples = self.position == position
         tokens = examples[self.rows]
+
+        def compute_reference(mask: torch.Tensor | None) -> TokenLosses:
+            return self.compute_reference(examples if mask is None else examples.masked_scatter(examples, mask))
+
         return replace(
             self,
             step_tokens=step_tokens,
@@ -112,7 +118,7 @@ class TokenLosses(MicroBatchPart):
             position=self.position[examples],
             weights=self.weights[examples],
             compute_logits=lambda: self.logits[tokens],
-            compute_reference=lambda _: self.compute_reference(examples),
+            compute_reference=compute_reference,
         )
 
     @property
