@@ -45,7 +45,7 @@ class PMCSettings(OwnAnswerSettings):
     contrast_weight: NonNegativeFloat = 0.0
     """Weight of a loss that makes the initial responses unlikely; 0: off."""
     contrast_beta: PositiveFloat = 1.0
-    """The larger, the earlier the contrast loss ends: its gradient fades where the mean NLL per token exceeds 1 / beta."""
+    """The larger, the earlier the contrast loss fades: its gradient is halved where the mean NLL per token is 1.1 / beta."""
     distillation_weight: NonNegativeFloat = 0.0
     """Weight of a loss that distills the reference model (the model before unlearning) on its own initial responses, with the
     logits of their tokens lowered; 0: off."""
