@@ -408,18 +408,23 @@ def test_the_selected_answers_of_each_epoch_are_recorded_once(memorized, prompts
     assert len(picks) > 2 * len(ROWS)
 
 
+def with_answers(trainer, end: int) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Give four rows initial responses and selected samples, so that all are solved; returns both by row index."""
+    answers = [[7, 8, 9, 10, 11, 12, 13, 14, 15, end], [5, end], [9, 4, end], [3] * 30 + [end]]
+    trainer.initial_tokens = {row.index: ids for row, ids in zip(ROWS[:4], answers, strict=True)}
+    selected = {index: [20 + index, 21, end] for index in trainer.initial_tokens}
+    trainer.best = {index: Candidate(1.0, ids) for index, ids in selected.items()}
+    return trainer.initial_tokens, selected
+
+
 def test_the_contrast_loss_has_the_gradient_of_its_formula(model, prompts, tmp_path):
     """In float64 by hand, over two micro-batches that are split by length."""
-    weight, beta, answers = 2.0, 0.7, [[7, 8, 9, 10, 11, 12, 13, 14, 15, 2], [5, 2], [9, 4, 2], [3] * 30 + [2]]
+    weight, beta = 2.0, 0.7
     settings = PMCSettings(
         num_samples=2, max_length=60, lambda_unlearning=0.0, contrast_weight=weight, contrast_beta=beta
     )
     trainer = make_trainer(model, prompts, tmp_path, ROWS[:4], 2, 2, settings=settings)
-    end = prompts.eos_token_id
-    initial = {row.index: ids[:-1] + [end] for row, ids in zip(ROWS[:4], answers, strict=True)}
-    selected = {index: [20 + index, 21, end] for index in initial}
-    trainer.initial_tokens = initial
-    trainer.best = {index: Candidate(1.0, ids) for index, ids in selected.items()}  # all are solved
+    initial, selected = with_answers(trainer, prompts.eos_token_id)
     found = gradients_of_one_step(trainer)
 
     reference = copy.deepcopy(model).double()
@@ -444,7 +449,7 @@ def test_the_distillation_loss_has_the_gradient_of_its_formula(rows_per_pass, mo
     """In float64 by hand, in a step in which the model is no longer the reference model; also in passes without a response."""
     if rows_per_pass:
         monkeypatch.setattr(PMC, "buckets", lambda self, batch: one_row_each(batch))
-    weights, beta, answers = (1.5, 0.8), 3.0, [[7, 8, 9, 10, 11, 12, 13, 14, 15, 2], [5, 2], [9, 4, 2], [3] * 30 + [2]]
+    weights, beta = (1.5, 0.8), 3.0
     settings = PMCSettings(
         max_length=60,
         lambda_unlearning=0.0,
@@ -457,15 +462,12 @@ def test_the_distillation_loss_has_the_gradient_of_its_formula(rows_per_pass, mo
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    end = prompts.eos_token_id
-    initial = {row.index: ids[:-1] + [end] for row, ids in zip(ROWS[:4], answers, strict=True)}
-    trainer.initial_tokens = initial
-    trainer.best = {index: Candidate(1.0, [20 + index, 21, end]) for index in initial}  # all are solved
+    initial, selected = with_answers(trainer, prompts.eos_token_id)
     found = gradients_of_one_step(trainer)
 
     now = copy.deepcopy(model).double()
     question = {row.index: prompts.prompt(row.question) for row in ROWS[:4]}
-    picked = [-token_log_probs(now, question[index], best.answer) for index, best in trainer.best.items()]
+    picked = [-token_log_probs(now, question[index], ids) for index, ids in selected.items()]
     old = [-token_log_probs(now, question[index], ids) for index, ids in initial.items()]
     contrast = torch.stack([-2 * torch.nn.functional.logsigmoid(ids.mean()) for ids in old]).mean()
     cross_entropies = []

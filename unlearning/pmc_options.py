@@ -141,17 +141,17 @@ class InitialResponseLosses:
 
     def __init__(self, trainer: UnlearningTrainer, settings: PMCSettings):
         self.trainer, self.settings = trainer, settings
-        self.step_tokens = [0.0, 0.0]
+        self.selected_tokens = 0.0
 
     def groups(self, selected: list[Example], initial: list[Example]) -> list[tuple[Example, ...]]:
         """For each forget row of the optimizer step: the selected sample, and the initial response."""
-        lengths = [sum(len(example.answer) for example in examples) for examples in (selected, initial)]
-        self.step_tokens = list(map(self.trainer.total, lengths))
+        self.selected_tokens = self.trainer.total(sum(len(example.answer) for example in selected))
         return list(zip(selected, initial, strict=True))
 
     def loss(self, forget: TokenLosses) -> torch.Tensor:
         """Cross-entropy of the selected samples + the weighted losses on the initial responses."""
-        selected, initial = [forget.at_position(index, self.step_tokens[index]) for index in (0, 1)]
+        selected = forget.at_position(0, self.selected_tokens)
+        initial = forget.at_position(1, forget.step_tokens - self.selected_tokens)
         mean_nll = initial.nll / initial.lengths
         terms = {"collapse_loss": (1.0, selected.cross_entropy)}
         if self.settings.contrast_weight:

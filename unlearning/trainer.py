@@ -222,7 +222,7 @@ class UnlearningTrainer(ResumableTrainer):
         """The losses of one part of a micro-batch under the reference model; `of_part` selects among its examples."""
         if self.reference is None:
             raise RuntimeError(f"{type(self).__name__} uses the reference model without needs_reference = True")
-        chosen = examples.nonzero()[:, 0] if of_part is None else examples.nonzero()[of_part, 0]
+        chosen = examples if of_part is None else examples.masked_scatter(examples, of_part)
         with self.reference.active() as model:
             return self.token_losses(model, {name: values[chosen] for name, values in batch.items()})[part]
 
