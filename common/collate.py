@@ -27,7 +27,7 @@ def collate(examples: Sequence[Example], pad_id: int = 0) -> dict[str, torch.Ten
         ids = torch.tensor(example.prompt + example.answer)
         input_ids[row, : len(ids)] = ids
         attention_mask[row, : len(ids)] = 1
-        labels[row, len(example.prompt) : len(ids)] = ids[len(example.prompt) :]
+        labels[row, len(example.prompt) : len(ids)] = torch.tensor(example.labels or example.answer)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 

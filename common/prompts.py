@@ -28,11 +28,13 @@ class Example:
 
     Attributes:
         weight: for a loss that weights its examples, such as a policy gradient, whose weights are advantages.
+        labels: what to predict in place of each token of the answer, -100 for no loss; None: the answer itself.
     """
 
     prompt: list[int]
     answer: list[int]
     weight: float = 1.0
+    labels: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)

@@ -11,10 +11,12 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from common.collate import IGNORED
 from common.errors import UserError
+from common.prompts import Example
 from tests.helpers import ROWS, arguments, gradients_of_one_step, make_trainer
 from unlearning.pmc import PMC
-from unlearning.pmc_options import PMCSettings, StalledTemperature
+from unlearning.pmc_options import InitialResponseLosses, PMCSettings, StalledTemperature
 from unlearning.rewards import Scorer, penalize_short, rouge_l
 from unlearning.selection import Candidate, draw, select
 from unlearning.trainer import UnlearningData
@@ -209,14 +211,16 @@ def test_a_run_with_all_options_trains_with_the_weights_that_are_set(memorized, 
     assert trainer.reference and trainer.best, "the options are on"
 
 
-def test_the_forget_answers_are_never_looked_at(model, prompts, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"relabeling_weight": 1.0, "contrast_weight": 1.0}])
+def test_the_forget_answers_are_never_looked_at(options, memorized, prompts, tmp_path):
     """Other ground truths, the same run: PMC needs the questions alone."""
+    model, settings = memorized, PMCSettings(num_samples=3, max_length=48, **options)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     histories = []
     for answers in ("a secret", "quite another one"):
         model.load_state_dict(start)
         rows = [replace(row, answer=answers) for row in ROWS]
-        trainer = make_trainer(model, prompts, tmp_path, rows, learning_rate=1e-2, max_steps=3)
+        trainer = make_trainer(model, prompts, tmp_path, rows, settings=settings, learning_rate=1e-2, max_steps=3)
         trainer.train()
         histories.append((trainer.best, [p.clone() for p in model.parameters()]))
     assert histories[0][0] == histories[1][0]
@@ -445,44 +449,37 @@ def test_the_contrast_loss_has_the_gradient_of_its_formula(model, prompts, tmp_p
 
 
 @pytest.mark.parametrize("rows_per_pass", [None, 1])
-def test_the_distillation_loss_has_the_gradient_of_its_formula(rows_per_pass, model, prompts, tmp_path, monkeypatch):
-    """In float64 by hand, in a step in which the model is no longer the reference model; also in passes without a response."""
+def test_the_relabeling_loss_has_the_gradient_of_its_formula(rows_per_pass, model, prompts, tmp_path, monkeypatch):
+    """In float64 by hand, beside the contrast loss; also for a response without labels, and in passes without any."""
     if rows_per_pass:
         monkeypatch.setattr(PMC, "buckets", lambda self, batch: one_row_each(batch))
-    weights, beta = (1.5, 0.8), 3.0
-    settings = PMCSettings(
-        max_length=60,
-        lambda_unlearning=0.0,
-        distillation_weight=weights[0],
-        distillation_beta=beta,
-        contrast_weight=weights[1],
-    )
-    trainer = make_trainer(model, prompts, tmp_path, ROWS[:4], 2, 2, settings=settings)
-    before = copy.deepcopy(model).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
+    weights = {"relabeling_weight": 1.5, "contrast_weight": 0.8}
+    trainer = make_trainer(model, prompts, tmp_path, ROWS[:4], 2, 2, PMCSettings(max_length=60, lambda_unlearning=0.0))
+    trainer.settings = PMCSettings(max_length=60, lambda_unlearning=0.0, **weights)
+    trainer.initial_losses = InitialResponseLosses(trainer, trainer.settings)
     initial, selected = with_answers(trainer, prompts.eos_token_id)
+    labels = {index: [t + 30 if t > 4 else IGNORED for t in ids[:-1]] + [IGNORED] for index, ids in initial.items()}
+    question = {row.index: prompts.prompt(row.question) for row in ROWS[:4]}
+    trainer.relabeled = {index: Example(question[index], ids, labels=labels[index]) for index, ids in initial.items()}
     found = gradients_of_one_step(trainer)
 
     now = copy.deepcopy(model).double()
-    question = {row.index: prompts.prompt(row.question) for row in ROWS[:4]}
     picked = [-token_log_probs(now, question[index], ids) for index, ids in selected.items()]
     old = [-token_log_probs(now, question[index], ids) for index, ids in initial.items()]
     contrast = torch.stack([-2 * torch.nn.functional.logsigmoid(ids.mean()) for ids in old]).mean()
-    cross_entropies = []
-    for index, ids in initial.items():
-        teacher, student = (answer_logits_of(of_model, question[index], ids) for of_model in (before, now))
-        for position, token in enumerate(ids):
-            lowered = teacher[position].detach().clone()
-            lowered[token] -= beta
-            cross_entropies.append(-(lowered.softmax(-1) * student[position].log_softmax(-1)).sum())
-    distillation = torch.stack(cross_entropies).mean()
-    (torch.cat(picked).mean() + weights[0] * distillation + weights[1] * contrast).backward()
+    cross_entropies = [
+        -answer_logits_of(now, question[index], ids)[position].log_softmax(-1)[label]
+        for index, ids in initial.items()
+        for position, label in enumerate(labels[index])
+        if label != IGNORED
+    ]
+    assert len(cross_entropies) == 11 and set(labels[3]) == {IGNORED}
+    relabeling = torch.stack(cross_entropies).mean()
+    (torch.cat(picked).mean() + 1.5 * relabeling + 0.8 * contrast).backward()
     for name, parameter in now.named_parameters():
         torch.testing.assert_close(found[name].double(), parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
     (record,) = trainer.history
-    assert record["distillation_loss"] == pytest.approx(distillation.item(), rel=1e-5)
+    assert record["relabeling_loss"] == pytest.approx(relabeling.item(), rel=1e-5)
     assert record["contrast_loss"] == pytest.approx(contrast.item(), rel=1e-5)
 
 
@@ -499,7 +496,7 @@ def token_log_probs(model, prompt: list[int], answer: list[int]) -> torch.Tensor
     return log_probs.gather(1, torch.tensor(answer)[:, None])[:, 0]
 
 
-@pytest.mark.parametrize(("option", "value"), [("contrast_weight", 8.0), ("distillation_weight", 30.0)])
+@pytest.mark.parametrize(("option", "value"), [("contrast_weight", 8.0), ("relabeling_weight", 30.0)])
 def test_losses_on_initial_responses_make_them_unlikely_where_pmc_alone_leaves_them_likely(
     option, value, memorized, prompts, tmp_path
 ):
@@ -510,5 +507,5 @@ def test_losses_on_initial_responses_make_them_unlikely_where_pmc_alone_leaves_t
         trainer = make_trainer(memorized, prompts, tmp_path, settings=settings, learning_rate=1e-3, max_steps=24)
         trainer.train()
         ids = [(prompts.prompt(row.question), trainer.initial_tokens[row.index]) for row in ROWS]
-        likely[weight] = sum(token_log_probs(trainer.model, *pair).mean().exp().item() for pair in ids) / len(ROWS)
+        likely[weight] = sum(token_log_probs(trainer.model, *pair).min().exp().item() for pair in ids) / len(ROWS)
     assert likely[value] < likely[0.0] / 3

@@ -68,7 +68,7 @@ def assert_equal_weights(*folders):
     assert all((one[name] - other[name]).abs().mean() < 1e-6 for name in one)
 
 
-@pytest.mark.parametrize("recipe", ["PMC-unlearn-tiny", "PMC-distillation-tiny"])
+@pytest.mark.parametrize("recipe", ["PMC-unlearn-tiny", "PMC-relabeling-tiny"])
 def test_two_processes_draw_remember_and_weigh_as_one_does(recipe, models_dir, tmp_path):
     """Three epochs: a shuffled question goes from one process to the other, and its pick with it."""
     words = (f"-cn={recipe}", "training.learning_rate=1e-9", *QUICK)
@@ -86,8 +86,8 @@ def test_two_processes_compare_with_the_model_before_unlearning_as_one_does(mode
 
 
 def test_sharded_weights_train_as_whole_ones_and_survive_a_kill(models_dir, tmp_path):
-    """PMC with FSDP2: samples, scores during and after training, saved weights. One process alone is killed."""
-    words = ("-cn=PMC-unlearn-tiny", "evaluation.every_epochs=2")
+    """PMC with FSDP2: samples, labels, scores during and after training, saved weights. One process alone is killed."""
+    words = ("-cn=PMC-unlearn-tiny", "method.relabeling_weight=0.5", "evaluation.every_epochs=2")
     one, two = tmp_path / "1", tmp_path / "2"
     expected = run(1, one, models_dir, *words)
     sharded = unlearning_words(2, two, models_dir, *words, "+sharding=fsdp")

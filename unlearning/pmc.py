@@ -15,7 +15,7 @@ Samples that can no longer be selected are stopped while they are drawn (`unlear
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from unlearning import pmc_log
 from unlearning.early_stopping import EarlyStopping
 from unlearning.pmc_options import FluencyPenalty, InitialResponseLosses, PMCSettings, StalledTemperature
 from unlearning.reference_model import ReferenceModel, ShardedReferenceModel
+from unlearning.relabeling import relabeled
 from unlearning.sampling import OwnAnswerTrainer
 from unlearning.selection import Candidate, draw, select
 from unlearning.token_losses import TokenLosses
@@ -42,32 +43,46 @@ class PMC(OwnAnswerTrainer):
     """Trains on the model's own answers, selected to be least like the initial responses.
 
     Attributes:
+        relabeled: the initial responses with the labels of the relabeling loss, by row index; empty without that loss.
         best: the best sample so far, by row index.
         picks: rows of picks.jsonl, see `pmc_log.new_picks`.
     """
 
     Settings = PMCSettings
-    logged_terms = ("collapse_loss", "contrast_loss", "distillation_loss", "initial_nll")  # each where it is computed
+    logged_terms = ("collapse_loss", "contrast_loss", "relabeling_loss", "initial_nll")  # each where it is computed
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: PMCSettings):
-        self.needs_reference = settings.fluency_weight > 0 or settings.distillation_weight > 0
+        self.needs_reference = settings.fluency_weight > 0
         super().__init__(model, args, data, settings)
         # A drawn selection needs the reward of every sample, as each has a probability.
         self.stops_early = settings.early_stopping and self.scorer.is_monotone and not settings.selection_temperature
         self.fluency = FluencyPenalty(self, settings.fluency_weight) if settings.fluency_weight else None
         self.temperature = StalledTemperature(settings)
-        on_initial = settings.contrast_weight or settings.distillation_weight
+        on_initial = settings.contrast_weight or settings.relabeling_weight
         self.initial_losses = InitialResponseLosses(self, settings) if on_initial else None
+        self.relabeled: dict[int, Example] = {}
         self.best: dict[int, Candidate] = {}
         self.picks: list[dict[str, Any]] = []
 
     def new_reference(self) -> ReferenceModel | ShardedReferenceModel:
-        if self.is_fsdp_enabled and self.settings.fluency_weight:
+        if self.is_fsdp_enabled:
             raise UserError(
                 f"FSDP: method.fluency_weight={self.settings.fluency_weight:g} runs the reference model for a different number "
                 "of samples in each process, and with sharded weights they would wait for each other; use fluency_weight=0"
             )
         return super().new_reference()
+
+    def before_training(self) -> None:
+        super().before_training()
+        if self.settings.relabeling_weight:
+            forget, batch_size = (
+                self.data.forget,
+                2 * self.args.per_device_train_batch_size,
+            )  # the rows of a training pass
+            initial, text = self.initial_examples(forget), self.data.prompts.text
+            with self.sampled_model() as model:
+                examples = relabeled(model, forget, initial, self.data.retain, text, batch_size)
+            self.relabeled = {row.index: example for row, example in zip(forget, examples, strict=True)}
 
     def forget_examples(self, rows: list[Row]) -> list[Example]:
         """Steps 2 to 4: sample, score and select the answers that this optimizer step trains on."""
@@ -87,11 +102,15 @@ class PMC(OwnAnswerTrainer):
         ending = last if last in self.eos_token_ids else self.data.prompts.eos_token_id
         return Example(self.prompt_ids[row.index], [*beginning, ending])
 
+    def initial_examples(self, rows: list[Row]) -> list[Example]:
+        """The questions with their initial responses."""
+        return [self.own_example(row, self.initial_tokens[row.index]) for row in rows]
+
     def forget_groups(self, rows: list[Row]) -> list[tuple[Example, ...]]:
         if not self.initial_losses:
             return super().forget_groups(rows)
-        initial = [self.own_example(row, self.initial_tokens[row.index]) for row in rows]
-        return self.initial_losses.groups(self.forget_examples(rows), initial)
+        relabeled = [self.relabeled[row.index] for row in rows] if self.relabeled else []
+        return self.initial_losses.groups(self.forget_examples(rows), self.initial_examples(rows), relabeled)
 
     def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
         return self.initial_losses.loss(forget) if self.initial_losses else forget.cross_entropy
@@ -155,6 +174,7 @@ class PMC(OwnAnswerTrainer):
             "best": [[index, asdict(candidate)] for index, candidate in self.best.items()],
             "temperature": self.temperature.state_to_save(),
             "picks": self.picks,
+            "labels": [(index, example.labels) for index, example in self.relabeled.items()],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -162,3 +182,7 @@ class PMC(OwnAnswerTrainer):
         self.best = {index: Candidate(**candidate) for index, candidate in state["best"]}
         self.temperature.load_state(state["temperature"])
         self.picks = state["picks"]
+        labels = dict(state["labels"])
+        rows = [row for row in self.data.forget if row.index in labels]
+        examples = zip(rows, self.initial_examples(rows), strict=True)
+        self.relabeled = {row.index: replace(example, labels=labels[row.index]) for row, example in examples}

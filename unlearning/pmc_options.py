@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch.nn.functional import logsigmoid
 
-from common.collate import collate
+from common.collate import IGNORED, collate
 from common.config import Fraction, section
 from common.data import Row
 from common.losses import answer_losses
@@ -46,11 +46,9 @@ class PMCSettings(OwnAnswerSettings):
     """Weight of a loss that makes the initial responses unlikely; 0: off."""
     contrast_beta: PositiveFloat = 1.0
     """The larger, the earlier the contrast loss fades: its gradient is halved where the mean NLL per token is 1.1 / beta."""
-    distillation_weight: NonNegativeFloat = 0.0
-    """Weight of a loss that distills the reference model (the model before unlearning) on its own initial responses, with the
-    logits of their tokens lowered; 0: off."""
-    distillation_beta: NonNegativeFloat = 10.0
-    """Amount subtracted from the logit of each token of an initial response."""
+    relabeling_weight: NonNegativeFloat = 0.0
+    """Weight of a loss that replaces the words of the initial responses that are neither in the question nor common in retain
+    answers by the second choices of the model before unlearning; 0: off."""
     early_stopping: bool = True
     """Stop samples that can no longer be selected; only for rewards that never rise as a sample grows,
     and with selection_temperature=0."""
@@ -125,47 +123,53 @@ class FluencyPenalty:
         return means.tolist()
 
 
-class InitialResponseLosses:
-    """Losses that make the initial responses unlikely, so that the answers are removed and not only replaced.
+def num_labels(example: Example) -> int:
+    return sum(label != IGNORED for label in example.labels or example.answer)
 
-    contrast:     -(2/beta) log sigmoid(beta * NLL/length), the mean over questions; the loss of SimNPO (arXiv 2410.07163)
-    distillation: CE against softmax(logits of the reference model, less beta at the token), the mean over tokens; the
-                  loss of UNDIAL (arXiv 2402.10052)
+
+class InitialResponseLosses:
+    """Losses on the initial responses, so that the answers are removed and not only replaced.
+
+    contrast:   -(2/beta) log sigmoid(beta * NLL/length), the mean over questions; the loss of SimNPO (arXiv 2410.07163)
+    relabeling: CE of the labels of `unlearning.relabeling`, the mean over these
 
     Both are computed on the model's own greedy answers from before training. The data set's forget answers are not read.
 
     Args:
-        trainer: the trainer that the losses are logged with; it has a reference model if `distillation_weight` is above 0.
-        settings: PMC's settings, with a `contrast_weight` or a `distillation_weight` above 0.
+        trainer: the trainer that the losses are logged with.
+        settings: PMC's settings, with a `contrast_weight` or a `relabeling_weight` above 0.
     """
 
     def __init__(self, trainer: UnlearningTrainer, settings: PMCSettings):
         self.trainer, self.settings = trainer, settings
-        self.selected_tokens = 0.0
+        self.names = ["collapse"] + [name for name in ("contrast", "relabeling") if self.weight(name)]
+        self.step_tokens: dict[str, float] = {}
 
-    def groups(self, selected: list[Example], initial: list[Example]) -> list[tuple[Example, ...]]:
-        """For each forget row of the optimizer step: the selected sample, and the initial response."""
-        self.selected_tokens = self.trainer.total(sum(len(example.answer) for example in selected))
-        return list(zip(selected, initial, strict=True))
+    def weight(self, name: str) -> float:
+        return 1.0 if name == "collapse" else getattr(self.settings, f"{name}_weight")
+
+    def groups(
+        self, selected: list[Example], initial: list[Example], relabeled: list[Example]
+    ) -> list[tuple[Example, ...]]:
+        """For each forget row of the optimizer step the example of each loss, in the order of `names`."""
+        examples = {"collapse": selected, "contrast": initial, "relabeling": relabeled}
+        self.step_tokens = {name: self.trainer.total(sum(map(num_labels, examples[name]))) for name in self.names}
+        return list(zip(*(examples[name] for name in self.names), strict=True))
 
     def loss(self, forget: TokenLosses) -> torch.Tensor:
         """Cross-entropy of the selected samples + the weighted losses on the initial responses."""
-        selected = forget.at_position(0, self.selected_tokens)
-        initial = forget.at_position(1, forget.step_tokens - self.selected_tokens)
-        mean_nll = initial.nll / initial.lengths
-        terms = {"collapse_loss": (1.0, selected.cross_entropy)}
-        if self.settings.contrast_weight:
-            beta = self.settings.contrast_beta
-            contrast = initial.mean_over_rows(-2 / beta * logsigmoid(beta * mean_nll))
-            terms["contrast_loss"] = (self.settings.contrast_weight, contrast)
-        if self.settings.distillation_weight:
-            distillation = initial.mean_over_tokens(initial.lowered_distillation(self.settings.distillation_beta))
-            terms["distillation_loss"] = (self.settings.distillation_weight, distillation)
-        self.trainer.add_to_epoch(
-            **{name: value.detach() for name, (_, value) in terms.items()},
-            initial_nll=initial.mean_over_rows(mean_nll.detach()),
-        )
-        return sum(weight * value for weight, value in terms.values())
+        terms = {}
+        for position, name in enumerate(self.names):
+            of_examples = forget.position == position
+            if name == "contrast":
+                beta, mean_nll = self.settings.contrast_beta, forget.nll[of_examples] / forget.lengths[of_examples]
+                terms[name] = forget.mean_over_rows(-2 / beta * logsigmoid(beta * mean_nll))
+                self.trainer.add_to_epoch(initial_nll=forget.mean_over_rows(mean_nll.detach()))
+            else:
+                # A step may have no label of relabeling.
+                terms[name] = forget.losses[of_examples[forget.rows]].sum() / max(1, self.step_tokens[name])
+        self.trainer.add_to_epoch(**{f"{name}_loss": value.detach() for name, value in terms.items()})
+        return sum(self.weight(name) * value for name, value in terms.items())
 
 
 class StalledTemperature:

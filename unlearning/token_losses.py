@@ -1,7 +1,7 @@
 """Losses and logits of the answers in a micro-batch: the methods' losses are computed from these."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
@@ -15,17 +15,17 @@ class MicroBatchPart:
     Attributes:
         step_tokens: number of their answer tokens in the whole optimizer step, over all micro-batches and processes.
         step_rows: number of forget rows in the whole optimizer step.
-        compute_reference: returns `reference`, of all examples or of those that a mask of shape (examples,) selects.
+        compute_reference: returns `reference`.
     """
 
     step_tokens: float
     step_rows: float
-    compute_reference: Callable[[torch.Tensor | None], Self]
+    compute_reference: Callable[[], Self]
 
     @cached_property
     def reference(self) -> Self:
         """The same examples under the reference model, the model before unlearning; without gradients."""
-        return self.compute_reference(None)
+        return self.compute_reference()
 
     def mean_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
         """This micro-batch's contribution to the mean of `values`, shape (tokens,), over the optimizer step."""
@@ -83,43 +83,6 @@ class TokenLosses(MicroBatchPart):
         """Position of each token in its answer, from 0, shape (tokens,). The tokens of an example are consecutive."""
         starts = self.lengths.cumsum(0) - self.lengths
         return torch.arange(len(self.rows), device=self.rows.device) - starts[self.rows]
-
-    def lowered_distillation(self, beta: float) -> torch.Tensor:
-        """Cross-entropy of each token against softmax(reference logits, less `beta` at the token), shape (tokens,).
-
-        UNDIAL (arXiv 2402.10052): it makes the token unlikely and keeps the rest of the reference model's distribution.
-        """
-        if not self.size:  # a pass may have no initial responses; the reference model cannot run on none
-            return self.losses
-        logits = self.reference.logits
-        logits[torch.arange(len(logits)), self.targets] -= beta
-        return -(logits.softmax(dim=-1) * self.log_probs).sum(dim=-1)
-
-    def at_position(self, position: int, step_tokens: float) -> "TokenLosses":
-        """The losses of those examples alone that have this position in their rows' tuples.
-
-        Args:
-            position: as in `position`.
-            step_tokens: number of their answer tokens in the whole optimizer step.
-        """
-        examples = self.position == position
-        tokens = examples[self.rows]
-
-        def compute_reference(mask: torch.Tensor | None) -> TokenLosses:
-            return self.compute_reference(examples if mask is None else examples.masked_scatter(examples, mask))
-
-        return replace(
-            self,
-            step_tokens=step_tokens,
-            losses=self.losses[tokens],
-            rows=(examples.cumsum(0) - 1)[self.rows[tokens]],
-            size=int(examples.sum()),
-            targets=self.targets[tokens],
-            position=self.position[examples],
-            weights=self.weights[examples],
-            compute_logits=lambda: self.logits[tokens],
-            compute_reference=compute_reference,
-        )
 
     @property
     def cross_entropy(self) -> torch.Tensor:

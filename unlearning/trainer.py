@@ -216,15 +216,12 @@ class UnlearningTrainer(ResumableTrainer):
             )
         return by_part
 
-    def reference_losses(
-        self, part: str, batch: dict[str, torch.Tensor], examples: torch.Tensor, of_part: torch.Tensor | None
-    ) -> TokenLosses:
-        """The losses of one part of a micro-batch under the reference model; `of_part` selects among its examples."""
+    def reference_losses(self, part: str, batch: dict[str, torch.Tensor], examples: torch.Tensor) -> TokenLosses:
+        """The losses of one part of a micro-batch under the reference model."""
         if self.reference is None:
             raise RuntimeError(f"{type(self).__name__} uses the reference model without needs_reference = True")
-        chosen = examples if of_part is None else examples.masked_scatter(examples, of_part)
         with self.reference.active() as model:
-            return self.token_losses(model, {name: values[chosen] for name, values in batch.items()})[part]
+            return self.token_losses(model, {name: values[examples] for name, values in batch.items()})[part]
 
     # --- rows to examples ---
 

@@ -29,4 +29,7 @@ class UNDIAL(UnlearningTrainer):
     logs_forget_nll = True
 
     def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
-        return forget.mean_over_tokens(forget.lowered_distillation(self.settings.beta))
+        logits = forget.reference.logits
+        logits[torch.arange(len(logits)), forget.targets] -= self.settings.beta
+        teacher = logits.softmax(dim=-1)
+        return forget.mean_over_tokens(-(teacher * forget.log_probs).sum(dim=-1))
