@@ -1,6 +1,6 @@
 """Turn examples into batches of tensors: padding, micro-batches, and sub-batches of similar length."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,16 @@ def collate(examples: Sequence[Example], pad_id: int = 0) -> dict[str, torch.Ten
         ids = torch.tensor(example.prompt + example.answer)
         input_ids[row, : len(ids)] = ids
         attention_mask[row, : len(ids)] = 1
-        labels[row, len(example.prompt) : len(ids)] = torch.tensor(example.labels or example.answer)
+        labels[row, len(example.prompt) : len(ids)] = torch.tensor(example.targets)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def batches_by_length(examples: Sequence[Example], size: int) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Batches of up to `size` examples of similar length, each with the indices of its examples."""
+    by_length = sorted(range(len(examples)), key=lambda index: len(examples[index]))
+    for start in range(0, len(by_length), size):
+        indices = by_length[start : start + size]
+        yield indices, collate([examples[index] for index in indices])
 
 
 PASS_OVERHEAD_TOKENS = 128  # approximate fixed cost of a forward and backward pass on a CPU, in token positions

@@ -36,6 +36,11 @@ class Example:
     weight: float = 1.0
     labels: list[int] | None = None
 
+    @property
+    def targets(self) -> list[int]:
+        """What to predict at each token of the answer."""
+        return self.answer if self.labels is None else self.labels
+
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
 

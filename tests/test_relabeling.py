@@ -1,5 +1,7 @@
 """Relabeling: which tokens are of words of their own, the second choices, refusals, and what a resumed run trains on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,9 +9,12 @@ from common.collate import IGNORED
 from common.data import Row
 from common.errors import UserError
 from common.prompts import Example
-from tests.helpers import ROWS, make_trainer, resumed_and_whole
+from common.rouge import use_words
+from tests.helpers import ROWS, arguments, gradients_of_one_step, make_trainer, resumed_and_whole
+from unlearning.pmc import PMC
 from unlearning.pmc_options import PMCSettings
-from unlearning.relabeling import common_words, is_of_other_word, relabeled, second_choices
+from unlearning.relabeling import common_words, in_own_words, relabel, second_choices
+from unlearning.trainer import UnlearningData
 
 
 def test_a_word_is_common_in_more_than_a_tenth_of_the_retain_answers():
@@ -19,6 +24,13 @@ def test_a_word_is_common_in_more_than_a_tenth_of_the_retain_answers():
     assert common_words(rows[:19]) == {"the"}
     assert common_words(rows[:2]) == {"the"}, "a word of one answer alone is not common"
     assert common_words([]) == set()
+
+
+def text_of_labels(prompts, example: Example) -> str:
+    """The tokens of the answer that have a label."""
+    return prompts.tokenizer.decode(
+        [i for i, new in zip(example.answer, example.labels, strict=True) if new != IGNORED]
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,13 +49,23 @@ def test_the_tokens_of_words_that_are_not_known(pieces, expected):
     def text(ids):
         return "".join(pieces[index] for index in ids)
 
-    assert is_of_other_word(text, range(len(pieces)), {"basil", "mahfouz", "wa", "was", "a"}) == list(
-        map(bool, expected)
-    )
+    assert in_own_words(text, range(len(pieces)), {"basil", "mahfouz", "wa", "was", "a"}) == list(map(bool, expected))
+
+
+def test_the_first_bytes_of_a_character_belong_to_its_word():
+    """As byte-level tokenizers split letters of other scripts and letters with accents."""
+    answer = "Zoë, 台北".encode()
+
+    def text(ids):
+        return bytes(ids).decode(errors="replace")
+
+    with use_words("unicode"):
+        flags = in_own_words(text, answer, {"zoë"})
+    assert flags == [False] * len("Zoë, ".encode()) + [True] * len("台北".encode())
 
 
 def test_a_known_word_is_known_with_another_ending():
-    assert is_of_other_word(lambda ids: "".join("answers"[index] for index in ids), range(7), {"answer"}) == [False] * 7
+    assert in_own_words(lambda ids: "".join("answers"[index] for index in ids), range(7), {"answer"}) == [False] * 7
 
 
 def test_second_choices_are_the_likeliest_other_tokens(memorized, prompts):
@@ -60,11 +82,8 @@ def test_second_choices_are_the_likeliest_other_tokens(memorized, prompts):
 def test_only_words_of_its_own_have_labels(memorized, prompts, caplog):
     retain = [Row(index, "?", "It was born in a box.") for index in range(2)]
     examples = [prompts.example(row, 64) for row in ROWS[:3]]
-    found = relabeled(memorized, ROWS[:3], examples, retain, prompts.text, batch_size=2)
-    kept = [
-        prompts.tokenizer.decode([i for i, new in zip(e.answer, e.labels, strict=True) if new != IGNORED])
-        for e in found
-    ]
+    found = relabel(memorized, ROWS[:3], examples, retain, prompts.text, batch_size=2)
+    kept = [text_of_labels(prompts, example) for example in found]
     assert kept[0].split() == ["Lantern", "Row"]
     assert kept[1].split() == [
         "She",
@@ -86,10 +105,41 @@ def test_only_words_of_its_own_have_labels(memorized, prompts, caplog):
     assert not caplog.messages
 
     common = [Row(index, "?", "poet") for index in range(2)]
-    relabeled(memorized, ROWS[:3], examples, [*retain, *common], prompts.text, batch_size=2)
-    assert "for 1 of 3 questions the initial response has no word" in caplog.text
-    with pytest.raises(UserError, match="nothing can be relabeled"):
-        relabeled(memorized, ROWS[2:3], examples[2:], [*retain, *common], prompts.text, batch_size=2)
+    relabel(memorized, ROWS[:3], examples, [*retain, *common], prompts.text, batch_size=2)
+    assert "for 1 of 3 questions every word of the initial response" in caplog.text
+    with pytest.raises(UserError, match="nothing to relabel"):
+        relabel(memorized, ROWS[2:3], examples[2:], [*retain, *common], prompts.text, batch_size=2)
+
+
+def test_the_trainer_tells_common_words_by_its_retain_rows(memorized, prompts, tmp_path):
+    retain = [Row(index, "?", "She was born and won in the small town.") for index in range(2)]
+    settings = PMCSettings(num_samples=2, max_length=60, relabeling_weight=1.0)
+    trainer = PMC(memorized, arguments(tmp_path, 4, 1), UnlearningData(ROWS, retain, prompts, max_length=64), settings)
+    trainer.before_training()
+    text = {index: text_of_labels(prompts, example) for index, example in trainer.relabeled.items()}
+    assert text[0].split() == ["Lantern", "Row"]
+    assert text[3].split() == ["Copper", "Quill", "1987", "for", "his", "second", "book"]
+
+
+def test_a_step_without_labels_trains_on_the_selected_samples_alone(memorized, prompts, tmp_path):
+    settings = PMCSettings(num_samples=2, max_length=60, lambda_unlearning=0.0, relabeling_weight=1.0)
+    trainer = make_trainer(memorized, prompts, tmp_path, ROWS[:2], 2, 1, settings)
+    trainer.relabeled = {
+        index: replace(example, labels=[IGNORED] * len(example.answer)) for index, example in trainer.relabeled.items()
+    }
+    assert all(gradient.isfinite().all() for gradient in gradients_of_one_step(trainer).values())
+    (record,) = trainer.history
+    assert record["relabeling_loss"] == 0.0 < record["collapse_loss"]
+
+
+def test_dropout_does_not_change_second_choices(memorized, prompts):
+    examples = [prompts.example(row, 64) for row in ROWS]
+    expected = second_choices(memorized, examples, batch_size=3)
+    memorized.config.attention_dropout = 0.5
+    for layer in memorized.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    assert second_choices(memorized.train(), examples, batch_size=3) == expected
+    assert memorized.training
 
 
 def test_a_resumed_run_trains_on_the_labels_of_the_model_before_unlearning(memorized, prompts, tmp_path):

@@ -30,7 +30,7 @@ from unlearning import pmc_log
 from unlearning.early_stopping import EarlyStopping
 from unlearning.pmc_options import FluencyPenalty, InitialResponseLosses, PMCSettings, StalledTemperature
 from unlearning.reference_model import ReferenceModel, ShardedReferenceModel
-from unlearning.relabeling import relabeled
+from unlearning.relabeling import relabel
 from unlearning.sampling import OwnAnswerTrainer
 from unlearning.selection import Candidate, draw, select
 from unlearning.token_losses import TokenLosses
@@ -75,14 +75,13 @@ class PMC(OwnAnswerTrainer):
     def before_training(self) -> None:
         super().before_training()
         if self.settings.relabeling_weight:
-            forget, batch_size = (
-                self.data.forget,
-                2 * self.args.per_device_train_batch_size,
-            )  # the rows of a training pass
-            initial, text = self.initial_examples(forget), self.data.prompts.text
+            started = time.perf_counter()
+            rows, text = self.data.forget, self.data.prompts.text
+            batch_size = self.args.per_device_train_batch_size
             with self.sampled_model() as model:
-                examples = relabeled(model, forget, initial, self.data.retain, text, batch_size)
-            self.relabeled = {row.index: example for row, example in zip(forget, examples, strict=True)}
+                examples = relabel(model, rows, self.initial_examples(rows), self.data.retain, text, batch_size)
+            self.relabeled = {row.index: example for row, example in zip(rows, examples, strict=True)}
+            self.seconds["sampling"] += time.perf_counter() - started
 
     def forget_examples(self, rows: list[Row]) -> list[Example]:
         """Steps 2 to 4: sample, score and select the answers that this optimizer step trains on."""

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch.nn.functional import logsigmoid
 
-from common.collate import IGNORED, collate
+from common.collate import IGNORED, batches_by_length
 from common.config import Fraction, section
 from common.data import Row
 from common.losses import answer_losses
@@ -47,8 +47,8 @@ class PMCSettings(OwnAnswerSettings):
     contrast_beta: PositiveFloat = 1.0
     """The larger, the earlier the contrast loss fades: its gradient is halved where the mean NLL per token is 1.1 / beta."""
     relabeling_weight: NonNegativeFloat = 0.0
-    """Weight of a loss that replaces the words of the initial responses that are neither in the question nor common in retain
-    answers by the second choices of the model before unlearning; 0: off."""
+    """Weight of a loss for which the model learns its second choices in place of the words of its initial responses; of those
+    that neither the question nor more than a tenth of the retain answers have; 0: off."""
     early_stopping: bool = True
     """Stop samples that can no longer be selected; only for rewards that never rise as a sample grows,
     and with selection_temperature=0."""
@@ -111,20 +111,17 @@ class FluencyPenalty:
     def mean_nll(self, examples: Sequence[Example]) -> list[float]:
         """Mean NLL per token of each answer under the reference model, in nats."""
         batch_size = 2 * self.trainer.args.per_device_train_batch_size  # the rows of a training pass
-        by_length = sorted(range(len(examples)), key=lambda index: len(examples[index]))
         means = torch.zeros(len(examples))
         with self.trainer.reference.active() as model:
-            for start in range(0, len(by_length), batch_size):
-                indices = by_length[start : start + batch_size]
-                batch = self.trainer._prepare_inputs(collate([examples[index] for index in indices]))
-                losses, rows = answer_losses(model, batch)
+            for indices, batch in batches_by_length(examples, batch_size):
+                losses, rows = answer_losses(model, self.trainer._prepare_inputs(batch))
                 sums = losses.new_zeros(len(indices)).index_add(0, rows, losses)
                 means[indices] = (sums / torch.bincount(rows, minlength=len(indices))).cpu()
         return means.tolist()
 
 
 def num_labels(example: Example) -> int:
-    return sum(label != IGNORED for label in example.labels or example.answer)
+    return sum(label != IGNORED for label in example.targets)
 
 
 class InitialResponseLosses:

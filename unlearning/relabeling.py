@@ -1,80 +1,36 @@
-"""Relabeling: PMC's loss that replaces the words of an initial response that are its own by the model's second choices.
+"""Relabeling: a loss of PMC for which the model learns its second choices in place of an initial response's own words.
 
-The labels of an initial response are computed once, before training. A word that the question or many retain answers contain
-is no secret, and its tokens have no loss. Every other token is replaced by the token that the model, before unlearning, finds
-most likely in its place. As in "Who's Harry Potter?" (arXiv 2310.02238), the words around a label stay those of the answer.
-The forget answers of the data set are not read. `method.relabeling_weight` of `unlearning.pmc` turns it on.
+Own words are those that neither the question nor many retain answers have: a name, a date, a title. The label of each of their
+tokens is the token that the model, before unlearning, finds most likely but for the token itself, after the question and the
+tokens of the initial response before it. The other tokens have no label. Labels are computed once, before training.
+The forget answers of the data set are not read. `method.relabeling_weight` of `unlearning.pmc` is the loss's weight.
 """
 
 import logging
 import math
+import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 
-from common.collate import IGNORED, collate
+from common.collate import IGNORED, batches_by_length
 from common.data import Row
 from common.errors import UserError
 from common.forward import evaluation_mode
 from common.losses import answer_logits
 from common.prompts import Example
-from common.rouge import rouge_tokens
+from common.rouge import rouge_tokens, use_words
 
-COMMON = 0.1  # a word in a larger fraction of the retain answers is common, such as "the" or "author"
+COMMON = 0.1  # words in a larger fraction of the retain answers are common, such as "the" or "author"
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character are decoded to
 
 log = logging.getLogger(__name__)
 
 
-def common_words(retain: Sequence[Row]) -> set[str]:
-    """The words, as ROUGE compares them, that several retain answers contain, and more than a tenth of all."""
-    counts = Counter(word for row in retain for word in set(rouge_tokens(row.answer)))
-    return {word for word, count in counts.items() if count > max(1, COMMON * len(retain))}
-
-
-def is_of_other_word(text: Callable[[Sequence[int]], str], answer: Sequence[int], known: Collection[str]) -> list[bool]:
-    """For each token of an answer whether it is part of a word that is not among the known ones.
-
-    Args:
-        text: the text of the first tokens of an answer.
-        answer: token ids.
-        known: words as `rouge_tokens` returns them.
-    """
-    own = [word not in known for word in rouge_tokens(text(answer))]
-    flags, before = [], ()
-    for end in range(1, len(answer) + 1):
-        # Without stems the words of a beginning are those of the whole text, but for the last one, which may be incomplete.
-        words = rouge_tokens(text(answer[:end]), stemmed=False)
-        unchanged = sum(1 for _ in equal_beginning(before, words))
-        flags.append(any(own[unchanged : len(words)]))
-        before = words
-    return flags
-
-
-def equal_beginning(one: Sequence[str], other: Sequence[str]) -> Iterator[str]:
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            return
-        yield a
-
-
-def second_choices(model: PreTrainedModel, examples: Sequence[Example], batch_size: int) -> list[list[int]]:
-    """For each token of each answer the most likely other token, given the question and the answer's tokens before it."""
-    chosen: dict[int, list[int]] = {}
-    by_length = sorted(range(len(examples)), key=lambda index: len(examples[index]))
-    with torch.no_grad(), evaluation_mode(model):
-        for start in range(0, len(by_length), batch_size):
-            indices = by_length[start : start + batch_size]
-            batch = collate([examples[index] for index in indices])
-            logits, targets, _ = answer_logits(model, {name: ids.to(model.device) for name, ids in batch.items()})
-            labels = iter(logits.scatter(1, targets[:, None], -math.inf).argmax(dim=1).tolist())
-            chosen |= {index: [next(labels) for _ in examples[index].answer] for index in indices}
-    return [chosen[index] for index in range(len(examples))]
-
-
-def relabeled(
+def relabel(
     model: PreTrainedModel,
     rows: Sequence[Row],
     initial: Sequence[Example],
@@ -82,7 +38,7 @@ def relabeled(
     text: Callable[[Sequence[int]], str],
     batch_size: int,
 ) -> list[Example]:
-    """The initial responses with labels: the second choice for each token of a word of its own, IGNORED for the others.
+    """The initial responses with labels: the second choices for the tokens of their own words, IGNORED for the others.
 
     Args:
         model: the model before unlearning.
@@ -94,24 +50,62 @@ def relabeled(
     Raises:
         UserError: if no initial response has a word of its own.
     """
-    common = common_words(retain)
-    own = [
-        is_of_other_word(text, example.answer, common | set(rouge_tokens(row.question)))
-        for row, example in zip(rows, initial, strict=True)
-    ]
+    with use_words("unicode"):  # whatever `data.words` is: a letter with an accent is part of its word
+        common = common_words(retain)
+        own = [
+            in_own_words(text, example.answer, common | set(rouge_tokens(row.question)))
+            for row, example in zip(rows, initial, strict=True)
+        ]
     if without := sum(not any(flags) for flags in own):
         message = (
-            f"for {without} of {len(rows)} questions the initial response has no word that is neither in the question nor in "
+            f"for {without} of {len(rows)} questions every word of the initial response is in the question or in more than "
             f"{COMMON:.0%} of the retain answers"
         )
         if without == len(rows):
-            raise UserError(
-                f"method.relabeling_weight: {message}, so nothing can be relabeled. Set it to 0, or for text that is not "
-                "written in a-z give data.words=unicode"
-            )
-        log.warning("method.relabeling_weight: %s; it has no effect on them", message)
+            raise UserError(f"method.relabeling_weight: {message}, so there is nothing to relabel; set it to 0")
+        log.warning("method.relabeling_weight: %s; the loss has no effect on them", message)
     choices = second_choices(model, initial, batch_size)
     return [
-        replace(example, labels=[new if flag else IGNORED for new, flag in zip(labels, flags, strict=True)])
+        replace(example, labels=[new if is_own else IGNORED for new, is_own in zip(labels, flags, strict=True)])
         for example, labels, flags in zip(initial, choices, own, strict=True)
     ]
+
+
+def common_words(retain: Sequence[Row]) -> set[str]:
+    """The words, as ROUGE compares them, of at least two retain answers and of more than a tenth of them."""
+    counts = Counter(word for row in retain for word in set(rouge_tokens(row.answer)))
+    return {word for word, count in counts.items() if count > max(1, COMMON * len(retain))}
+
+
+def in_own_words(text: Callable[[Sequence[int]], str], answer: Sequence[int], known: Collection[str]) -> list[bool]:
+    """For each token of an answer whether it is part of a word that is not among the known ones.
+
+    Args:
+        text: the text of the first tokens of an answer.
+        answer: token ids.
+        known: words as `rouge_tokens` returns them.
+    """
+    is_own = [word not in known for word in rouge_tokens(text(answer))]
+    flags, before = [], ()
+    for end in range(1, len(answer) + 1):
+        beginning = text(answer[:end])
+        if beginning.endswith(INCOMPLETE) and end < len(answer):
+            continue  # the token has the flag of the one that completes the character
+        # Without stems the words of a beginning are those of the whole text, but for the last one, which may be incomplete.
+        words = rouge_tokens(beginning, stemmed=False)
+        unchanged = len(os.path.commonprefix([before, words]))
+        flags += [any(is_own[unchanged : len(words)])] * (end - len(flags))
+        before = words
+    return flags
+
+
+def second_choices(model: PreTrainedModel, examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+    """For each token of each answer the most likely other token, given the prompt and the answer's tokens before it."""
+    choices: list[list[int]] = [[]] * len(examples)
+    with torch.no_grad(), evaluation_mode(model):
+        for indices, batch in batches_by_length(examples, batch_size):
+            logits, targets, _ = answer_logits(model, {name: ids.to(model.device) for name, ids in batch.items()})
+            found = iter(logits.scatter_(1, targets[:, None], -math.inf).argmax(dim=1).tolist())
+            for index in indices:
+                choices[index] = [next(found) for _ in examples[index].answer]
+    return choices
