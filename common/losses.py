@@ -30,8 +30,8 @@ def answer_logits(
     """The logits that predict each answer token. The output layer is computed for these positions only.
 
     Returns:
-        the logits, float32 for any dtype of the model, shape (answer tokens of the batch, vocabulary); the answer
-        tokens; and the index of each token's row.
+        the logits, float32 for any dtype of the model, shape (answer tokens of the batch, vocabulary); what each is to
+        predict, the labels of the batch; and the index of each one's row.
     """
     targets = batch["labels"][:, 1:]
     is_answer = targets != IGNORED

@@ -41,10 +41,10 @@ class TokenLosses(MicroBatchPart):
     """The losses of the answer tokens.
 
     Attributes:
-        losses: -log p of each answer token, float32, shape (tokens,).
+        losses: -log p of each answer token, or of the label in its place, float32, shape (tokens,).
         rows: index of the example that each token belongs to, 0 to `size` - 1, shape (tokens,).
         size: number of examples.
-        targets: the answer tokens, shape (tokens,).
+        targets: the answer tokens, or the labels in their place, shape (tokens,).
         position: position of each example in its row's tuple of `forget_groups`, shape (size,); 0 for retain examples.
         weights: weight of each example (`common.prompts.Example`), float32, shape (size,).
         compute_logits: returns `logits`.
