@@ -28,7 +28,8 @@ class Example:
 
     Attributes:
         weight: for a loss that weights its examples, such as a policy gradient, whose weights are advantages.
-        labels: what to predict in place of each token of the answer, -100 for no loss; None: the answer itself.
+        labels: the token to predict at each position of the answer (-100: no loss), while the answer stays the input;
+            None: the answer itself.
     """
 
     prompt: list[int]

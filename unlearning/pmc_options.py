@@ -47,8 +47,8 @@ class PMCSettings(OwnAnswerSettings):
     contrast_beta: PositiveFloat = 1.0
     """The larger, the earlier the contrast loss fades: its gradient is halved where the mean NLL per token is 1.1 / beta."""
     relabeling_weight: NonNegativeFloat = 0.0
-    """Weight of a loss for which the model learns its second choices in place of the words of its initial responses; of those
-    that neither the question nor more than a tenth of the retain answers have; 0: off."""
+    """Weight of a loss that teaches, for each token of an initial response's own words, the likeliest other token of the model
+    before unlearning; own words are neither in the question nor in more than a tenth of the retain answers; 0: off."""
     early_stopping: bool = True
     """Stop samples that can no longer be selected; only for rewards that never rise as a sample grows,
     and with selection_temperature=0."""
@@ -121,14 +121,15 @@ class FluencyPenalty:
 
 
 def num_labels(example: Example) -> int:
+    """Number of the answer's tokens that have a loss."""
     return sum(label != IGNORED for label in example.targets)
 
 
 class InitialResponseLosses:
-    """Losses on the initial responses, so that the answers are removed and not only replaced.
+    """Losses on the initial responses, so that less of the answers is left in the weights.
 
     contrast:   -(2/beta) log sigmoid(beta * NLL/length), the mean over questions; the loss of SimNPO (arXiv 2410.07163)
-    relabeling: CE of the labels of `unlearning.relabeling`, the mean over these
+    relabeling: CE of the labels of `unlearning.relabeling`, the mean over labels
 
     Both are computed on the model's own greedy answers from before training. The data set's forget answers are not read.
 

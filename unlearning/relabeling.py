@@ -1,8 +1,8 @@
-"""Relabeling: a loss of PMC for which the model learns its second choices in place of an initial response's own words.
+"""Relabeling: a loss of PMC that teaches second choices in place of an initial response's own words.
 
 Own words are those that neither the question nor many retain answers have: a name, a date, a title. The label of each of their
-tokens is the token that the model, before unlearning, finds most likely but for the token itself, after the question and the
-tokens of the initial response before it. The other tokens have no label. Labels are computed once, before training.
+tokens is the likeliest other token under the model before unlearning, given the question and the response up to there. The
+other tokens have no label. Labels are computed once, before training.
 The forget answers of the data set are not read. `method.relabeling_weight` of `unlearning.pmc` is the loss's weight.
 """
 
