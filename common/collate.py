@@ -1,6 +1,6 @@
 """Turn examples into batches of tensors: padding, micro-batches, and sub-batches of similar length."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from common.prompts import Example
 
 IGNORED = -100  # label of a position without loss
+MAX_BATCH_TOKENS = 4096  # tokens in a forward pass, including padding
 
 
 def collate(examples: Sequence[Example], pad_id: int = 0) -> dict[str, torch.Tensor]:
@@ -31,12 +32,21 @@ def collate(examples: Sequence[Example], pad_id: int = 0) -> dict[str, torch.Ten
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def batches_by_length(examples: Sequence[Example], size: int) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Batches of up to `size` examples of similar length, each with the indices of its examples."""
-    by_length = sorted(range(len(examples)), key=lambda index: len(examples[index]))
-    for start in range(0, len(by_length), size):
-        indices = by_length[start : start + size]
-        yield indices, collate([examples[index] for index in indices])
+def batches_by_length(lengths: Sequence[int], max_rows: int | None) -> list[list[int]]:
+    """Batches of row indices, of similar length: at most MAX_BATCH_TOKENS tokens each, including padding.
+
+    >>> batches_by_length([4000, 3, 2000, 2000], None)
+    [[1, 2], [3], [0]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    batches: list[list[int]] = []
+    for i in order:
+        rows = len(batches[-1]) + 1 if batches else 0
+        if batches and rows * lengths[i] <= MAX_BATCH_TOKENS and (max_rows is None or rows <= max_rows):
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
 PASS_OVERHEAD_TOKENS = 128  # approximate fixed cost of a forward and backward pass on a CPU, in token positions

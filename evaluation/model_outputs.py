@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
-from common.collate import collate
+from common.collate import batches_by_length, collate
 from common.config import EvaluationConfig
 from common.data import Row
 from common.forward import evaluation_mode
@@ -30,7 +30,6 @@ from generation.sampler import generate
 from generation.token_sampling import SamplingSettings
 
 T, K = TypeVar("T"), TypeVar("K")
-MAX_BATCH_TOKENS = 4096  # tokens in a forward pass, including padding
 VOCABULARY_CHUNK = 256  # tokens whose probabilities over the whole vocabulary are in memory at once
 
 
@@ -189,23 +188,6 @@ class ModelOutputs:
         started = time.perf_counter()
         yield
         self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - started
-
-
-def batches_by_length(lengths: Sequence[int], max_rows: int | None) -> list[list[int]]:
-    """Batches of row indices, of similar length: at most MAX_BATCH_TOKENS tokens each, including padding.
-
-    >>> batches_by_length([4000, 3, 2000, 2000], None)
-    [[1, 2], [3], [0]]
-    """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    batches: list[list[int]] = []
-    for i in order:
-        rows = len(batches[-1]) + 1 if batches else 0
-        if batches and rows * lengths[i] <= MAX_BATCH_TOKENS and (max_rows is None or rows <= max_rows):
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
 
 
 @torch.no_grad()

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from common import collate
+from common.collate import batches_by_length
 from common.config import EvaluationConfig
 from common.errors import UserError
 from common.prompts import Example
 from evaluation import model_outputs
-from evaluation.model_outputs import ModelOutputs, batches_by_length
+from evaluation.model_outputs import ModelOutputs
 from generation.token_sampling import SamplingSettings
 from tests.helpers import ROWS, bigram_outputs, outputs_of, random_table
 
@@ -94,7 +96,7 @@ def test_neither_batch_size_nor_order_changes_a_token_s_probability(model, promp
         for one, other in zip(alone, together, strict=True):
             assert other.log_probs == pytest.approx(one.log_probs, abs=1e-5)
             assert other.logp_std == pytest.approx(one.logp_std, abs=1e-5)
-    monkeypatch.setattr(model_outputs, "MAX_BATCH_TOKENS", 64)
+    monkeypatch.setattr(collate, "MAX_BATCH_TOKENS", 64)
     narrow = outputs_of(model, prompts).tokens_of_answers(PAIRS)
     assert narrow[3].log_probs == pytest.approx(alone[3].log_probs, abs=1e-5)
 

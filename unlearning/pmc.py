@@ -15,7 +15,7 @@ Samples that can no longer be selected are stopped while they are drawn (`unlear
 
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -173,7 +173,7 @@ class PMC(OwnAnswerTrainer):
             "best": [[index, asdict(candidate)] for index, candidate in self.best.items()],
             "temperature": self.temperature.state_to_save(),
             "picks": self.picks,
-            "labels": [(index, example.labels) for index, example in self.relabeled.items()],
+            "relabeled": [[index, asdict(example)] for index, example in self.relabeled.items()],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -181,7 +181,4 @@ class PMC(OwnAnswerTrainer):
         self.best = {index: Candidate(**candidate) for index, candidate in state["best"]}
         self.temperature.load_state(state["temperature"])
         self.picks = state["picks"]
-        labels = dict(state["labels"])
-        rows = [row for row in self.data.forget if row.index in labels]
-        examples = zip(rows, self.initial_examples(rows), strict=True)
-        self.relabeled = {row.index: replace(example, labels=labels[row.index]) for row, example in examples}
+        self.relabeled = {index: Example(**example) for index, example in state["relabeled"]}

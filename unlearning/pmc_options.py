@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch.nn.functional import logsigmoid
 
-from common.collate import IGNORED, batches_by_length
+from common.collate import IGNORED, batches_by_length, collate
 from common.config import Fraction, section
 from common.data import Row
 from common.losses import answer_losses
@@ -113,8 +113,9 @@ class FluencyPenalty:
         batch_size = 2 * self.trainer.args.per_device_train_batch_size  # the rows of a training pass
         means = torch.zeros(len(examples))
         with self.trainer.reference.active() as model:
-            for indices, batch in batches_by_length(examples, batch_size):
-                losses, rows = answer_losses(model, self.trainer._prepare_inputs(batch))
+            for indices in batches_by_length(list(map(len, examples)), batch_size):
+                batch = self.trainer._prepare_inputs(collate([examples[index] for index in indices]))
+                losses, rows = answer_losses(model, batch)
                 sums = losses.new_zeros(len(indices)).index_add(0, rows, losses)
                 means[indices] = (sums / torch.bincount(rows, minlength=len(indices))).cpu()
         return means.tolist()
@@ -140,24 +141,22 @@ class InitialResponseLosses:
 
     def __init__(self, trainer: UnlearningTrainer, settings: PMCSettings):
         self.trainer, self.settings = trainer, settings
-        self.names = ["collapse"] + [name for name in ("contrast", "relabeling") if self.weight(name)]
+        weights = {"collapse": 1.0, "contrast": settings.contrast_weight, "relabeling": settings.relabeling_weight}
+        self.weights = {name: weight for name, weight in weights.items() if weight}
         self.step_tokens: dict[str, float] = {}
-
-    def weight(self, name: str) -> float:
-        return 1.0 if name == "collapse" else getattr(self.settings, f"{name}_weight")
 
     def groups(
         self, selected: list[Example], initial: list[Example], relabeled: list[Example]
     ) -> list[tuple[Example, ...]]:
-        """For each forget row of the optimizer step the example of each loss, in the order of `names`."""
+        """For each forget row of the optimizer step the example of each loss, in the order of `weights`."""
         examples = {"collapse": selected, "contrast": initial, "relabeling": relabeled}
-        self.step_tokens = {name: self.trainer.total(sum(map(num_labels, examples[name]))) for name in self.names}
-        return list(zip(*(examples[name] for name in self.names), strict=True))
+        self.step_tokens = {name: self.trainer.total(sum(map(num_labels, examples[name]))) for name in self.weights}
+        return list(zip(*(examples[name] for name in self.weights), strict=True))
 
     def loss(self, forget: TokenLosses) -> torch.Tensor:
         """Cross-entropy of the selected samples + the weighted losses on the initial responses."""
         terms = {}
-        for position, name in enumerate(self.names):
+        for position, name in enumerate(self.weights):
             of_examples = forget.position == position
             if name == "contrast":
                 beta, mean_nll = self.settings.contrast_beta, forget.nll[of_examples] / forget.lengths[of_examples]
@@ -167,7 +166,7 @@ class InitialResponseLosses:
                 # A step may have no label of relabeling.
                 terms[name] = forget.losses[of_examples[forget.rows]].sum() / max(1, self.step_tokens[name])
         self.trainer.add_to_epoch(**{f"{name}_loss": value.detach() for name, value in terms.items()})
-        return sum(self.weight(name) * value for name, value in terms.items())
+        return sum(self.weights[name] * value for name, value in terms.items())
 
 
 class StalledTemperature:

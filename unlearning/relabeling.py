@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from common.collate import IGNORED, batches_by_length
+from common.collate import IGNORED, batches_by_length, collate
 from common.data import Row
 from common.errors import UserError
 from common.forward import evaluation_mode
@@ -103,7 +103,8 @@ def second_choices(model: PreTrainedModel, examples: Sequence[Example], batch_si
     """For each token of each answer the most likely other token, given the prompt and the answer's tokens before it."""
     choices: list[list[int]] = [[]] * len(examples)
     with torch.no_grad(), evaluation_mode(model):
-        for indices, batch in batches_by_length(examples, batch_size):
+        for indices in batches_by_length(list(map(len, examples)), batch_size):
+            batch = collate([examples[index] for index in indices])
             logits, targets, _ = answer_logits(model, {name: ids.to(model.device) for name, ids in batch.items()})
             found = iter(logits.scatter_(1, targets[:, None], -math.inf).argmax(dim=1).tolist())
             for index in indices:

@@ -34,10 +34,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from common.collate import batches_by_length
 from common.data import Row
 from common.prompts import Example, PromptFormat
 from evaluation.context import EvaluatedModel, EvaluationContext
-from evaluation.model_outputs import batches_by_length, token_log_probs
+from evaluation.model_outputs import token_log_probs
 from evaluation.scores import Missing, Scores
 
 THRESHOLD = 0.05  # of the mean log-probability, in nats; the paper's value
