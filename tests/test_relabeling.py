@@ -11,9 +11,10 @@ from common.errors import UserError
 from common.prompts import Example
 from common.rouge import use_words
 from tests.helpers import ROWS, arguments, gradients_of_one_step, make_trainer, resumed_and_whole
+from unlearning import relabeling
 from unlearning.pmc import PMC
 from unlearning.pmc_options import PMCSettings
-from unlearning.relabeling import common_words, in_own_words, relabel, second_choices
+from unlearning.relabeling import common_words, in_own_words, relabel, second_choices, spells_the_same
 from unlearning.trainer import UnlearningData
 
 
@@ -68,15 +69,57 @@ def test_a_known_word_is_known_with_another_ending():
     assert in_own_words(lambda ids: "".join("answers"[index] for index in ids), range(7), {"answer"}) == [False] * 7
 
 
-def test_second_choices_are_the_likeliest_other_tokens(memorized, prompts):
+def everything(examples):
+    return [[True] * len(example.answer) for example in examples]
+
+
+def test_second_choices_are_the_likeliest_tokens_that_spell_another_word(memorized, prompts):
     examples = [prompts.example(row, 64) for row in ROWS]
-    found = second_choices(memorized, examples, batch_size=3)
-    for example, choices in zip(examples, found, strict=True):
+    wanted = [[position % 3 != 1 for position in range(len(example.answer))] for example in examples]
+    found = second_choices(memorized, examples, wanted, prompts.text, batch_size=3)
+    for example, flags, choices in zip(examples, wanted, found, strict=True):
         logits = memorized(torch.tensor([example.prompt + example.answer])).logits[0, len(example.prompt) - 1 : -1]
-        for ranked, token, choice in zip(
-            logits.argsort(descending=True).tolist(), example.answer, choices, strict=True
-        ):
-            assert choice == next(other for other in ranked if other != token)
+        ranked = logits.argsort(descending=True).tolist()
+        for position, choice in enumerate(choices):
+            others = (i for i in ranked[position] if not spells_the_same(prompts.text, example.answer, position, i))
+            assert choice == (next(others) if flags[position] else IGNORED)
+            assert choice not in (example.answer[position], prompts.eos_token_id)
+
+
+ANSWER = ["Born", " in", " Ku", "wait", " City", "<eos>"]
+PIECES = [*ANSWER, " ku", "Kuwait", " Kuwaiti", " K", " ", " Kabul", "waiting", "ait", " citizens"]
+
+
+@pytest.mark.parametrize(
+    ("position", "same"),
+    [
+        (2, [" Ku", " ku", "Kuwait", " Kuwaiti", " K", " ", "<eos>"]),
+        (3, ["wait", "waiting", " ", "<eos>"]),
+        (4, [" City", " ", "<eos>"]),
+    ],
+)
+def test_other_spellings_and_longer_forms_are_the_same_word(position, same):
+    def text(ids):
+        return "".join(PIECES[index] for index in ids).replace("<eos>", "").strip()
+
+    found = [spells_the_same(text, range(len(ANSWER)), position, token) for token in range(len(PIECES))]
+    assert [piece for piece, is_same in zip(PIECES, found, strict=True) if is_same] == sorted(same, key=PIECES.index)
+
+
+def test_the_first_bytes_of_a_character_spell_no_other_word():
+    def text(ids):
+        return bytes(ids).decode(errors="replace")
+
+    answer = list("台北".encode())
+    assert all(spells_the_same(text, answer, 3, first) for first in ("北".encode()[0], "京".encode()[0]))
+    assert not spells_the_same(text, answer, 5, "匘".encode()[-1]), "the last byte completes another character"
+
+
+def test_a_token_whose_likeliest_others_spell_the_same_word_has_no_label(memorized, prompts, monkeypatch):
+    monkeypatch.setattr(relabeling, "TRIED", 1)
+    example = prompts.example(ROWS[0], 64)  # known by heart: the likeliest tokens are the answer's own
+    (labels,) = second_choices(memorized, [example], everything([example]), prompts.text, batch_size=1)
+    assert set(labels) == {IGNORED}
 
 
 def test_only_words_of_its_own_have_labels(memorized, prompts, caplog):
@@ -134,11 +177,11 @@ def test_a_step_without_labels_trains_on_the_selected_samples_alone(memorized, p
 
 def test_dropout_does_not_change_second_choices(memorized, prompts):
     examples = [prompts.example(row, 64) for row in ROWS]
-    expected = second_choices(memorized, examples, batch_size=3)
+    expected = second_choices(memorized, examples, everything(examples), prompts.text, batch_size=3)
     memorized.config.attention_dropout = 0.5
     for layer in memorized.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    assert second_choices(memorized.train(), examples, batch_size=3) == expected
+    assert second_choices(memorized.train(), examples, everything(examples), prompts.text, batch_size=3) == expected
     assert memorized.training
 
 

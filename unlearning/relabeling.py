@@ -1,13 +1,12 @@
 """Relabeling: a loss of PMC that teaches second choices in place of an initial response's own words.
 
 Own words are those that neither the question nor many retain answers have: a name, a date, a title. The label of each of their
-tokens is the likeliest other token under the model before unlearning, given the question and the response up to there. The
-other tokens have no label. Labels are computed once, before training.
+tokens is the likeliest token that does not spell the same word, under the model before unlearning, given the question and the
+response up to there. The other tokens have no label. Labels are computed once, before training.
 The forget answers of the data set are not read. `method.relabeling_weight` of `unlearning.pmc` is the loss's weight.
 """
 
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -25,11 +24,13 @@ from common.prompts import Example
 from common.rouge import rouge_tokens, use_words
 
 COMMON = 0.1  # words in a larger fraction of the retain answers are common, such as "the" or "author"
+TRIED = 50  # likeliest tokens among which a second choice is looked for
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character are decoded to
 
 log = logging.getLogger(__name__)
 
 
+@use_words("unicode")  # whatever `data.words` is: a letter with an accent is part of its word
 def relabel(
     model: PreTrainedModel,
     rows: Sequence[Row],
@@ -50,12 +51,11 @@ def relabel(
     Raises:
         UserError: if no initial response has a word of its own.
     """
-    with use_words("unicode"):  # whatever `data.words` is: a letter with an accent is part of its word
-        common = common_words(retain)
-        own = [
-            in_own_words(text, example.answer, common | set(rouge_tokens(row.question)))
-            for row, example in zip(rows, initial, strict=True)
-        ]
+    common = common_words(retain)
+    own = [
+        in_own_words(text, example.answer, common | set(rouge_tokens(row.question)))
+        for row, example in zip(rows, initial, strict=True)
+    ]
     if without := sum(not any(flags) for flags in own):
         message = (
             f"for {without} of {len(rows)} questions every word of the initial response is in the question or in more than "
@@ -64,11 +64,13 @@ def relabel(
         if without == len(rows):
             raise UserError(f"method.relabeling_weight: {message}, so there is nothing to relabel; set it to 0")
         log.warning("method.relabeling_weight: %s; the loss has no effect on them", message)
-    choices = second_choices(model, initial, batch_size)
-    return [
-        replace(example, labels=[new if is_own else IGNORED for new, is_own in zip(labels, flags, strict=True)])
-        for example, labels, flags in zip(initial, choices, own, strict=True)
-    ]
+    labels = second_choices(model, initial, own, text, batch_size)
+    examples = [replace(example, labels=new) for example, new in zip(initial, labels, strict=True)]
+    labeled = sum(label != IGNORED for example in examples for label in example.targets)
+    log.info(
+        "relabeling: %d of %d tokens of initial responses have a label", labeled, sum(len(e.answer) for e in examples)
+    )
+    return examples
 
 
 def common_words(retain: Sequence[Row]) -> set[str]:
@@ -99,14 +101,40 @@ def in_own_words(text: Callable[[Sequence[int]], str], answer: Sequence[int], kn
     return flags
 
 
-def second_choices(model: PreTrainedModel, examples: Sequence[Example], batch_size: int) -> list[list[int]]:
-    """For each token of each answer the most likely other token, given the prompt and the answer's tokens before it."""
-    choices: list[list[int]] = [[]] * len(examples)
+def second_choices(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    wanted: Sequence[Sequence[bool]],
+    text: Callable[[Sequence[int]], str],
+    batch_size: int,
+) -> list[list[int]]:
+    """For each wanted token of each answer the likeliest token, after the answer's tokens before it, that spells another word.
+
+    IGNORED for tokens that are not wanted, and where the TRIED likeliest tokens all spell the same word or no text at all.
+    """
+    labels = [[IGNORED] * len(example.answer) for example in examples]
     with torch.no_grad(), evaluation_mode(model):
         for indices in batches_by_length(list(map(len, examples)), batch_size):
             batch = collate([examples[index] for index in indices])
-            logits, targets, _ = answer_logits(model, {name: ids.to(model.device) for name, ids in batch.items()})
-            found = iter(logits.scatter_(1, targets[:, None], -math.inf).argmax(dim=1).tolist())
+            logits, _, _ = answer_logits(model, {name: ids.to(model.device) for name, ids in batch.items()})
+            likeliest = iter(logits.topk(min(TRIED, logits.shape[1])).indices.tolist())
             for index in indices:
-                choices[index] = [next(found) for _ in examples[index].answer]
-    return choices
+                answer = examples[index].answer
+                for position, is_wanted in enumerate(wanted[index]):
+                    tokens = next(likeliest)
+                    if is_wanted:
+                        others = (token for token in tokens if not spells_the_same(text, answer, position, token))
+                        labels[index][position] = next(others, IGNORED)
+    return labels
+
+
+def spells_the_same(text: Callable[[Sequence[int]], str], answer: Sequence[int], position: int, token: int) -> bool:
+    """Whether a token in place of the one at `position` begins the same text or a longer form of the same word, or adds no text.
+
+    Case and whitespace do not count: for " Kuwait" these are "Kuwait", "kuwait", " K" and " Kuwaiti".
+    """
+    before = len(text(answer[:position]).rstrip(INCOMPLETE))
+    added = text([*answer[:position], token])[before:].strip().rstrip(INCOMPLETE).casefold()
+    expected = text(answer)[before:].strip().casefold()
+    words = rouge_tokens(expected, stemmed=False)
+    return expected.startswith(added) or bool(words) and added.startswith(words[0])
