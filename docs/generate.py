@@ -244,11 +244,17 @@ def results_by_name(path: Path) -> dict[str, list[dict[str, str]]]:
     return {name: by_name[name] for name in sorted(by_name, key=order)}
 
 
+def compare_recipe(path: Path) -> Path:
+    """The recipe that a board's results are of: smollm2-cpu for smollm2-cpu.csv and smollm2-cpu.float32.csv."""
+    return CONFIGS / "compare" / f"{path.name.split('.')[0]}.yaml"
+
+
 def leaderboard_page(path: Path) -> str:
     """The table of a comparison's results.csv, and the command of each of its methods."""
     results = results_by_name(path)
     columns = {title: column for title, column in COLUMNS.items() if title != "minutes"}
-    columns = {title: column for title, column in columns.items() if any(r.get(column[0]) for r in results["PMC"])}
+    every_run = [run for runs in results.values() for run in runs]
+    columns = {title: column for title, column in columns.items() if any(run.get(column[0]) for run in every_run)}
     lines = []
     for name, runs in results.items():
         cells = [f"*{name}*" if runs[0]["reference"] == "True" else name, str(len(runs))]
@@ -258,7 +264,7 @@ def leaderboard_page(path: Path) -> str:
             median = score == "tofu/forget_quality" and values
             cells.append(number(statistics.median(values), digits) if median else cell(values, digits))
         lines.append(cells)
-    recipe = OmegaConf.merge({"models_dir": "models"}, OmegaConf.load(CONFIGS / f"compare/{path.stem}.yaml")).comparison
+    recipe = OmegaConf.merge({"models_dir": "models"}, OmegaConf.load(compare_recipe(path))).comparison
     shared = recipe.get("unlearning", "")
     commands = "".join(
         f"- {name}: `{' '.join(f'python unlearning/main.py -cd=configs {words} {shared}'.split()).replace('{seed}', '0')}`\n"

@@ -5,7 +5,7 @@ import statistics
 
 from omegaconf import OmegaConf
 
-from common.files import CONFIGS, ROOT
+from common.files import ROOT
 from tests.helpers import docs_generator
 
 BOARDS = sorted((ROOT / "docs/leaderboard").glob("*.csv"))
@@ -45,7 +45,7 @@ def test_every_method_of_a_board_has_its_settings_and_readme_s_figures_are_the_b
     for path in BOARDS:
         results = docs_generator().results_by_name(path)
         methods = [name for name, runs in results.items() if runs[0]["reference"] == "False"]
-        recipe = OmegaConf.load(CONFIGS / f"compare/{path.stem}.yaml").comparison
+        recipe = OmegaConf.load(docs_generator().compare_recipe(path)).comparison
         assert set(methods) <= recipe.methods.keys()
     tiny = docs_generator().results_by_name(ROOT / "docs/leaderboard/tiny.csv")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

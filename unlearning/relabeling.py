@@ -129,7 +129,7 @@ def second_choices(
 
 
 def spells_the_same(text: Callable[[Sequence[int]], str], answer: Sequence[int], position: int, token: int) -> bool:
-    """Whether a token in place of the one at `position` begins the same text or a longer form of the same word, or adds no text.
+    """Whether a token in place of the one at `position` begins the same text or a longer form of its word, or adds no text.
 
     Case and whitespace do not count: for " Kuwait" these are "Kuwait", "kuwait", " K" and " Kuwaiti".
     """

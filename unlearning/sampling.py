@@ -4,7 +4,8 @@
 2. Sample: for each forget question of an optimizer step, draw `num_samples` answers from the current model.
 3. Score: the reward of a sample says how unlike the initial response it is (`unlearning.rewards`).
 
-The forget answers of the data set are never read. `unlearning.pmc` and `unlearning.methods.grpo` are the methods.
+The forget answers of the data set are never read. The methods are `unlearning.pmc` and `unlearning.methods.grpo`;
+`unlearning.methods.undo` has the first step alone.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """Cross-entropy unlearning (CE-U, arXiv 2503.01224): train towards the model's own distribution without the true token.
 
-    forget loss = CE(pi, softmax(logits of pi, with the true token's at minus infinity)), the mean over tokens
+    forget loss = -sum over the vocabulary of target * log pi, the mean over tokens
+    target = softmax(logits of pi, with the true token's at minus infinity)
 
 The target has no gradient. The first tokens of an answer are left out (`skip_tokens`), as in a footnote of the paper and in
 src/trainer/unlearn/ceu.py of locuslab/open-unlearning. The paper has no retain loss (lambda_unlearning=0).

@@ -5,11 +5,11 @@ unlike the initial response a sample is (`unlearning.rewards`). With the mean an
 rewards:
 
     advantage = (reward - mean) / (standard deviation + 1e-4)
-    forget loss = -(advantage * pi / pi_sampled) + kl_weight * KL(pi || pi0), the mean over the samples' tokens
+    forget loss = -(advantage * pi / pi_sampled) + kl_weight * KL(pi || pi0), the mean over the group's tokens
     KL = pi0/pi - log(pi0/pi) - 1 of a sampled token, the estimator of arXiv 2402.03300
 
 The answers were sampled from pi_sampled. Every batch of samples is trained on once, in one optimizer step. So the ratio
-is 1, its gradient is that of log pi, and clipping it has no effect and is left out. A group whose rewards are all equal
+is taken as 1, its gradient is that of log pi, and clipping it has no effect and is left out. A group whose rewards are all equal
 has no gradient. RULE (arXiv 2506.07171) and PURGE (arXiv 2601.20568) unlearn by GRPO with other rewards: for refusals,
 and against words that are forbidden. Here no forget answer is read. The mean over all tokens and the constant 1e-4 are
 those of the TRL library; the standard deviation is that of the group, divided by n, where TRL divides by n - 1.
