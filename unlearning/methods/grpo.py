@@ -9,10 +9,10 @@ rewards:
     KL = pi0/pi - log(pi0/pi) - 1 of a sampled token, the estimator of arXiv 2402.03300
 
 The answers were sampled from pi_sampled. Every batch of samples is trained on once, in one optimizer step. So the ratio
-is taken as 1, its gradient is that of log pi, and clipping it has no effect and is left out. A group whose rewards are all equal
-has no gradient. RULE (arXiv 2506.07171) and PURGE (arXiv 2601.20568) unlearn by GRPO with other rewards: for refusals,
-and against words that are forbidden. Here no forget answer is read. The mean over all tokens and the constant 1e-4 are
-those of the TRL library; the standard deviation is that of the group, divided by n, where TRL divides by n - 1.
+is taken as 1, its gradient is that of log pi, and clipping it has no effect and is left out. A group whose rewards are
+all equal has no gradient. RULE (arXiv 2506.07171) and PURGE (arXiv 2601.20568) unlearn by GRPO with other rewards: for
+refusals, and against words that are forbidden. Here no forget answer is read. The mean over all tokens and the constant
+1e-4 are those of the TRL library; the standard deviation is that of the group, divided by n, where TRL divides by n - 1.
 
 RULE begins with rejection steering, training on refusals, since a model that never refuses cannot find a refusal. Here
 `num_refusals` answers of each group are refusals, with reward and advantage like those of samples. They are not drawn
