@@ -14,7 +14,7 @@ from common.files import ROOT
 from common.prompts import PromptFormat, check_passages_fit
 from common.rouge import rouge_l_f1
 from evaluation.metrics import text
-from evaluation.metrics.text import exact_match
+from evaluation.metrics.text import contains_answer, exact_match
 from evaluation.scores import Scores
 from tests.helpers import context_of, outputs_of, run_stage
 
@@ -173,6 +173,29 @@ def test_scores_of_texts():
     assert [exact_match(*pair) for pair in same] == [1.0] * 5
     others = [("की", "का"), ("$", "€"), ("$", ""), ("-5", "5"), ("ü", "u")]
     assert [exact_match(*pair) for pair in others] == [0.0] * 5
+
+
+def test_an_answer_contains_another_where_consecutive_words_spell_it():
+    contained = [
+        ("Ada Lum", "It is ada LUM's."),
+        ("721-625-3765", "Her number is (721) 625 3765."),
+        ("7216253765", "721-625-3765"),
+        ("tiffi_magenta@me.com", "Write to Tiffi_Magenta@me.com!"),
+        ("王大明", "他是王大明。"),
+        ("$", "$"),
+        ("banana ban", "banana banana ban"),
+    ]
+    assert [contains_answer(*pair) for pair in contained] == [1.0] * len(contained)
+    missing = [
+        ("5", "in 1955"),
+        ("551", "55 155"),
+        ("Ada Lum", "Lum, Ada"),
+        ("Ada Lum", "Ada B. Lum"),
+        ("Ada", ""),
+        ("$", "It costs 5 $"),
+        ("7216253765", "721625376"),
+    ]
+    assert [contains_answer(*pair) for pair in missing] == [0.0] * len(missing)
 
 
 @pytest.mark.slow

@@ -14,14 +14,18 @@ Scores:
         RWKU (arXiv 2406.10890). Not shown: what an answer contains besides the reference.
     text/exact_match/* (lower on forget_questions, higher on retain_questions): fraction of these answers that are the
         true one, without case and punctuation. Not shown: true answers within a longer one; symbols beside words (C++, C#).
+    text/contains_answer/* (lower on forget_questions, higher on retain_questions): fraction of these answers of which
+        consecutive words spell the true one: "(721) 625 3765" has 721-625-3765. Not shown: whether the answer denies it; what
+        is right but for one letter or digit.
 """
 
 import unicodedata
+from itertools import accumulate
 
 import regex
 
 from common.prompts import check_passages_fit, warn_if_cut
-from common.rouge import rouge_l_f1, rouge_l_recall
+from common.rouge import rouge_l_f1, rouge_l_recall, rouge_tokens, use_words
 from evaluation.context import EvaluationContext
 from evaluation.scores import Missing, Scores
 
@@ -43,6 +47,22 @@ def exact_match(reference: str, answer: str) -> float:
     return float(expected == given)
 
 
+def contains_answer(reference: str, answer: str) -> float:
+    """1 if consecutive words of the answer spell the reference, without case and whatever is between its characters; else 0.
+
+    A reference without letters and digits, such as "$", must be given as it is.
+
+    >>> contains_answer("721-625-3765", "Her number is (721) 625 3765.")
+    1.0
+    """
+    with use_words("unicode"):
+        expected, words = "".join(rouge_tokens(reference, stemmed=False)), rouge_tokens(answer, stemmed=False)
+    if not expected:
+        return exact_match(reference, answer)
+    text, boundaries = "".join(words), set(accumulate(map(len, words), initial=0))
+    return float(any(text.startswith(expected, start) and start + len(expected) in boundaries for start in boundaries))
+
+
 def measure(context: EvaluationContext, scores: Scores) -> None:
     """Verbatim memorization of the forget texts, and knowledge of the forget and retain texts."""
     with scores.null_if_missing({"text/verbmem": False}):
@@ -59,12 +79,12 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         values = [rouge_l_f1(row.answer, answer) if given or row.is_passage else None for row, answer in pairs]
         scores.mean("text/verbmem", role, values, False)
     for role, better in QUESTION_ROLES.items():
-        names = [f"text/{name}/{role}" for name in ("knowmem", "rougeL_recall", "exact_match")]
+        names = [f"text/{name}/{role}" for name in ("knowmem", "rougeL_recall", "exact_match", "contains_answer")]
         with scores.null_if_missing(dict.fromkeys(names, better)):
             rows = context.rows(role)
             pairs = [(row.question, row.answer) for row in rows]
             warn_if_cut(context.outputs.prompts, pairs, context.config.evaluation.max_length, "evaluation.max_length")
             answers = context.outputs.answers([row.question for row in rows])
-            for name, metric in zip(names, (rouge_l_f1, rouge_l_recall, exact_match), strict=True):
+            for name, metric in zip(names, (rouge_l_f1, rouge_l_recall, exact_match, contains_answer), strict=True):
                 pairs = zip(rows, answers, strict=True)
                 scores.mean(name, role, [metric(row.answer, answer) for row, answer in pairs], better)
