@@ -165,3 +165,12 @@ def test_the_curves_start_before_relearning(tmp_path):
     assert relearning_curves({"B": {"scores": default}}) == {}
     plot_relearning(curves, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scores_that_are_missing_have_the_names_of_those_that_are_measured(context):
+    context.config.sections["relearning"] = Relearning(num_epochs=[1, 20])
+    context.config.data.splits["forget"] = None
+    scores = Scores()
+    relearning.measure(context, scores)
+    names = [f"relearning/{name}@{epochs}" for epochs in (1, 20) for name in ("rougeL_recall", "probability")]
+    assert scores.values == dict.fromkeys(names)

@@ -77,8 +77,15 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
     settings: Relearning = context.config.sections["relearning"]
     for role in settings.rows:
         prefix = "relearning/" if role == "forget" else f"relearning/on_{role}/"
-        with scores.null_if_missing({f"{prefix}{name}": False for name in ("rougeL_recall", "probability")}):
+        suffixes = [suffix(settings, epochs) for epochs in settings.num_epochs]
+        names = [f"{prefix}{name}{end}" for end in suffixes for name in ("rougeL_recall", "probability")]
+        with scores.null_if_missing(dict.fromkeys(names, False)):
             measure_role(context, scores, role, prefix)
+
+
+def suffix(settings: Relearning, epochs: int) -> str:
+    """What the names of the scores after this number of epochs end in."""
+    return f"@{epochs}" if len(settings.num_epochs) > 1 else ""
 
 
 def measure_role(context: EvaluationContext, scores: Scores, role: str, prefix: str) -> None:
@@ -92,15 +99,15 @@ def measure_role(context: EvaluationContext, scores: Scores, role: str, prefix: 
     before = fmean(recalls(context.outputs, rows))
     found = relearned(context, context.model, role, relearn_rows)
     for epochs, after in found.items():
-        number = f"@{epochs}" if len(found) > 1 else ""
-        scores.mean(f"{prefix}rougeL_recall{number}", "forget", after["recall"], False)
-        scores.mean(f"{prefix}probability{number}", "forget", after["probability"], False)
+        end = suffix(settings, epochs)
+        scores.mean(f"{prefix}rougeL_recall{end}", "forget", after["recall"], False)
+        scores.mean(f"{prefix}probability{end}", "forget", after["probability"], False)
         if role == "forget" and settings.fraction < 1:
             pairs = zip(rows, after["recall"], strict=True)
             others = [None if row in relearn_rows else recall for row, recall in pairs]
-            scores.mean(f"{prefix}rougeL_recall_not_relearned{number}", "forget", others, False)
-        scores.add(f"{prefix}rougeL_recall_gained{number}", fmean(after["recall"]) - before, False, count=len(rows))
-        beyond = f"{prefix}rougeL_recall_beyond_retain_model{number}"
+            scores.mean(f"{prefix}rougeL_recall_not_relearned{end}", "forget", others, False)
+        scores.add(f"{prefix}rougeL_recall_gained{end}", fmean(after["recall"]) - before, False, count=len(rows))
+        beyond = f"{prefix}rougeL_recall_beyond_retain_model{end}"
         with scores.null_if_missing({beyond: False}):
             of_retain_model = relearned(context, context.find_retain_model(), role, relearn_rows)[epochs]
             difference = fmean(after["recall"]) - fmean(of_retain_model["recall"])
