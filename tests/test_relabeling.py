@@ -106,11 +106,32 @@ def test_other_spellings_and_longer_forms_are_the_same_word(position, same):
     assert [piece for piece, is_same in zip(PIECES, found, strict=True) if is_same] == sorted(same, key=PIECES.index)
 
 
+@pytest.mark.parametrize(
+    ("word", "token", "is_same"),
+    [
+        ("Müller", "Muller", True),
+        ("Müller", "mu\u0308l", True),
+        ("1956", "\uff11", True),  # full width
+        ("Kuwait", '"Ku', True),
+        ("Kuwait", "(", False),
+        ("Müller", "Miller", False),
+        ("(Kuwait)", "Kuwait", True),
+        ("...", "...", True),
+        ("...", "Kuwait", False),
+    ],
+)
+def test_accents_width_and_punctuation_do_not_make_another_word(word, token, is_same):
+    with use_words("unicode"):
+        assert spells_the_same(lambda ids: "".join([word, token][index] for index in ids), [0], 0, 1) == is_same
+
+
 def test_the_first_bytes_of_a_character_spell_no_other_word():
     def text(ids):
         return bytes(ids).decode(errors="replace")
 
     answer = list("台北".encode())
+    assert all(spells_the_same(text, answer, position, ord("A")) for position in (1, 2, 4, 5)), "cannot follow"
+    assert not spells_the_same(text, answer, 3, ord("A"))
     assert all(spells_the_same(text, answer, 3, first) for first in ("北".encode()[0], "京".encode()[0]))
     assert not spells_the_same(text, answer, 5, "匘".encode()[-1]), "the last byte completes another character"
 
@@ -120,6 +141,8 @@ def test_a_token_whose_likeliest_others_spell_the_same_word_has_no_label(memoriz
     example = prompts.example(ROWS[0], 64)  # known by heart: the likeliest tokens are the answer's own
     (labels,) = second_choices(memorized, [example], everything([example]), prompts.text, batch_size=1)
     assert set(labels) == {IGNORED}
+    with pytest.raises(UserError, match="or has no second choice, so there is nothing to relabel"):
+        relabel(memorized, ROWS[:1], [example], [], prompts.text, batch_size=1)
 
 
 def test_only_words_of_its_own_have_labels(memorized, prompts, caplog):

@@ -8,6 +8,7 @@ The forget answers of the data set are not read. `method.relabeling_weight` of `
 
 import logging
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -56,21 +57,18 @@ def relabel(
         in_own_words(text, example.answer, common | set(rouge_tokens(row.question)))
         for row, example in zip(rows, initial, strict=True)
     ]
-    if without := sum(not any(flags) for flags in own):
+    labels = second_choices(model, initial, own, text, batch_size)
+    numbers = [sum(label != IGNORED for label in of_answer) for of_answer in labels]
+    if without := numbers.count(0):
         message = (
             f"for {without} of {len(rows)} questions every word of the initial response is in the question or in more than "
-            f"{COMMON:.0%} of the retain answers"
+            f"{COMMON:.0%} of the retain answers, or has no second choice"
         )
         if without == len(rows):
             raise UserError(f"method.relabeling_weight: {message}, so there is nothing to relabel; set it to 0")
         log.warning("method.relabeling_weight: %s; the loss has no effect on them", message)
-    labels = second_choices(model, initial, own, text, batch_size)
-    examples = [replace(example, labels=new) for example, new in zip(initial, labels, strict=True)]
-    labeled = sum(label != IGNORED for example in examples for label in example.targets)
-    log.info(
-        "relabeling: %d of %d tokens of initial responses have a label", labeled, sum(len(e.answer) for e in examples)
-    )
-    return examples
+    log.info("relabeling: %d of %d tokens of initial responses have a label", sum(numbers), sum(map(len, labels)))
+    return [replace(example, labels=new) for example, new in zip(initial, labels, strict=True)]
 
 
 def common_words(retain: Sequence[Row]) -> set[str]:
@@ -108,7 +106,7 @@ def second_choices(
     text: Callable[[Sequence[int]], str],
     batch_size: int,
 ) -> list[list[int]]:
-    """For each wanted token of each answer the likeliest token, after the answer's tokens before it, that spells another word.
+    """For each wanted token of each answer the likeliest token, after the answer's tokens before it, that does not spell the same word.
 
     IGNORED for tokens that are not wanted, and where the TRIED likeliest tokens all spell the same word or no text at all.
     """
@@ -131,10 +129,20 @@ def second_choices(
 def spells_the_same(text: Callable[[Sequence[int]], str], answer: Sequence[int], position: int, token: int) -> bool:
     """Whether a token in place of the one at `position` begins the same text or a longer form of its word, or adds no text.
 
-    Case and whitespace do not count: for " Kuwait" these are "Kuwait", "kuwait", " K" and " Kuwaiti".
+    Case, accents, punctuation and whitespace do not count: for " Kuwait" these are "Kuwait", "kuwait", " K" and " Kuwaiti".
+    A token that cannot follow the bytes before it adds no text either.
     """
     before = len(text(answer[:position]).rstrip(INCOMPLETE))
-    added = text([*answer[:position], token])[before:].strip().rstrip(INCOMPLETE).casefold()
-    expected = text(answer)[before:].strip().casefold()
-    words = rouge_tokens(expected, stemmed=False)
-    return expected.startswith(added) or bool(words) and added.startswith(words[0])
+    added = text([*answer[:position], token])[before:].strip().rstrip(INCOMPLETE)
+    expected = text(answer)[before:].strip()
+    if INCOMPLETE in added or expected.casefold().startswith(added.casefold()):
+        return True
+    words, new = rouge_tokens(expected, stemmed=False), letters_and_digits(added)
+    if not words or not new:
+        return False  # punctuation
+    return letters_and_digits(expected).startswith(new) or new.startswith(letters_and_digits(words[0]))
+
+
+def letters_and_digits(text: str) -> str:
+    """Those of a text, without case and accents."""
+    return "".join(character for character in unicodedata.normalize("NFKD", text).casefold() if character.isalnum())
