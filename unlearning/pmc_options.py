@@ -47,8 +47,9 @@ class PMCSettings(OwnAnswerSettings):
     contrast_beta: PositiveFloat = 1.0
     """The larger, the earlier the contrast loss fades: its gradient is halved where the mean NLL per token is 1.1 / beta."""
     relabeling_weight: NonNegativeFloat = 0.0
-    """Weight of a loss that teaches, for each token of an initial response's own words, the likeliest other token of the model
-    before unlearning; own words are neither in the question nor in more than a tenth of the retain answers; 0: off."""
+    """Weight of a loss that teaches, for each token of an initial response's own words, the likeliest token of the model
+    before unlearning that does not spell the same word; own words are neither in the question nor in more than a tenth of the
+    retain answers; 0: off."""
     early_stopping: bool = True
     """Stop samples that can no longer be selected; only for rewards that never rise as a sample grows,
     and with selection_temperature=0."""

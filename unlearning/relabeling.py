@@ -106,7 +106,7 @@ def second_choices(
     text: Callable[[Sequence[int]], str],
     batch_size: int,
 ) -> list[list[int]]:
-    """For each wanted token of each answer the likeliest token, after the answer's tokens before it, that does not spell the same word.
+    """For each wanted token of each answer the likeliest token in its place that does not spell the same word.
 
     IGNORED for tokens that are not wanted, and where the TRIED likeliest tokens all spell the same word or no text at all.
     """

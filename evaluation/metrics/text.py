@@ -14,9 +14,9 @@ Scores:
         RWKU (arXiv 2406.10890). Not shown: what an answer contains besides the reference.
     text/exact_match/* (lower on forget_questions, higher on retain_questions): fraction of these answers that are the
         true one, without case and punctuation. Not shown: true answers within a longer one; symbols beside words (C++, C#).
-    text/contains_answer/* (lower on forget_questions, higher on retain_questions): fraction of these answers of which
-        consecutive words spell the true one: "(721) 625 3765" has 721-625-3765. Not shown: whether the answer denies it; what
-        is right but for one letter or digit.
+    text/contains_answer/* (lower on forget_questions, higher on retain_questions): fraction of these answers in which the
+        words of the true one stand one after the other; a long number in any notation, as "(721) 625 3765" for 721-625-3765.
+        Not shown: whether the answer denies it; answers with one wrong letter or digit; minus signs and decimal points.
 """
 
 import unicodedata
@@ -31,6 +31,7 @@ from evaluation.scores import Missing, Scores
 
 # A word has its vowel signs and accents (\p{M}), and a number its minus sign.
 WORD = regex.compile(r"(?:(?<!\w)-(?=\d))?[\w\p{M}]+")
+LONG_NUMBER = 7  # digits of a telephone number
 QUESTION_ROLES = {"forget_questions": False, "retain_questions": True}  # role: whether higher is better
 
 
@@ -48,19 +49,23 @@ def exact_match(reference: str, answer: str) -> float:
 
 
 def contains_answer(reference: str, answer: str) -> float:
-    """1 if consecutive words of the answer spell the reference, without case and whatever is between its characters; else 0.
+    """1 if the reference's words stand in the answer one after the other, without case and punctuation; else 0.
 
-    A reference without letters and digits, such as "$", must be given as it is.
+    Numbers of at least LONG_NUMBER digits may be written with other spaces and signs. A reference without letters and digits,
+    such as "$", must be given as it is.
 
     >>> contains_answer("721-625-3765", "Her number is (721) 625 3765.")
     1.0
     """
     with use_words("unicode"):
-        expected, words = "".join(rouge_tokens(reference, stemmed=False)), rouge_tokens(answer, stemmed=False)
+        expected, given = (rouge_tokens(text.casefold(), stemmed=False) for text in (reference, answer))
     if not expected:
         return exact_match(reference, answer)
-    text, boundaries = "".join(words), set(accumulate(map(len, words), initial=0))
-    return float(any(text.startswith(expected, start) and start + len(expected) in boundaries for start in boundaries))
+    number = "".join(expected)
+    if number.isdecimal() and len(number) >= LONG_NUMBER:
+        text, boundaries = "".join(given), set(accumulate(map(len, given), initial=0))
+        return float(any(text.startswith(number, start) and start + len(number) in boundaries for start in boundaries))
+    return float(any(given[start : start + len(expected)] == expected for start in range(len(given))))
 
 
 def measure(context: EvaluationContext, scores: Scores) -> None:
