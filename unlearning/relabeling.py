@@ -8,7 +8,6 @@ The forget answers of the data set are not read. `method.relabeling_weight` of `
 
 import logging
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from common.forward import evaluation_mode
 from common.losses import answer_logits
 from common.prompts import Example
 from common.rouge import rouge_tokens, use_words
+from unlearning.rewards import letters_and_digits
 
 COMMON = 0.1  # words in a larger fraction of the retain answers are common, such as "the" or "author"
 TRIED = 50  # likeliest tokens among which a second choice is looked for
@@ -137,12 +137,7 @@ def spells_the_same(text: Callable[[Sequence[int]], str], answer: Sequence[int],
     expected = text(answer)[before:].strip()
     if INCOMPLETE in added or expected.casefold().startswith(added.casefold()):
         return True
-    words, new = rouge_tokens(expected, stemmed=False), letters_and_digits(added)
+    words, new = rouge_tokens(expected, stemmed=False), letters_and_digits(added, "NFKD")
     if not words or not new:
         return False  # punctuation
-    return letters_and_digits(expected).startswith(new) or new.startswith(letters_and_digits(words[0]))
-
-
-def letters_and_digits(text: str) -> str:
-    """Those of a text, without case and accents."""
-    return "".join(character for character in unicodedata.normalize("NFKD", text).casefold() if character.isalnum())
+    return letters_and_digits(expected, "NFKD").startswith(new) or new.startswith(letters_and_digits(words[0], "NFKD"))

@@ -40,7 +40,7 @@ def exact_span(reference: str, samples: Sequence[str]) -> list[float]:
     >>> exact_span("Ada Lum", ["It is ada lum.", "Ada"])
     [0.0, 0.5]
     """
-    return [1.0 - _longest_span(_letters_and_digits(reference), _letters_and_digits(sample)) for sample in samples]
+    return [1.0 - _longest_span(letters_and_digits(reference), letters_and_digits(sample)) for sample in samples]
 
 
 def digit_span(reference: str, samples: Sequence[str]) -> list[float]:
@@ -78,8 +78,9 @@ def _longest_span(reference: str, sample: str) -> float:
     return matcher.find_longest_match().size / max(1, len(reference))
 
 
-def _letters_and_digits(text: str) -> str:
-    return "".join(character for character in unicodedata.normalize("NFKC", text).casefold() if character.isalnum())
+def letters_and_digits(text: str, form: str = "NFKC") -> str:
+    """Those of a text, without case. With the form NFKD letters lose their accents."""
+    return "".join(character for character in unicodedata.normalize(form, text).casefold() if character.isalnum())
 
 
 def _digits(text: str) -> str:
