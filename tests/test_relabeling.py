@@ -14,7 +14,7 @@ from tests.helpers import ROWS, arguments, gradients_of_one_step, make_trainer, 
 from unlearning import relabeling
 from unlearning.pmc import PMC
 from unlearning.pmc_options import PMCSettings
-from unlearning.relabeling import common_words, in_own_words, relabel, second_choices, spells_the_same
+from unlearning.relabeling import common_words, in_own_words, relabel, second_choice, second_choices
 from unlearning.trainer import UnlearningData
 
 
@@ -81,8 +81,8 @@ def test_second_choices_are_the_likeliest_tokens_that_spell_another_word(memoriz
         logits = memorized(torch.tensor([example.prompt + example.answer])).logits[0, len(example.prompt) - 1 : -1]
         ranked = logits.argsort(descending=True).tolist()
         for position, choice in enumerate(choices):
-            others = (i for i in ranked[position] if not spells_the_same(prompts.text, example.answer, position, i))
-            assert choice == (next(others) if flags[position] else IGNORED)
+            expected = second_choice(prompts.text, example.answer, position, ranked[position])
+            assert choice == (expected if flags[position] else IGNORED)
             assert choice not in (example.answer[position], prompts.eos_token_id)
 
 
@@ -102,8 +102,9 @@ def test_other_spellings_and_longer_forms_are_the_same_word(position, same):
     def text(ids):
         return "".join(PIECES[index] for index in ids).replace("<eos>", "").strip()
 
-    found = [spells_the_same(text, range(len(ANSWER)), position, token) for token in range(len(PIECES))]
-    assert [piece for piece, is_same in zip(PIECES, found, strict=True) if is_same] == sorted(same, key=PIECES.index)
+    tokens = range(len(PIECES))
+    found = [PIECES[i] for i in tokens if second_choice(text, range(len(ANSWER)), position, [i]) == IGNORED]
+    assert found == sorted(same, key=PIECES.index)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,8 @@ def test_other_spellings_and_longer_forms_are_the_same_word(position, same):
 )
 def test_accents_width_and_punctuation_do_not_make_another_word(word, token, is_same):
     with use_words("unicode"):
-        assert spells_the_same(lambda ids: "".join([word, token][index] for index in ids), [0], 0, 1) == is_same
+        found = second_choice(lambda ids: "".join([word, token][index] for index in ids), [0], 0, [1])
+    assert (found == IGNORED) == is_same
 
 
 def test_the_first_bytes_of_a_character_spell_no_other_word():
@@ -130,10 +132,13 @@ def test_the_first_bytes_of_a_character_spell_no_other_word():
         return bytes(ids).decode(errors="replace")
 
     answer = list("台北".encode())
-    assert all(spells_the_same(text, answer, position, ord("A")) for position in (1, 2, 4, 5)), "cannot follow"
-    assert not spells_the_same(text, answer, 3, ord("A"))
-    assert all(spells_the_same(text, answer, 3, first) for first in ("北".encode()[0], "京".encode()[0]))
-    assert not spells_the_same(text, answer, 5, "匘".encode()[-1]), "the last byte completes another character"
+    assert all(second_choice(text, answer, position, [ord("A")]) == IGNORED for position in (1, 2, 4, 5)), (
+        "cannot follow"
+    )
+    firsts = ["北".encode()[0], "京".encode()[0]]
+    assert second_choice(text, answer, 3, [*firsts, ord("A")]) == ord("A")
+    last = "匘".encode()[-1]
+    assert second_choice(text, answer, 5, [last]) == last, "it completes another character"
 
 
 def test_a_token_whose_likeliest_others_spell_the_same_word_has_no_label(memorized, prompts, monkeypatch):

@@ -121,20 +121,27 @@ def second_choices(
                 for position, is_wanted in enumerate(wanted[index]):
                     tokens = next(likeliest)
                     if is_wanted:
-                        others = (token for token in tokens if not spells_the_same(text, answer, position, token))
-                        labels[index][position] = next(others, IGNORED)
+                        labels[index][position] = second_choice(text, answer, position, tokens)
     return labels
 
 
-def spells_the_same(text: Callable[[Sequence[int]], str], answer: Sequence[int], position: int, token: int) -> bool:
-    """Whether a token in place of the one at `position` begins the same text or a longer form of its word, or adds no text.
-
-    Case, accents, punctuation and whitespace do not count: for " Kuwait" these are "Kuwait", "kuwait", " K" and " Kuwaiti".
-    A token that cannot follow the bytes before it adds no text either.
-    """
+def second_choice(text: Callable[[Sequence[int]], str], answer: Sequence[int], position: int, tokens: list[int]) -> int:
+    """The first of the tokens that does not spell the word of the answer's token at `position`; IGNORED if all do."""
     before = len(text(answer[:position]).rstrip(INCOMPLETE))
-    added = text([*answer[:position], token])[before:].strip().rstrip(INCOMPLETE)
     expected = text(answer)[before:].strip()
+    for token in tokens:
+        added = text([*answer[:position], token])[before:].strip().rstrip(INCOMPLETE)
+        if not spells_the_same(added, expected):
+            return token
+    return IGNORED
+
+
+def spells_the_same(added: str, expected: str) -> bool:
+    """Whether a text begins the expected one or a longer form of its first word, or is empty.
+
+    Case, accents and punctuation do not count: for "Kuwait City" these are "kuwait", "K" and "Kuwaiti". The first bytes of
+    a character, and bytes that cannot follow those before them, spell no other word either.
+    """
     if INCOMPLETE in added or expected.casefold().startswith(added.casefold()):
         return True
     words, new = rouge_tokens(expected, stemmed=False), letters_and_digits(added, "NFKD")
