@@ -68,10 +68,17 @@ def assert_equal_weights(*folders):
     assert all((one[name] - other[name]).abs().mean() < 1e-6 for name in one)
 
 
-@pytest.mark.parametrize("recipe", ["PMC-unlearn-tiny", "PMC-relabeling-tiny"])
-def test_two_processes_draw_remember_and_weigh_as_one_does(recipe, models_dir, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-cn=PMC-unlearn-tiny"],
+        ["-cn=PMC-relabeling-tiny"],
+        ["-cn=PMC-contrast-tiny", "model.lora={r:8,alpha:16,merge:true}", "method.stalled_temperature_factor=1.2"],
+    ],
+)
+def test_two_processes_draw_remember_and_weigh_as_one_does(options, models_dir, tmp_path):
     """Three epochs: a shuffled question goes from one process to the other, and its pick with it."""
-    words = (f"-cn={recipe}", "training.learning_rate=1e-9", *QUICK)
+    words = (*options, "training.learning_rate=1e-9", *QUICK)
     assert_equal_histories(*(run(n, tmp_path / str(n), models_dir, *words) for n in (1, 2)))
     assert_equal_weights(tmp_path / "1", tmp_path / "2")
 

@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from common.config import DataConfig, PromptConfig, WindowsConfig
@@ -103,8 +104,12 @@ def test_verbatim_memorization_refuses_passages_of_columns_that_would_be_cut(mod
 
 
 def people(kind: str) -> list[dict]:
-    """Stand-in rows in LUME's form: a passage and five questions about each of 40 people, after one row of another task."""
-    rows = [{"id": "x-sc1", "input": "A story", "output": "begins.", "task": "Task1"}]
+    """Stand-in rows in LUME's form: passages and questions of two other tasks, then about 40 people, five questions each."""
+    rows = [
+        {"id": f"x-{kind}", "input": "A story", "output": "begins.", "task": task}
+        for task in ("Task3", "Task1")
+        for kind in ("sc1", "qa0")
+    ]
     for number in range(40):
         name, phone = f"{kind} Person{number}", f"555{number:04d}"
         rows.append({"id": f"{number}sc1", "input": f"{name} has the", "output": f"number {phone}.", "task": "Task2"})
@@ -127,11 +132,25 @@ def lume(tmp_path):
 
 @pytest.mark.parametrize(
     ("splits", "count"),
-    [("forget{task=Task2}[:240]", 240), ("forget{id=*sc1}", 41), ("forget{task=Task2,id=*qa?} + retain{id=x-*}", 201)],
+    [("forget{task=Task2}[:240]", 240), ("forget{id=*sc1}", 42), ("forget{task=Task2,id=*qa?} + retain{id=x-*}", 204)],
 )
 def test_a_filter_keeps_the_rows_with_the_value(lume, splits, count):
     columns = {"question": "input", "answer": "output"}
     assert len(load_split(DataConfig(str(lume), {"forget": splits}, columns), "forget")) == count
+
+
+def test_the_splits_of_lume_leave_out_its_biographies_of_real_people(lume):
+    values = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/data/lume.yaml"))
+    config = DataConfig(**{**values, "path": str(lume)})
+    passages, questions = 1 + 40, 1 + 40 * 5
+    assert {role: len(load_split(config, role)) for role in config.splits} == {
+        "train": 2 * (passages + questions),
+        "forget": passages + questions,
+        "retain": passages + questions,
+        "forget_passages": passages,
+        "forget_questions": questions,
+        "retain_questions": questions,
+    }
 
 
 def test_a_filter_s_value_is_read_as_it_is_written(tmp_path):
