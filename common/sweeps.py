@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from common.errors import Pruned, UserError
@@ -75,7 +75,7 @@ class SweepCallback(Callback):
         HydraConfig.instance().set_config(config)  # resolves ${hydra:...}
         jobs = _jobs(config)
         self.jobs = len(jobs) or config.hydra.sweeper.get("n_trials", 0)
-        runs = dict(job_of(config, overrides) for overrides in jobs)
+        runs = dict(job_of(config, overrides, number) for number, overrides in enumerate(jobs))
         _current = Sweep(_report_folder(config, list(runs)), runs, _run_folder(config).parent)
         if _has_local_processes(config):
             stop_jobs_on_signals(lambda: _current.runs)
@@ -129,9 +129,15 @@ def _jobs(config: DictConfig) -> list[list[str]]:
     return [job for batch in batches for job in batch]
 
 
-def job_of(config: DictConfig, overrides: list[str]) -> tuple[Path, DictConfig]:
-    """The run's folder and the configuration, without Hydra's, of the sweep's job with these overrides."""
+def job_of(config: DictConfig, overrides: list[str], number: int = 0) -> tuple[Path, DictConfig]:
+    """The run's folder and the configuration, without Hydra's, of the sweep's job with these overrides.
+
+    Args:
+        number: of the job in the sweep, `${hydra:job.num}`.
+    """
     job = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
+    with open_dict(job):
+        job.hydra.job.num = job.hydra.job.id = number
     HydraConfig.instance().set_config(job)  # resolves ${hydra:...}
     return _run_folder(job), OmegaConf.masked_copy(job, [key for key in job if key != "hydra"])
 

@@ -66,6 +66,11 @@ def test_an_output_folder_may_contain_the_seed(swept, tmp_path):
     assert list(sweep.runs) == [tmp_path / f"s{seed}" / f"seed-{seed}" for seed in (3, 4)]
 
 
+def test_an_output_folder_may_contain_the_number_of_the_job(swept, tmp_path):
+    sweep = swept("PMC-unlearn-tiny", f"models_dir={tmp_path}", "output_dir=${models_dir}/${hydra:job.num}", "seed=3,4")
+    assert list(sweep.runs) == [tmp_path / str(number) / f"seed-{3 + number}" for number in (0, 1)]
+
+
 def test_sweeps_over_other_seeds_or_folders_have_reports_of_their_own(swept, tmp_path):
     sweeps = [
         swept("PMC-unlearn-tiny", f"models_dir={tmp_path}", *words)
