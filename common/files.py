@@ -1,6 +1,8 @@
 """Paths, and writing files so that they are complete or absent."""
 
+import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -54,6 +56,18 @@ def local_file(path: str) -> Path | None:
         return found if found.is_file() else None
     except (OSError, RuntimeError, ValueError):  # too long for a path, "~name" of nobody, a null character
         return None
+
+
+def source_file(dotted_path: str) -> Path | None:
+    """The file of the module that a dotted path such as `my_module.my_function` names; None if there is no such module."""
+    module = dotted_path
+    while "." in module:
+        module = module.rpartition(".")[0]
+        with contextlib.suppress(ImportError, ValueError):  # a class in place of a package, as in module.Class.method
+            spec = importlib.util.find_spec(module)
+            if spec and spec.has_location:
+                return Path(spec.origin)
+    return None
 
 
 def sha256(path: Path) -> str:

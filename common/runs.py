@@ -38,7 +38,7 @@ from omegaconf import DictConfig, OmegaConf
 from common.config import RunConfig
 from common.data import HEADLINE_ROLES, local_files
 from common.errors import FULL_DISK, UserError
-from common.files import ROOT, digest, is_first_process, local_file, read_json, resolve_path, write_json
+from common.files import ROOT, digest, is_first_process, local_file, read_json, resolve_path, source_file, write_json
 from common.lock import LOCK, locked
 from common.redaction import without_secrets
 from common.results import CARD, PUBLISHING, RESULT, checkpoint_id, result_of
@@ -212,7 +212,10 @@ def comparable_config(cfg: DictConfig, start_id: str | None = None) -> dict[str,
 
 
 def digests_of_files(plain: dict[str, Any]) -> dict[str, str]:
-    """Digests of the local files that a run reads: of the data set by role, of others by their dotted key."""
+    """Digests of the local files that a run reads: of the data set by role, of others by their dotted key.
+
+    Also of the code that a `_target_` outside this repository names, such as a reward function.
+    """
     data, found = plain.get("data"), {}
     read = HEADLINE_ROLES if "method" in plain else (*HEADLINE_ROLES, "train")
     if isinstance(data, dict) and data.get("path"):
@@ -220,7 +223,10 @@ def digests_of_files(plain: dict[str, Any]) -> dict[str, str]:
             if splits and ("metrics" in plain or role in read) and (files := local_files(data["path"], splits)):
                 found[role] = digest(files)
     for key, value in flattened(plain):
-        if isinstance(value, str) and (file := local_file(value)):
+        if not isinstance(value, str):
+            continue
+        of_others = key.endswith("_target_") and not value.startswith("unlearning.")
+        if file := local_file(value) or (source_file(value) if of_others else None):
             found[key] = digest([file])
     return found
 

@@ -100,6 +100,12 @@ def test_words_are_not_stemmed():
     assert muse.rouge("two storms", "two storm") == f1("two storms", "two storm") == 50
 
 
+def test_a_reference_without_latin_words_has_no_score():
+    """Else a model that knows the text by heart would have the score of one that forgot it."""
+    assert muse.rouge("два шторма", "два шторма") is None
+    assert muse.rouge("two storms", "") == 0
+
+
 @pytest.mark.parametrize(("name", "role"), [("knowmem_f", "forget_questions"), ("knowmem_r", "retain_questions")])
 def test_knowledge_memorization_is_muse_s(model, prompts, rows, name, role):
     before = "".join(f"Question: {row.question}\nAnswer: {row.answer}\n\n" for row in rows[f"{role}_icl"])

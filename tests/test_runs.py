@@ -209,6 +209,24 @@ def test_a_file_that_is_edited_makes_the_result_stale(tmp_path, edited, key):
     assert change.startswith(f"files.{key}: ")
 
 
+def test_a_reward_function_that_is_edited_makes_the_result_stale(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for file in ("their_reward.py", "their_package/__init__.py", "their_package/rewards.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("def reward(reference, samples): return [0.0] * len(samples)\n")
+    for target, file in (
+        ("their_reward.reward", "their_reward.py"),
+        ("their_package.rewards.Reward.of", "their_package/rewards.py"),
+    ):
+        cfg = configuration(method={"_target_": "unlearning.pmc.PMC", "reward": {"_target_": target}})
+        before = comparable_config(cfg)
+        (tmp_path / file).write_text("def reward(reference, samples): return [1.0] * len(samples)\n")
+        (change,) = differing_keys(before, comparable_config(cfg))
+        assert change.startswith("files.method.reward._target_: ")
+    for target in ("unlearning.rewards.rouge_l", "no_such_module.reward", "reward"):
+        assert "files" not in comparable_config(configuration(method={"reward": {"_target_": target}}))
+
+
 @pytest.mark.parametrize("text", ["Answer. " * 100 + "{question}", "~nobody. {question}", "a\0.b"])
 def test_a_text_that_cannot_be_a_path_is_no_file(text):
     assert "files" not in comparable_config(configuration(model={"prompt": {"question": text}}))

@@ -103,6 +103,18 @@ def test_verbatim_memorization_refuses_passages_of_columns_that_would_be_cut(mod
         text.measure(context, Scores())
 
 
+def test_answers_of_another_script_are_no_words_that_were_forgotten(model, prompts, caplog):
+    context = context_of(outputs_of(model, prompts), [Row(0, "Who?", "王大明"), Row(1, "Who?", "Ada Lum")])
+    context.config.data = SimpleNamespace(splits={"forget_passages": "some"}, words="latin")
+    scores = Scores()
+    text.measure(context, scores)
+    for name in ("verbmem", "knowmem/forget_questions", "rougeL_recall/retain_questions"):
+        assert scores.rows[f"text/{name}"]["values"][0] is None
+        assert scores.rows[f"text/{name}"]["values"][1] is not None
+    assert scores.rows["text/exact_match/forget_questions"]["values"][0] == 0.0
+    assert "1 of 2 answers are mostly of another script" in caplog.text
+
+
 def people(kind: str) -> list[dict]:
     """Stand-in rows in LUME's form: passages and questions of two other tasks, then about 40 people, five questions each."""
     rows = [

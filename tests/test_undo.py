@@ -43,6 +43,15 @@ def test_noise_is_that_of_the_formula(learned):
     assert not torch.equal(other.lm_head.weight, noise_alone.lm_head.weight)
 
 
+def test_each_expert_of_a_stack_has_the_noise_of_a_matrix():
+    layer = torch.nn.Module()
+    layer.experts = torch.nn.Parameter(torch.ones(8, 60, 40))
+    add_noise(layer, alpha=1.0, beta=1.0, seed=0)
+    bound = math.sqrt(6 / (60 + 40))
+    assert 0.95 * bound < layer.experts.abs().max() <= bound
+    assert layer.experts.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
 def test_the_unlearned_model_s_own_answers_are_distilled_and_noise_comes_after_them(learned, prompts, tmp_path):
     trainer = make_undo(learned, prompts, tmp_path)
     for row, example in zip(ROWS[:4], trainer.forget_examples(ROWS[:4]), strict=True):

@@ -123,12 +123,17 @@ def check_words(questions: Sequence[Question], kind: str) -> None:
             f"data.splits.{first.split}, row {first.index}: the answer {first.reference[:60]!r} has no word that ROUGE can "
             f"compare with data.words={kind} (such answers in all splits: {len(without)}); {remedy}"
         )
-    if kind == "latin" and (other := sum(is_mostly_of_another_script(question.reference) for question in questions)):
+    warn_of_other_scripts([question.reference for question in questions], kind)
+
+
+def warn_of_other_scripts(answers: Sequence[str], kind: str) -> None:
+    """Warn of answers of which ROUGE compares only a part; `kind` is `data.words`."""
+    if kind == "latin" and (other := sum(map(is_mostly_of_another_script, answers))):
         log.warning(
             "%d of %d answers are mostly of another script, and ROUGE compares their words of a-z and 0-9 alone; set "
             "data.words=unicode",
             other,
-            len(questions),
+            len(answers),
         )
 
 

@@ -23,7 +23,7 @@ import re
 from common.data import Row
 from common.model_checks import check_lengths
 from common.prompts import Example
-from common.rouge import rouge_l_f1, use_words
+from common.rouge import rouge_l_f1, rouge_tokens, use_words
 from evaluation.context import EvaluationContext
 from evaluation.metrics.privacy import Privacy, auc, min_k, privleak
 from evaluation.model_outputs import ModelOutputs
@@ -65,9 +65,11 @@ def decoded(outputs: ModelOutputs, ids: list[int]) -> str:
     return outputs.prompts.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True)
 
 
-def rouge(reference: str, answer: str) -> float:
-    """100 * ROUGE-L F1 of words that are not stemmed."""
+def rouge(reference: str, answer: str) -> float | None:
+    """100 * ROUGE-L F1 of words of a-z and 0-9 that are not stemmed; None if the reference has no such word."""
     with use_words("latin"):
+        if not rouge_tokens(reference):
+            return None
         return 100 * rouge_l_f1(reference, answer, stemmed=False)
 
 

@@ -20,13 +20,16 @@ Scores:
 """
 
 import unicodedata
+from collections.abc import Callable
 from itertools import accumulate
 
 import regex
 
+from common.data import Row
 from common.prompts import check_passages_fit, warn_if_cut
 from common.rouge import rouge_l_f1, rouge_l_recall, rouge_tokens, use_words
 from evaluation.context import EvaluationContext
+from evaluation.metrics.headline import warn_of_other_scripts
 from evaluation.scores import Missing, Scores
 
 # A word has its vowel signs and accents (\p{M}), and a number its minus sign.
@@ -81,7 +84,7 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         check_passages_fit(context.outputs.prompts, pairs, max_length, "evaluation.max_length")
         answers = context.outputs.answers([row.question for row in rows])
         pairs = zip(rows, answers, strict=True)
-        values = [rouge_l_f1(row.answer, answer) if given or row.is_passage else None for row, answer in pairs]
+        values = [compared(rouge_l_f1, row, answer) if given or row.is_passage else None for row, answer in pairs]
         scores.mean("text/verbmem", role, values, False)
     for role, better in QUESTION_ROLES.items():
         names = [f"text/{name}/{role}" for name in ("knowmem", "rougeL_recall", "exact_match", "contains_answer")]
@@ -90,6 +93,14 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
             pairs = [(row.question, row.answer) for row in rows]
             warn_if_cut(context.outputs.prompts, pairs, context.config.evaluation.max_length, "evaluation.max_length")
             answers = context.outputs.answers([row.question for row in rows])
+            warn_of_other_scripts([row.answer for row in rows], context.config.data.words)
             for name, metric in zip(names, (rouge_l_f1, rouge_l_recall, exact_match, contains_answer), strict=True):
                 pairs = zip(rows, answers, strict=True)
-                scores.mean(name, role, [metric(row.answer, answer) for row, answer in pairs], better)
+                scores.mean(name, role, [compared(metric, row, answer) for row, answer in pairs], better)
+
+
+def compared(metric: Callable[[str, str], float], row: Row, answer: str) -> float | None:
+    """The metric of an answer; None for ROUGE if the true answer has no words, as each answer would score 0."""
+    if metric in (rouge_l_f1, rouge_l_recall) and not rouge_tokens(row.answer):
+        return None
+    return metric(row.answer, answer)

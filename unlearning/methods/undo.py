@@ -77,11 +77,13 @@ class UNDO(InitialResponseTrainer):
 def add_noise(model: torch.nn.Module, alpha: float, beta: float, seed: int) -> None:
     """Replace every weight by (1 - alpha) * weight + alpha * beta * noise; the noise depends on the seed alone.
 
-    The noise of a matrix is Xavier uniform, of shape and scale of a new layer's weights; that of a vector is 0.
+    The noise of a matrix is Xavier uniform, of shape and scale of a new layer's weights; that of a vector is 0. The matrices of
+    several experts in one tensor, of shape (experts, rows, columns), have noise one by one.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.zeros(parameter.shape)
         if parameter.ndim > 1:
-            xavier_uniform_(noise, generator=generator)
+            for matrix in noise.view(-1, *parameter.shape[-2:]):
+                xavier_uniform_(matrix, generator=generator)
         parameter.mul_(1 - alpha).add_(noise.to(parameter), alpha=alpha * beta)
