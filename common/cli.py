@@ -31,6 +31,15 @@ from common.sweeps import Sweep, current_sweep
 log = logging.getLogger(__name__)
 
 
+class LabeledWarnings(logging.Formatter):
+    """The format of the log, with `Warning: ` in front of a warning's message."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (its name in the base class)
+        if record.levelno == logging.WARNING:
+            record.message = f"Warning: {record.message}"
+        return super().formatMessage(record)
+
+
 def prepare_process() -> None:
     """Load environment.local.env and environment.env, and set the variables that the libraries read.
 

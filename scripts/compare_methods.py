@@ -10,12 +10,14 @@
    written to models/comparisons/<recipe>/, which also contains the runs.
 
 If a method's run fails, the error is logged, the table has no value for that run, and the other runs continue. If a stage in
-`comparison.before` fails, its seed is skipped. Overrides on the command line are passed to every method's run, except those
-that begin with `comparison.` or `seed`. Overrides of `models_dir`, `model.` and `data.` are also passed to the stages in
-`comparison.before`, those of `generation.` to the evaluations. A top-level key that is not in the recipe takes two plus signs
-(++finetuned=FOLDER). With overrides of `model.` or `data.`, the last of these stages writes to before/ in the comparison's
-folder, and every method starts from there unless its arguments name another finetuned=FOLDER, or the recipe itself gives each
-of these stages an output_dir. In the recipe, {seed} stands for the seed.
+`comparison.before` fails, its seed is skipped. Warnings of the commands are logged, and listed below the table.
+
+Overrides on the command line are passed to every method's run, except those that begin with `comparison.`; seeds are
+`comparison.seeds=[0]`. Overrides of `models_dir`, `model.` and `data.` are also passed to the stages in `comparison.before`,
+those of `generation.` to the evaluations. A top-level key that is not in the recipe takes two plus signs (++finetuned=FOLDER).
+With overrides of `model.` or `data.`, the last of these stages writes to before/ in the comparison's folder, and every method
+starts from there unless its arguments name another finetuned=FOLDER, or the recipe itself gives each of these stages an
+output_dir. In the recipe, {seed} stands for the seed.
 """
 
 import sys
@@ -27,10 +29,11 @@ if __name__ == "__main__":
     import common.interrupts  # noqa: F401
 
 import logging
+import re
 import shlex
 import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import hydra
@@ -146,12 +149,14 @@ class Commands:
         total: number of commands to run; less when some are skipped after a failure.
         finished: number of commands that were run.
         failed: commands that failed -> their messages.
+        warnings: commands that succeeded -> their warnings.
     """
 
     shared: list[str]
     total: int
     finished: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+    warnings: dict[str, list[str]] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
     def progress(self) -> str:
@@ -172,6 +177,10 @@ class Commands:
         if done.returncode != 0:
             self.failed[shown] = message_of(done)
             log.error("failed:\n%s", "\n".join(done.stdout.splitlines()[-12:]))
+        elif warnings := warnings_of(done.stdout):
+            self.warnings[shown] = warnings
+            for warning in warnings:
+                log.warning("%s", warning)
         return done.returncode == 0
 
     def method(self, name: str, words: list[str], seed: int, folder: Path, settings: ComparisonSettings) -> Run | None:
@@ -209,6 +218,11 @@ def words_of(text: str, seed: int) -> list[str]:
     return shlex.split(text.replace("{seed}", str(seed)))
 
 
+def warnings_of(output: str) -> list[str]:
+    """The warnings in the output of a command, each once, in the order of their first appearance."""
+    return list(dict.fromkeys(re.findall(r"^\[[\d:]+\] Warning: (.+)", output, flags=re.MULTILINE)))
+
+
 def message_of(done: subprocess.CompletedProcess) -> str:
     """The message of a command that failed: that of a user's error, or the last line of its output."""
     if done.returncode < 0:
@@ -243,21 +257,32 @@ def compare(cfg: DictConfig) -> Path:
     """
     settings = read_section("comparison", ComparisonSettings, cfg.get("comparison"))
     hydra_config = HydraConfig.get()
-    own = ("comparison.", "seed", "hydra")
-    shared = [word for word in hydra_config.overrides.task if not word.lstrip("+~").startswith(own)]
-    reshaping = [word for word in shared if word.lstrip("+~").startswith(("model.", "data."))]
-    shaping = reshaping + [word for word in shared if word.startswith("models_dir=")]
+    typed = [word for word in hydra_config.overrides.task if not word.lstrip("+~").startswith(("comparison.", "hydra"))]
+    for key, instead in {"seed": "comparison.seeds=[3]", "output_dir": "models_dir=FOLDER"}.items():
+        if wrong := overrides_of(typed, f"{key}="):
+            raise UserError(f"{wrong[0]}: has no effect on a comparison; use {instead}")
+    starts = overrides_of(typed, "finetuned=")
+    shared = [word for word in typed if word not in starts]
+    reshaping = overrides_of(shared, "model.", "data.")
+    shaping = reshaping + overrides_of(shared, "models_dir=")
     if settings.own_models():
         reshaping = []
-    if reshaping and (settings.references or settings.evaluation):
+    if (other := starts + reshaping) and (settings.references or settings.evaluation):
         raise UserError(
-            f"{reshaping[0]}: this recipe names models of its own data (comparison.references, comparison.evaluation); "
+            f"{other[0]}: this recipe names models of its own data (comparison.references, comparison.evaluation); "
             "add comparison.references={} comparison.evaluation='' to compare without them"
         )
+    # In front of the methods' own arguments: UNDO starts from a method's result.
+    settings = replace(settings, unlearning=shlex.join([*shlex.split(settings.unlearning), *starts]))
     commands = Commands(shared, settings.commands())
     folder = Path(cfg.models_dir) / "comparisons" / Path(hydra_config.job.config_name).name
     with locked(folder):
-        return report(run_all(settings, commands, reshaping, shaping, folder), settings, commands.failed, folder)
+        return report(run_all(settings, commands, reshaping, shaping, folder), settings, commands, folder)
+
+
+def overrides_of(words: list[str], *keys: str) -> list[str]:
+    """The overrides of keys that begin with one of these."""
+    return [word for word in words if word.lstrip("+~").startswith(keys)]
 
 
 def run_all(
@@ -293,8 +318,8 @@ def run_all(
     return list(filter(None, found))
 
 
-def report(found: list[Run], settings: ComparisonSettings, failed: dict[str, str], folder: Path) -> Path:
-    """Write the plot and report.html; write and print the table and the arguments of each method."""
+def report(found: list[Run], settings: ComparisonSettings, commands: Commands, folder: Path) -> Path:
+    """Write the plot and report.html; write and print the table, the arguments of each method, failures and warnings."""
     groups = grouped(found)
     plot_methods(groups, folder / "comparison.png")
     if found:
@@ -303,14 +328,19 @@ def report(found: list[Run], settings: ComparisonSettings, failed: dict[str, str
     seeds = ", ".join(map(str, settings.seeds))
     table = method_table(groups) if groups else "No run succeeded."
     text = f"{table}\n\nSeeds {seeds}. Arguments of unlearning/main.py:\n\n{arguments}\n"
-    if failed:
-        text += "\nFailed, and not in the table:\n\n" + "".join(f"- {as_code(command)}\n" for command in failed)
+    if commands.failed:
+        text += "\nFailed, and not in the table:\n\n" + "".join(
+            f"- {as_code(command)}\n" for command in commands.failed
+        )
+    if commands.warnings:
+        items = ((as_code(command), as_text(words)) for command, of in commands.warnings.items() for words in of)
+        text += "\nWarnings of the commands that were run now:\n\n" + "".join(f"- {c}: {words}\n" for c, words in items)
     path = folder / "comparison.md"
     write_text(path, f"# Unlearning methods\n\n![Unlearn quality and utility](comparison.png)\n\n{text}")
     print(f"\n{text}\nWritten to {path}" + (", comparison.png and report.html" if found else ""))
-    if failed:
-        commands = "\n".join(f"{command}\n  {message}" for command, message in failed.items())
-        raise UserError(f"these commands failed; the table has the other runs:\n{commands}")
+    if commands.failed:
+        messages = "\n".join(f"{command}\n  {message}" for command, message in commands.failed.items())
+        raise UserError(f"these commands failed; the table has the other runs:\n{messages}")
     return path
 
 

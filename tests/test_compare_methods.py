@@ -184,10 +184,29 @@ def test_a_method_that_names_its_start_has_it_and_the_others_the_finetuned_model
 
 
 @pytest.mark.slow
-def test_other_data_is_refused_where_the_recipe_names_models_of_its_own(tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("tiny", "data.path=x", "data.path=x: this recipe names models of its own data (comparison.references, "),
+        ("smollm2-cpu", "++finetuned=x", "++finetuned=x: this recipe names models of its own data"),
+        ("tiny", "seed=3", "seed=3: has no effect on a comparison; use comparison.seeds=[3]"),
+        ("tiny", "output_dir=x", "output_dir=x: has no effect on a comparison; use models_dir=FOLDER"),
+    ],
+)
+def test_overrides_that_would_compare_something_else_are_refused(tmp_path, recipe, override, message):
     script = ROOT / "scripts" / "compare_methods.py"
-    (done,) = run_imported(script, [str(script), "-cn=compare/tiny", f"data.path={tmp_path}"])
-    assert "add comparison.references={} comparison.evaluation=''" in done.stderr and done.returncode == 1
+    words = [str(script), f"-cn=compare/{recipe}", override, f"models_dir={tmp_path}"]
+    (done,) = run_imported(script, words)
+    assert message in done.stderr and done.returncode == 1
+
+
+def test_the_warnings_of_commands_that_succeed_are_shown(monkeypatch, caplog):
+    output = "[09:00:00] start\n[09:00:01] Warning: cut\nWarning: of a text\n[09:00:02] Warning: cut\n[09:00:02] Warning: b\n"
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, output))
+    commands = Commands([], 1)
+    assert commands.run("unlearning", "-cn=unlearn-tiny")
+    assert commands.warnings == {"python unlearning/main.py -cd=configs -cn=unlearn-tiny": ["cut", "b"]}
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == ["cut", "b"]
 
 
 @pytest.mark.parametrize(
