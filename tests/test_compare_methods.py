@@ -202,6 +202,8 @@ def test_overrides_that_would_compare_something_else_are_refused(recipe, overrid
     with pytest.raises(UserError) as caught:
         compare(cfg)
     assert str(caught.value).startswith(message)
+    if "names models" in message:
+        assert "add comparison.references={} comparison.evaluation=''" in str(caught.value)
 
 
 def test_the_warnings_of_commands_that_succeed_are_shown(monkeypatch, caplog):
