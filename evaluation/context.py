@@ -1,6 +1,7 @@
 """The evaluated model and the models that it is compared to. Only one model's weights are in memory at a time."""
 
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,19 @@ class EvaluationContext:
         return self.loader.open(self.config, replace(own, path=path, **of_files))
 
 
+def trained_from(path: str) -> Iterator[tuple[str, str, str | None]]:
+    """The trainings that led from the model before unlearning to an unlearned one, the last first.
+
+    Yields:
+        The trained model, the checkpoint that it started from, as a path or a hub id, and that one's id, if it was recorded.
+    """
+    while start := started_from(path):
+        yield path, start, result_of(path)["config"].get("start")
+        if "method" not in (result_of(start) or {}).get("config", {}):
+            return
+        path = start
+
+
 def model_before(path: str) -> str | None:
     """The checkpoint that the model was trained from, as a path or a hub id; None if it is not recorded.
 
@@ -152,14 +166,11 @@ def model_before(path: str) -> str | None:
     Raises:
         Missing: when a folder on the way has another result than at the time of that training.
     """
-    while start := started_from(path):
-        recorded = result_of(path)["config"].get("start")
+    start = None
+    for trained, start, recorded in trained_from(path):
         if recorded and Path(start).exists() and checkpoint_id(start) != recorded:
             raise Missing(
-                f"{start} was trained again or replaced since {path} was trained from it; base_model.path names the model "
+                f"{start} was trained again or replaced since {trained} was trained from it; base_model.path names the model "
                 "before unlearning"
             )
-        if "method" not in (result_of(start) or {}).get("config", {}):
-            break
-        path = start
     return start

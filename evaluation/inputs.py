@@ -21,8 +21,9 @@ from common.config import (
 from common.data import load_split
 from common.errors import UserError
 from common.files import resolve_path
-from common.results import result_of
+from common.results import checkpoint_id, result_of
 from common.runs import with_portable_paths
+from evaluation.context import trained_from
 from evaluation.metrics.registry import SETTINGS
 
 log = logging.getLogger(__name__)
@@ -160,3 +161,18 @@ def check_retain_model(config: RunConfig, path: str) -> None:
         raise UserError(f"{message}; name a model that never saw them, or null")
     if shared:
         log.warning("%s", message)
+
+
+def check_base_model(path: str, base: str) -> None:
+    """Warn of a model before unlearning from which the evaluated model was not trained, if its run is known.
+
+    Args:
+        path: folder or hub id of the evaluated model.
+        base: folder or hub id of the other one.
+    """
+    is_unlearned = "method" in (result_of(path) or {}).get("config", {})
+    if not is_unlearned or not (trainings := list(trained_from(path))):
+        return
+    _, start, start_id = trainings[-1]
+    if base != start and (start_id is None or checkpoint_id(base) != start_id):
+        log.warning("base_model.path=%s: %s was unlearned from another model, %s", base, path, start)

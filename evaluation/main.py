@@ -35,7 +35,14 @@ from common.results import checkpoint_id, evaluation_inputs, headline_scores, re
 from common.rouge import use_words
 from common.runs import RunFolder, comparable_config, flattened, run_folder, with_portable_paths
 from evaluation.context import EvaluationContext, Loader, model_before
-from evaluation.inputs import check_retain_model, fill_from_run, named_models, overrides_for, read_evaluation
+from evaluation.inputs import (
+    check_base_model,
+    check_retain_model,
+    fill_from_run,
+    named_models,
+    overrides_for,
+    read_evaluation,
+)
 from evaluation.metrics.registry import METRIC_GROUPS, check_inputs, chosen_groups, measure_groups
 from evaluation.plots import plot_relearning, relearning_curves
 from evaluation.report import report_sweep
@@ -154,6 +161,8 @@ class Job:
         for name in others:
             with naming(name):
                 self.context.open_other(name)
+        if "base_model" in others:
+            check_base_model(self.path, others["base_model"])
         if "retain_model" in others:
             check_retain_model(self.config, others["retain_model"])
         if "base_model" not in others:

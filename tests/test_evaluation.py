@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from common.errors import UserError
 from common.files import ROOT, write_json_lines
 from evaluation.context import model_before
-from evaluation.inputs import check_retain_model
+from evaluation.inputs import check_base_model, check_retain_model
 from evaluation.main import check_same_inputs, different_bases
 from evaluation.metrics.registry import METRIC_GROUPS, check_inputs, chosen_groups
 from evaluation.run_report import examples
@@ -252,7 +252,7 @@ def test_models_that_were_made_with_other_inputs_are_not_one_table(caplog):
     ]
 
 
-def test_the_stage_checks_that_models_fit_each_other(context, tmp_path):
+def test_the_stage_checks_that_models_fit_each_other(context, tmp_path, caplog):
     for name, forget in (("model", "gone"), ("retain", "gone[:2]")):
         config = context.config
         data = asdict(config.data) | {"splits": {"train": "kept + gone", "retain": "kept", "forget": forget}}
@@ -260,13 +260,17 @@ def test_the_stage_checks_that_models_fit_each_other(context, tmp_path):
             "model": {"prompt": asdict(config.model.prompt)},
             "data": data,
             "evaluation": asdict(config.evaluation),
+            **({"method": {}} if name == "model" else {}),
         }
-        (tmp_path / name / "result.json").write_text(json.dumps({"id": name, "config": config}))
+        (tmp_path / name / "result.json").write_text(
+            json.dumps({"id": name, "started_from": "../start", "config": config})
+        )
     model, retain = f"{tmp_path}/model", f"{tmp_path}/retain"
     with pytest.raises(UserError, match=r"data\.splits\.forget: .* \(gone of a, gone\[:2\] of b\)"):
         evaluate_here(tmp_path, f"models={{a:{model},b:{retain}}}")
     with pytest.raises(UserError, match=r"retain_model\.path=.*: was finetuned on 4 of the 4 rows"):
-        evaluate_here(tmp_path, f"model.path={model}", f"retain_model.path={retain}")
+        evaluate_here(tmp_path, f"model.path={model}", f"retain_model.path={retain}", f"base_model.path={retain}")
+    assert f"base_model.path={retain}: {model} was unlearned from another model, ../start" in caplog.messages
 
 
 # --- the model before unlearning -------------------------------------------------------------------------------------
@@ -302,6 +306,28 @@ def test_a_model_that_was_replaced_is_not_taken_for_the_one_before_unlearning(tm
     context.unknown["base_model"] = "it was replaced"
     with pytest.raises(Missing, match="it was replaced"):
         context.find_base_model()
+
+
+def test_a_model_before_unlearning_that_the_model_was_not_trained_from_is_warned_of(tmp_path, caplog):
+    vanilla, finetuned, other = (str(made_from(tmp_path / name)) for name in ("vanilla", "finetuned", "other"))
+    pmc = made_from(tmp_path / "pmc", "finetuned", "finetuned", method={})
+    undo = made_from(tmp_path / "undo", "pmc", "pmc", method={})
+    moved = made_from(tmp_path / "moved", "deleted", "other", method={})
+    for path, base in [
+        (pmc, finetuned),
+        (undo, finetuned),
+        (moved, other),
+        (finetuned, vanilla),
+        (vanilla, "owner/base"),
+    ]:
+        check_base_model(str(path), base)
+    assert not caplog.messages
+    check_base_model(str(undo), vanilla)
+    check_base_model(str(pmc), "owner/base")
+    check_base_model(str(moved), finetuned)
+    starts = [(vanilla, undo, finetuned), ("owner/base", pmc, finetuned), (finetuned, moved, "../deleted")]
+    warning = "base_model.path={}: {} was unlearned from another model, {}"
+    assert caplog.messages == [warning.format(*words) for words in starts]
 
 
 def test_a_report_names_the_models_before_unlearning_where_they_differ():
