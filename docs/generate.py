@@ -30,7 +30,7 @@ from omegaconf import MISSING, OmegaConf
 from common.config import StageConfig, fields_of, type_name
 from common.files import CONFIGS, write_text
 from evaluation.metrics import registry
-from evaluation.tables import COLUMNS, cell, number
+from evaluation.tables import COLUMNS, cell
 
 REQUIRED = "required"
 
@@ -260,9 +260,7 @@ def leaderboard_page(path: Path) -> str:
         cells = [f"*{name}*" if runs[0]["reference"] == "True" else name, str(len(runs))]
         for score, digits in columns.values():
             values = [float(run[score]) for run in runs if run[score]]
-            # P-values range over many orders of magnitude: their mean is that of the largest one.
-            median = score == "tofu/forget_quality" and values
-            cells.append(number(statistics.median(values), digits) if median else cell(values, digits))
+            cells.append(cell(score, values, digits))
         lines.append(cells)
     recipe = OmegaConf.merge({"models_dir": "models"}, OmegaConf.load(compare_recipe(path))).comparison
     shared = recipe.get("unlearning", "")

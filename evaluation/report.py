@@ -127,7 +127,7 @@ def method_table(groups: Sequence[Group]) -> str:
             text = with_count(group, score, digits)
             cells.append(f"**{text}**" if score in group.best else text)
         lines.append(f"| {' | '.join(cells)} |")
-    notes = "Mean ± standard deviation over seeds." if seeds > 1 else ""
+    notes = "Mean ± standard deviation over seeds; of p-values (forget quality) the median." if seeds > 1 else ""
     front = "\\* on the Pareto front of unlearn quality and utility." if any(group.on_front for group in groups) else ""
     return "\n".join(lines) + f"\n\n{' '.join(filter(None, (notes, front)))}".rstrip()
 
@@ -135,7 +135,7 @@ def method_table(groups: Sequence[Group]) -> str:
 def with_count(group: Group, score: str, digits: int) -> str:
     """The score's mean and deviation; with the number of runs if some of the group lack it."""
     values = group.values(score)
-    text = cell(values, digits)
+    text = cell(score, values, digits)
     return f"{text} (n={len(values)})" if values and len(values) < len(group.runs) else text
 
 

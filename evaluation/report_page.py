@@ -122,7 +122,7 @@ def page_data(runs: Sequence[Run], groups: Sequence[Group], shown: Sequence[tupl
                 "runs": len(group.runs),
                 "best": sorted(group.best),
                 "stats": {
-                    score["name"]: [group.mean(score["name"]), group.deviation(score["name"]), len(values)]
+                    score["name"]: [group.average(score["name"]), group.deviation(score["name"]), len(values)]
                     for score in scores
                     if (values := group.values(score["name"]))
                 },

@@ -9,12 +9,12 @@ import json
 import logging
 import math
 import re
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pydantic import BaseModel, StrictFloat, StrictInt, ValidationError
@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.files import read_json, read_json_lines, resolve_path
 from common.results import HISTORY, PUBLISHING, RESULT, differing_inputs, evaluation_inputs, result_id, result_of
 from common.runs import FAILURES, failure_of, flattened
-from evaluation.tables import BEFORE
+from evaluation.tables import BEFORE, average, deviation
 
 log = logging.getLogger(__name__)
 # Keys that differ between seeds, say the same as another key or do not change the model.
@@ -171,14 +171,14 @@ class Group:
         values = [run.scores.get(score) for run in self.runs]
         return [value for value in values if value is not None and math.isfinite(value)]
 
-    def mean(self, score: str) -> float | None:
+    def average(self, score: str) -> float | None:
+        """The mean over seeds, or the median of p-values."""
         values = self.values(score)
-        return statistics.fmean(values) if values else None
+        return average(score, values) if values else None
 
     def deviation(self, score: str) -> float | None:
-        """The standard deviation over seeds (n - 1); None for fewer than two values."""
-        values = self.values(score)
-        return statistics.stdev(values) if len(values) > 1 else None
+        """The standard deviation over seeds (n - 1); None for fewer than two values, and for p-values."""
+        return deviation(score, self.values(score))
 
 
 def place(folder: Path) -> str:
@@ -441,7 +441,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     references = sorted(
         (group for group in groups if group.reference), key=lambda group: order.get(group.name, len(order))
     )
-    return references + sorted(methods, key=lambda group: -(group.mean("unlearn_quality") or 0.0))
+    return references + sorted(methods, key=lambda group: -(group.average("unlearn_quality") or 0.0))
 
 
 def varied_keys(groups: Iterable[Group]) -> list[str]:
@@ -478,25 +478,23 @@ def _mark_best(groups: list[Group]) -> None:
     runs = [run for group in groups for run in group.runs]
     for score in score_names(groups):
         higher, ideal = direction(runs, score)
-        means = {id(group): group.mean(score) for group in groups}
-        known = [value for value in means.values() if value is not None]
-        if len(set(known)) < 2 or (higher is None and ideal is None):
+        known = [group for group in groups if group.values(score)]
+        if higher is None and ideal is None:
             continue
-        best = (
-            min(known, key=lambda value: abs(value - ideal))
-            if ideal is not None
-            else max(known)
-            if higher
-            else min(known)
-        )
-        for group in groups:
-            if means[id(group)] == best:
+        if ideal is not None:  # above and below it do not cancel
+            losses = [fmean(abs(value - ideal) for value in group.values(score)) for group in known]
+        else:
+            losses = [-group.average(score) if higher else group.average(score) for group in known]
+        if len(set(losses)) < 2:
+            continue
+        for group, loss in zip(known, losses, strict=True):
+            if loss == min(losses):
                 group.best.add(score)
 
 
 def _mark_front(groups: list[Group]) -> None:
     """Mark the groups on the Pareto front of unlearn quality and utility."""
-    points = [(group, (group.mean("unlearn_quality"), group.mean("utility"))) for group in groups]
+    points = [(group, (group.average("unlearn_quality"), group.average("utility"))) for group in groups]
     points = [(group, point) for group, point in points if None not in point]
     for group, point in points:
         group.on_front = not any(
@@ -516,7 +514,8 @@ def score_names(groups: Iterable[Group]) -> list[str]:
 def differences(runs: Sequence[Run]) -> list[str]:
     """Why the scores of these unlearning runs cannot be compared; empty if they can.
 
-    They must have been evaluated on the same data in the same way, and started from the same model for each seed.
+    They must have been evaluated on the same data in the same way, and started from the same model for each seed. The start of
+    a run that unlearns the model of another of these runs further is the other's.
     """
     runs = [run for run in runs if not run.reference]
     found = []
@@ -527,8 +526,12 @@ def differences(runs: Sequence[Run]) -> list[str]:
         shown = " and ".join(values) if max(map(len, values)) < 40 else f"{len(values)} values"
         found.append(f"they were evaluated with different {key} ({shown})")
     starts: dict[int | None, set] = {}
+    made_from = {run.result["id"]: run.config.get("start") for run in runs if "id" in run.result}
     for run in runs:
-        starts.setdefault(run.seed, set()).add(run.config.get("start"))
+        start = run.config.get("start")
+        while start in made_from:
+            start = made_from[start]
+        starts.setdefault(run.seed, set()).add(start)
     if several := [str(seed) for seed, ids in starts.items() if len(ids) > 1]:
         found.append(f"those of seed {', '.join(several)} started from different models")
     return found
@@ -592,6 +595,15 @@ def notices(groups: Sequence[Group]) -> list[str]:
     if differing := _made_with(runs):
         found.append(f"The results were made with different {'; '.join(differing)}.")
     methods = [run for run in runs if not run.reference]
+    lacking_seeds = {
+        group.label: sorted({str(run.seed) for run in methods} - {str(run.seed) for run in group.runs})
+        for group in groups
+        if not group.reference
+    }
+    if lacking := [f"{label} (no seed {', '.join(seeds)})" for label, seeds in lacking_seeds.items() if seeds]:
+        found.append(
+            f"Not all settings have the same seeds: {'; '.join(lacking)}. A part of the differences may be the seeds'."
+        )
     for group in groups:
         if group.reference and (keys := _other_inputs(group.runs[0].config, methods)):
             found.append(

@@ -1,9 +1,10 @@
 """What a report says in words: which setting to use, what was forgotten, what it cost, and what is only hidden."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from evaluation.run_records import Group, differences, notices
-from evaluation.tables import BEFORE, cell
+from evaluation.tables import cell
 
 ALLOWED_COST = 3.0  # points of utility that the recommended setting may lose
 FORGET, PROBABILITY = "rougeL_recall/forget", "tofu/probability/forget"
@@ -18,7 +19,7 @@ def recommended(groups: Sequence[Group]) -> Group | None:
     """
     if differences([run for group in groups for run in group.runs]):
         return None
-    return max(affordable(groups), key=lambda group: group.mean("unlearn_quality"), default=None)
+    return max(affordable(groups), key=lambda group: group.average("unlearn_quality"), default=None)
 
 
 def affordable(groups: Sequence[Group]) -> list[Group]:
@@ -26,7 +27,17 @@ def affordable(groups: Sequence[Group]) -> list[Group]:
     before = reference(groups, "finetuned")
     if before is None:
         return []
-    return [group for group in measured(groups) if group.mean("utility") >= before.mean("utility") - ALLOWED_COST]
+    return [group for group in measured(groups) if lost_utility(group, before) <= ALLOWED_COST]
+
+
+def lost_utility(group: Group, before: Group) -> float:
+    """The points of utility that unlearning cost, averaged over the runs: each is compared to the finetuned model of its seed.
+
+    Where there is none, to the average of the finetuned models.
+    """
+    of_seed = {run.seed: run.scores["utility"] for run in before.runs if run.scores.get("utility") is not None}
+    pairs = [(of_seed.get(run.seed, before.average("utility")), run.scores.get("utility")) for run in group.runs]
+    return fmean(finetuned - utility for finetuned, utility in pairs if utility is not None)
 
 
 def measured(groups: Sequence[Group]) -> list[Group]:
@@ -70,13 +81,13 @@ def decision(groups: Sequence[Group]) -> list[str]:
         return described(methods[0], groups)
     chosen = recommended(groups)
     if chosen is None:
-        least = max(methods, key=lambda group: group.mean("utility"))
         before = reference(groups, "finetuned")
         if before is None:
             return [
                 "No setting is recommended: the utility of one finetuned model is needed for that, and is not here."
             ]
-        lost = before.mean("utility") - least.mean("utility")
+        least = min(methods, key=lambda group: lost_utility(group, before))
+        lost = lost_utility(least, before)
         return [
             f"No setting keeps utility within {ALLOWED_COST:g} points of the finetuned model's {shown(before, 'utility')}. "
             f"The smallest loss is {lost:.1f} points, by {least.label}, at unlearn quality {shown(least, 'unlearn_quality')}.",
@@ -92,7 +103,7 @@ def choice(chosen: Group, groups: Sequence[Group]) -> list[str]:
     of_those = "all settings" if len(allowed) == len(methods) else f"the {len(allowed)} of {len(methods)} settings"
     advice = (
         f"Use {chosen.label}. It"
-        if has_forgotten(chosen, groups)
+        if has_forgotten(chosen, groups) is not False
         else f"No setting is recommended: none that keeps utility has forgotten the answers. {chosen.label}"
     )
     sentences = [
@@ -101,7 +112,7 @@ def choice(chosen: Group, groups: Sequence[Group]) -> list[str]:
         f"utility ({shown(chosen, 'utility')}; {shown(before, 'utility')} before)."
     ]
     others = sorted(
-        (group for group in allowed if group is not chosen), key=lambda group: -group.mean("unlearn_quality")
+        (group for group in allowed if group is not chosen), key=lambda group: -group.average("unlearn_quality")
     )
     if others and min(len(group.runs) for group in (chosen, *others)) > 1:
         near = [group for group in others if not apart(chosen, group)]
@@ -115,7 +126,7 @@ def choice(chosen: Group, groups: Sequence[Group]) -> list[str]:
         sentences.append(f"{verdict} {names}{more}.")
     elif others:
         sentences.append("Some settings have one seed only: small differences between settings may be chance.")
-    most = max(methods, key=lambda group: group.mean("utility"))
+    most = max(methods, key=lambda group: group.average("utility"))
     if most is not chosen:
         sentences.append(
             f"The highest utility ({shown(most, 'utility')}) is that of {most.label}, "
@@ -127,50 +138,49 @@ def choice(chosen: Group, groups: Sequence[Group]) -> list[str]:
 def apart(a: Group, b: Group) -> bool:
     """Whether the means of unlearn quality differ by more than the larger of the two standard deviations over seeds."""
     deviations = [group.deviation("unlearn_quality") or 0.0 for group in (a, b)]
-    return abs(a.mean("unlearn_quality") - b.mean("unlearn_quality")) > max(deviations)
+    return abs(a.average("unlearn_quality") - b.average("unlearn_quality")) > max(deviations)
 
 
-def has_forgotten(group: Group, groups: Sequence[Group]) -> bool:
-    """Whether its recall of forget answers is below the middle of those before finetuning and before unlearning.
+def has_forgotten(group: Group, groups: Sequence[Group]) -> bool | None:
+    """Whether its recall of forget answers is below the middle of the finetuned model's and that of one that never saw them.
 
-    True as well if one of the three is not known.
+    Without a model that never saw them, below half of the finetuned model's. None if one of the recalls is not known.
     """
-    means = [model and model.mean(FORGET) for model in (group, *(reference(groups, name) for name in BEFORE))]
-    if None in means:
-        return True
-    recall, vanilla, finetuned = means
-    return recall < (vanilla + finetuned) / 2
+    finetuned, unseen = reference(groups, "finetuned"), never_trained(groups, FORGET)
+    if finetuned is None or not finetuned.values(FORGET) or not group.values(FORGET):
+        return None
+    lower = unseen.average(FORGET) if unseen else 0.0
+    return group.average(FORGET) < (lower + finetuned.average(FORGET)) / 2
 
 
 def described(group: Group, groups: Sequence[Group]) -> list[str]:
     """What the setting made the model forget, what that cost, and whether answers are removed or hidden."""
-    before, vanilla = reference(groups, "finetuned"), reference(groups, "vanilla")
+    before, unseen = reference(groups, "finetuned"), never_trained(groups, FORGET)
     sentences = []
     if group.values(FORGET):
-        others = [
-            (model, words) for model, words in ((before, "before unlearning"), (vanilla, "before finetuning")) if model
-        ]
-        compared = ", ".join(f"{percent(model.mean(FORGET))} {words}" for model, words in others)
-        verdict = "Forgotten" if has_forgotten(group, groups) else "Not forgotten"
+        others = [(before, "before unlearning")] if before else []
+        others += [(unseen, f"in {unseen.name}, which never saw them")] if unseen else []
+        compared = ", ".join(f"{percent(model.average(FORGET))} {words}" for model, words in others)
+        verdict = {True: "Forgotten", False: "Not forgotten", None: "Forget questions"}[has_forgotten(group, groups)]
         sentences.append(
-            f"{verdict}: its answers to forget questions have {percent(group.mean(FORGET))} of the words of the true answers"
+            f"{verdict}: its answers to forget questions have {percent(group.average(FORGET))} of the words of the true answers"
             f"{f' ({compared})' if compared else ''}."
         )
     if before:
         parts = [
-            f"{words} {percent(before.mean(score))} → {percent(group.mean(score))}"
+            f"{words} {percent(before.average(score))} → {percent(group.average(score))}"
             for split, words in SPLITS.items()
             if group.values(score := f"rougeL_recall/{split}") and before.values(score)
         ]
-        change = group.mean("utility") - before.mean("utility")
+        lost = lost_utility(group, before)
         cost = (
-            f"utility {'rises' if change > 0 else 'falls'} by {abs(change):.1f} points"
-            if round(change, 1)
+            f"utility {'falls' if lost > 0 else 'rises'} by {abs(lost):.1f} points"
+            if round(lost, 1)
             else "utility stays"
         )
         details = f" (words of the true answers: {'; '.join(parts)})" if parts else ""
         sentences.append(f"Cost: {cost}{details}.")
-    if empty := group.mean("forget_answers_empty"):
+    if empty := group.average("forget_answers_empty"):
         sentences.append(f"{percent(empty)} of its answers to forget questions are empty.")
     sentences.append(hidden_or_removed(group, groups))
     return sentences
@@ -187,9 +197,9 @@ def hidden_or_removed(group: Group, groups: Sequence[Group]) -> str:
         unseen = never_trained(groups, score)
         if not group.values(score) or unseen is None:
             continue
-        hidden = hidden or group.mean(score) > unseen.mean(score) + margin
+        hidden = hidden or group.average(score) > unseen.average(score) + margin
         evidence.append(
-            f"{words} {group.mean(score):.2f} ({unseen.mean(score):.2f} in {unseen.name}, which never saw them)"
+            f"{words} {group.average(score):.2f} ({unseen.average(score):.2f} in {unseen.name}, which never saw them)"
         )
     if not evidence:
         return (
@@ -206,4 +216,4 @@ def percent(fraction: float) -> str:
 
 
 def shown(group: Group, score: str) -> str:
-    return cell(group.values(score), 1)
+    return cell(score, group.values(score), 1)

@@ -25,6 +25,7 @@ COLUMNS = {
     "minutes": ("minutes", 2),
 }
 
+P_VALUES = ("tofu/forget_quality", "openunlearning/forget_quality")  # they range over many orders of magnitude
 BEFORE = ("vanilla", "finetuned")  # subfolders of a run with the results of the models before it
 
 
@@ -95,19 +96,30 @@ def _number(value: float | None) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
-def cell(values: Sequence[float | None], digits: int) -> str:
-    """The mean of the known values, with their standard deviation if there are several.
+def average(score: str, values: Sequence[float]) -> float:
+    """The mean over seeds, or the median of p-values: their mean would be that of the largest one."""
+    return statistics.median(values) if score in P_VALUES else statistics.fmean(values)
 
-    >>> cell([1.0, 2.0, None], 1), cell([3.0], 2), cell([None], 1)
+
+def deviation(score: str, values: Sequence[float]) -> float | None:
+    """The standard deviation over seeds (n - 1); None for fewer than two values, and for p-values."""
+    return None if score in P_VALUES or len(values) < 2 else statistics.stdev(values)
+
+
+def cell(score: str, values: Sequence[float | None], digits: int) -> str:
+    """The average of the known values, with their standard deviation if there are several.
+
+    >>> cell("utility", [1.0, 2.0, None], 1), cell("utility", [3.0], 2), cell("utility", [None], 1)
     ('1.5 ± 0.7', '3.00', '-')
+    >>> cell("tofu/forget_quality", [0.5, 0.25, 0.001], 2)
+    '0.25'
     """
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return "-"
-    mean = number(statistics.fmean(known), digits)
-    if len(known) < 2:
+    mean, spread = number(average(score, known), digits), deviation(score, known)
+    if spread is None:
         return mean
-    spread = statistics.stdev(known)
     return f"{mean} ± {spread:.1e}" if "e" in mean else f"{mean} ± {spread:.{digits}f}"
 
 

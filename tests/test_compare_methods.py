@@ -27,9 +27,9 @@ RESULT = {
 
 
 def test_a_missing_value_of_one_seed_leaves_the_others():
-    assert cell([1.0, None, 3.0], 1) == "2.0 ± 1.4"
-    assert cell([1.0, None], 1) == "1.0"
-    assert cell([12345678.0, float("inf"), float("nan")], 1) == "1.2e+07"
+    assert cell("utility", [1.0, None, 3.0], 1) == "2.0 ± 1.4"
+    assert cell("utility", [1.0, None], 1) == "1.0"
+    assert cell("utility", [12345678.0, float("inf"), float("nan")], 1) == "1.2e+07"
 
 
 def written(folder, seeds, methods):

@@ -60,7 +60,7 @@ def test_readme_s_figures_are_the_boards():
         # RetainOnly: an earlier version's. Of several boards the one with the most seeds.
         boards = [tiny] + sorted((board for board in smollm2 if name in board), key=lambda board: -len(board[name]))[:1]
         scores = [
-            generator.cell([float(run[score]) for run in board[name]], 1)
+            generator.cell(score, [float(run[score]) for run in board[name]], 1)
             for board in boards
             for score in ("unlearn_quality", "utility")
         ]

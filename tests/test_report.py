@@ -15,7 +15,7 @@ from common.files import write_json, write_json_lines
 from common.runs import failure_file
 from evaluation.report import as_latex, main, method_table, write_reports
 from evaluation.run_records import differences, grouped, notices, read_runs
-from evaluation.summary import recommended, summary
+from evaluation.summary import has_forgotten, recommended, summary
 
 BAD = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 2'> <b>bold</b> | a_b & 5%"
 
@@ -116,9 +116,9 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row(models):
     assert best.varied == {"method.lambda_unlearning": 1, "method.num_samples": 5}
     qualities = [89.0, 89.25, 89.5]
     assert best.values("unlearn_quality") == qualities
-    assert best.mean("unlearn_quality") == statistics.fmean(qualities)
+    assert best.average("unlearn_quality") == statistics.fmean(qualities)
     assert best.deviation("unlearn_quality") == pytest.approx(statistics.stdev(qualities))
-    assert best.mean("minutes") == 0.5
+    assert best.average("minutes") == 0.5
 
 
 def test_finetuned_models_with_other_settings_are_rows_of_their_own(tmp_path):
@@ -128,7 +128,7 @@ def test_finetuned_models_with_other_settings_are_rows_of_their_own(tmp_path):
         folder.mkdir(parents=True)
         write_json(folder / "result.json", result(folder.name, identity, unlearn_quality=quality, utility=90.0))
     groups = grouped(read_runs([tmp_path]))
-    assert [(group.varied, group.mean("unlearn_quality")) for group in groups] == [
+    assert [(group.varied, group.average("unlearn_quality")) for group in groups] == [
         ({"training.num_epochs": 1}, 70.0),
         ({"training.num_epochs": 2}, 60.0),
     ]
@@ -201,6 +201,88 @@ def test_no_setting_is_recommended_where_all_lose_too_much(tmp_path):
     words = summary(grouped(read_runs([tmp_path])))
     assert words[0].startswith(
         "No setting keeps utility within 3 points of the finetuned model's 100.0. The smallest loss is 40.0"
+    )
+
+
+def change(path, **values):
+    """Set dotted keys of a result.json, with "__" for each dot."""
+    stored = json.loads(path.read_text())
+    for key, value in values.items():
+        *sections, last = key.split("__")
+        target = stored
+        for section in sections:
+            target = target[section]
+        target[last] = value
+    write_json(path, stored)
+
+
+def test_a_run_that_unlearns_another_run_s_model_further_is_ranked_with_it(tmp_path):
+    pmc = make_run(tmp_path, 0, 90.0, 99.0)
+    undo = make_run(tmp_path, 0, 91.0, 99.0, method="UNDO")
+    change(undo / "result.json", config__start=pmc.name)
+    assert recommended(grouped(read_runs([tmp_path]))).name == "UNDO"
+    change(pmc / "result.json", config__start="another")
+    make_run(tmp_path, 0, 80.0, 99.0, method="NPO")
+    assert differences(read_runs([tmp_path])) == ["those of seed 0 started from different models"]
+
+
+def test_the_cost_is_that_against_the_finetuned_model_of_the_same_seed(tmp_path):
+    complete = [make_run(tmp_path, seed, 85.0, utility, num_samples=2) for seed, utility in ((0, 58), (1, 48))]
+    half = make_run(tmp_path, 0, 95.0, 56.0, num_samples=5)  # above the mean of 55 before, but it lost four points
+    for folder, utility in ((complete[0], 60), (complete[1], 50), (half, 60)):
+        change(folder / "finetuned" / "result.json", scores__utility=utility)
+    groups = grouped(read_runs([tmp_path]))
+    assert recommended(groups).varied == {"method.num_samples": 2}
+    words = " ".join(summary(groups))
+    assert "the 1 of 2 settings" in words and "utility falls by 2.0 points" in words
+    assert "Not all settings have the same seeds: PMC, num_samples=5 (no seed 1)." in words
+
+
+def test_scores_above_and_below_an_ideal_do_not_cancel(tmp_path):
+    for seed, values in enumerate([(100.0, 3.0), (-99.0, 4.0)]):
+        for samples, value in zip((2, 5), values, strict=True):
+            folder = make_run(tmp_path, seed, 90.0, 99.0, num_samples=samples)
+            change(folder / "result.json", **{"scores__privacy/privleak": value, "ideal__privacy/privleak": 0.0})
+            change(folder / "result.json", **{"higher_is_better__privacy/privleak": None})
+    best = [group for group in grouped(read_runs([tmp_path])) if "privacy/privleak" in group.best]
+    assert [group.varied for group in best] == [{"method.num_samples": 5}]
+
+
+def test_p_values_are_averaged_and_ranked_by_their_median(tmp_path):
+    for seed, values in enumerate([(0.5, 0.02), (1e-9, 0.03), (1e-9, 0.04)]):
+        for samples, value in zip((2, 5), values, strict=True):
+            folder = make_run(tmp_path, seed, 90.0, 99.0, num_samples=samples)
+            change(folder / "result.json", **{"scores__tofu/forget_quality": value})
+            change(folder / "result.json", **{"higher_is_better__tofu/forget_quality": True})
+    groups = {group.label: group for group in grouped(read_runs([tmp_path])) if not group.reference}
+    assert groups["PMC, num_samples=2"].average("tofu/forget_quality") == 1e-9
+    assert "tofu/forget_quality" in groups["PMC, num_samples=5"].best
+    assert "| **0.030** |" in method_table(list(groups.values()))
+
+
+@pytest.mark.parametrize(
+    ("recall", "unseen", "verdict"), [(0.6, 0.4, True), (0.6, None, False), (0.4, None, True), (0.8, 0.4, False)]
+)
+def test_without_a_vanilla_model_a_retain_only_one_or_none_decides_what_was_forgotten(
+    tmp_path, recall, unseen, verdict
+):
+    folder = make_run(tmp_path, 0, 90.0, 99.0)
+    change(folder / "result.json", **{"scores__rougeL_recall/forget": recall})
+    shutil.rmtree(folder / "vanilla")
+    make_run(tmp_path, 0, 20.0, 98.0, number=1)
+    if unseen is not None:
+        stored = json.loads((folder / "finetuned" / "result.json").read_text())
+        splits = {"forget": "forget", "train": "retain", "retain": "retain"}
+        stored["config"]["data"] = stored["config"]["data"] | {"splits": splits}
+        stored["scores"]["rougeL_recall/forget"] = unseen
+        (tmp_path / "retain-only").mkdir()
+        write_json(tmp_path / "retain-only" / "result.json", stored | {"id": "retain-only"})
+    shutil.rmtree(tmp_path / "unlearned" / "recipe" / "seed-0+PMC+number-1" / "vanilla")
+    groups = grouped(read_runs([tmp_path]))
+    assert has_forgotten(recommended(groups), groups) is verdict
+    words = " ".join(summary(groups))
+    assert words.startswith(
+        "Use PMC" if verdict else "No setting is recommended: none that keeps utility has forgotten"
     )
 
 
