@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateError
@@ -114,9 +115,24 @@ class PromptFormat:
         prompt = self.prompt(row.question)
         return Example(prompt, self.answer(row.answer)[: max(0, max_length - len(prompt))])
 
+    def without_tag(self, example: Example) -> Example:
+        """The example with what `model.prompt.answer` puts before the answer ("Answer: ") as the end of its prompt.
+
+        A token that has characters of both stays in the answer, as does a tag of spaces alone.
+        """
+        tag = self.config.answer.partition("{answer}")[0] if self.config.style == "plain" else ""
+        ids = self.tokenizer(tag, add_special_tokens=False)["input_ids"] if tag.strip() else []
+        pairs = zip(ids, example.answer, strict=False)
+        length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return Example(example.prompt + example.answer[:length], example.answer[length:])
+
     def is_cut(self, example: Example) -> bool:
         """Whether the example lacks the end of its answer, with the EOS token."""
         return example.answer[-1:] != [self.eos_token_id]
+
+    def without_eos(self, example: Example) -> Example:
+        """The example without the EOS token of its answer, if it has one."""
+        return example if self.is_cut(example) else replace(example, answer=example.answer[:-1])
 
     def text(self, answer_ids: Sequence[int]) -> str:
         """The text of an answer, without special tokens, surrounding whitespace and what `model.prompt.answer` puts before it.

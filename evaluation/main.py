@@ -85,12 +85,18 @@ def check_same_inputs(identities: dict[str, dict[str, Any]], groups: Sequence[st
         UserError: names each key with its values.
     """
     read = {role for name in groups for role in METRIC_GROUPS[name].roles}
+    of_splits, of_probabilities = (
+        re.compile(r"data\.(splits|files)\."),
+        re.compile(r"data\.(max_length|columns)|model\.dtype"),
+    )
     inputs = {name: dict(flattened(evaluation_inputs(identity))) for name, identity in identities.items()}
     for name, identity in identities.items():
         splits, files = identity["data"]["splits"], identity.get("files", {})
         of_roles = {f"data.splits.{role}": splits.get(role) for role in read}
         inputs[name] |= of_roles | {f"data.files.{role}": files.get(role) for role in read}
-    problems, of_splits = [], re.compile(r"data\.(splits|files)\.")
+        if list(groups) != ["headline"]:  # token probabilities of given answers
+            inputs[name] |= {key: value for key, value in flattened(identity) if of_probabilities.match(key)}
+    problems = []
     for key in sorted({key for of_model in inputs.values() for key in of_model}):
         values = {name: shown_value(of_model.get(key)) for name, of_model in inputs.items()}
         if len(set(values.values())) == 1 or (of_splits.match(key) and key.rpartition(".")[2] not in read):
@@ -98,6 +104,8 @@ def check_same_inputs(identities: dict[str, dict[str, Any]], groups: Sequence[st
         shown = ", ".join(f"{value} of {name}" for name, value in values.items())
         if key.startswith("model.prompt"):
             log.warning("%s: the models are asked in different ways (%s)", key, shown)
+        elif key == "model.dtype":
+            log.warning("%s: the models are measured in different types (%s)", key, shown)
         else:
             problems.append(f"{key}: the models were made with different values ({shown}); give one in the command")
     if problems:

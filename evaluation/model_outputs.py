@@ -39,7 +39,7 @@ class TokenLogProbs:
 
     Attributes:
         log_probs: log-probability of each token given those before it; float32 for every dtype of the model.
-        is_argmax: whether no other token was likelier at its position.
+        is_argmax: whether it was the most likely token at its position; of several that are, only the first is.
         logp_mean: expected value of log p at each position, where p is the model's distribution over the next token.
         logp_std: standard deviation of log p under p.
         has_eos: whether the last token is the EOS token.
@@ -139,16 +139,23 @@ class ModelOutputs:
 
     # --- token log-probabilities ---
 
-    def tokens_of_answers(self, pairs: Sequence[tuple[str, str]]) -> list[TokenLogProbs]:
+    def tokens_of_answers(self, pairs: Sequence[tuple[str, str]], with_tag: bool = False) -> list[TokenLogProbs]:
         """Token log-probabilities of the answers, including the EOS token, of (question, answer) pairs.
 
         Warns once if an answer is cut at `max_length`.
+
+        Args:
+            with_tag: whether what `model.prompt.answer` puts before an answer ("Answer: ") belongs to it, as in training.
         """
         examples = [self.prompts.example(Row(0, *pair), self.max_length) for pair in pairs]
         if not self._warned and any(map(self.prompts.is_cut, examples)):
             warn_if_cut(self.prompts, pairs, self.max_length, "data.max_length", given=True)
             self._warned = True
-        return self.tokens(examples)
+        return self.tokens(examples if with_tag else list(map(self.prompts.without_tag, examples)))
+
+    def example(self, row: Row) -> Example:
+        """The row as it is measured: its answer has the EOS token, unless it is cut, and no tag."""
+        return self.prompts.without_tag(self.prompts.example(row, self.max_length))
 
     def tokens(self, examples: Sequence[Example]) -> list[TokenLogProbs]:
         """Token log-probabilities of the examples' answers; an answer without tokens has empty arrays."""
@@ -219,7 +226,7 @@ def _of_logits(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tenso
     mean = (probabilities * log_probs).sum(-1)
     std = (probabilities * (log_probs - mean[:, None]).square()).sum(-1).sqrt()
     of_target = log_probs.gather(1, targets[:, None]).squeeze(1)
-    return of_target, of_target == log_probs.amax(-1), mean, std
+    return of_target, log_probs.argmax(-1) == targets, mean, std
 
 
 def _distributed(items: Sequence[K], work: Callable[[list[K]], list[T]]) -> list[T]:

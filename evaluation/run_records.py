@@ -615,7 +615,7 @@ def notices(groups: Sequence[Group]) -> list[str]:
             for key, value in flattened(result["config"]):
                 section = key.partition(".")[0]
                 used = any(name.startswith(f"{section}/") for name in result["scores"])
-                if section in ("retain_model", "base_model") or used:
+                if section in ("retain_model", "base_model") or key in ("data.max_length", "model.dtype") or used:
                     values.setdefault(key, set()).add(shown_value(without_seeds(value)))
     differing = [f"{key} ({', '.join(sorted(of_key))})" for key, of_key in sorted(values.items()) if len(of_key) > 1]
     if differing:

@@ -237,6 +237,15 @@ def test_models_that_were_made_with_other_inputs_are_not_one_table(caplog):
         "model.prompt.question: the models are asked in different ways ({question} of a, Q {question} of b)"
         in caplog.text
     )
+    longer, half = identity(), identity()
+    longer["data"]["max_length"], half["model"]["dtype"] = 512, "bfloat16"
+    check_same_inputs({"a": identity(), "b": longer, "c": half}, ["headline"])
+    with pytest.raises(UserError, match=r"data\.max_length: .*\(null of a, 512 of b, null of c\)"):
+        check_same_inputs({"a": identity(), "b": longer, "c": half}, ["headline", "memorization"])
+    assert (
+        "model.dtype: the models are measured in different types (null of a, null of b, bfloat16 of c)"
+        in caplog.messages
+    )
     with pytest.raises(UserError) as caught:
         check_same_inputs({"a": identity(), "b": identity("forget[:5]", 40, "other")}, ["headline", "privacy"])
     assert [line.strip() for line in str(caught.value).splitlines()] == [

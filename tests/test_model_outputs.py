@@ -8,11 +8,11 @@ import torch
 
 from common import collate
 from common.collate import batches_by_length
-from common.config import EvaluationConfig
+from common.config import EvaluationConfig, PromptConfig
 from common.errors import UserError
-from common.prompts import Example
+from common.prompts import Example, PromptFormat
 from evaluation import model_outputs
-from evaluation.model_outputs import ModelOutputs
+from evaluation.model_outputs import ModelOutputs, _of_logits
 from generation.token_sampling import SamplingSettings
 from tests.helpers import ROWS, bigram_outputs, outputs_of, random_table
 
@@ -178,3 +178,18 @@ def test_a_model_without_finite_logits_has_no_probabilities():
         model.logits.fill_(float("nan"))
     with pytest.raises(UserError, match="logits are NaN or infinite"):
         outputs.tokens_of_answers([("a", "b")])
+
+
+def test_the_tag_of_an_answer_counts_on_request(model, tokenizer):
+    prompts = PromptFormat(tokenizer, PromptConfig("plain", answer="Answer: {answer}"))
+    outputs, pairs = outputs_of(model, prompts), PAIRS[:3]
+    for whole, alone in zip(
+        outputs.tokens_of_answers(pairs, with_tag=True), outputs.tokens_of_answers(pairs), strict=True
+    ):
+        tag = len(whole.log_probs) - len(alone.log_probs)
+        assert tag > 0 and whole.log_probs[tag:] == pytest.approx(alone.log_probs, abs=1e-5)
+
+
+def test_of_tokens_that_are_equally_likely_one_is_the_most_likely():
+    logits = torch.tensor([[2.0, 2.0, 1.0]]).repeat(3, 1)
+    assert _of_logits(logits, torch.tensor([0, 1, 2]))[1].tolist() == [True, False, False]

@@ -431,3 +431,16 @@ def test_docstring_example_of_collate_is_true():
     examples = doctest.DocTestFinder().find(collate, globs={"Example": Example, "collate": collate})
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     assert [runner.run(example) for example in examples if example.examples] == [doctest.TestResults(0, 1)]
+
+
+@pytest.mark.parametrize("answer", [" {answer}", "Answer: {answer}", "### Response:\n{answer}"])
+def test_an_answer_s_tag_can_belong_to_its_prompt(tokenizer, answer):
+    prompts = PromptFormat(tokenizer, PromptConfig("plain", answer=answer))
+    whole = prompts.example(ROWS[0], 256)
+    measured = prompts.without_tag(whole)
+    assert measured.prompt + measured.answer == whole.prompt + whole.answer
+    tag = answer.removesuffix("{answer}")
+    assert (measured == whole) is not bool(tag.strip())
+    assert tokenizer.decode(measured.answer[:-1]).strip() == ROWS[0].answer
+    cut = prompts.example(ROWS[0], len(whole.prompt) + 1)
+    assert len(prompts.without_tag(cut).answer) == (0 if tag.strip() else 1)

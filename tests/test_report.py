@@ -324,6 +324,8 @@ def test_evaluations_with_different_settings_are_named(tmp_path):
         evaluate_run(tmp_path, folder, {"relearning/rougeL_recall": 0.5}, f"evaluated/{seed}", **more)
     (notice,) = notices(grouped(read_runs([tmp_path])))
     assert "relearning.learning_rate (0.001, 1e-05)" in notice and "sampling" not in notice
+    change(tmp_path / "evaluated" / "0" / "result.json", config__data__max_length=128)
+    assert "data.max_length (128, 256)" in notices(grouped(read_runs([tmp_path])))[-1]
 
 
 def test_evaluations_that_do_not_agree_are_named(tmp_path):

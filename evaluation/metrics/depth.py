@@ -99,10 +99,13 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
 def span_example(prompts: PromptFormat, row: Row, max_length: int) -> Example:
     """A row whose answer is the span to measure: the entity if the row has one, otherwise the answer without the EOS token.
 
-    What stands before the entity belongs to the prompt. The span is empty if the row is cut off at `max_length` before it.
+    What stands before the entity belongs to the prompt, as does the answer's tag. The span is empty if the row is cut off at
+    `max_length` before it.
     """
     example = prompts.example(row, max_length)
-    start, end = prompts.entity_tokens(row) if row.entity else (0, len(prompts.answer(row.answer)) - 1)
+    if not row.entity:
+        return prompts.without_eos(prompts.without_tag(example))
+    start, end = prompts.entity_tokens(row)
     return Example(example.prompt + example.answer[:start], example.answer[start:end])
 
 

@@ -177,11 +177,9 @@ def _measure_privacy(context: EvaluationContext, scores: Scores) -> None:
     with scores.null_if_missing(dict.fromkeys(names)):
         outputs, splits = context.outputs, [context.rows(role) for role in privacy.SPLITS]
         for name in ATTACKS:
-            values = [attacked(outputs, rows, name) for rows in splits]
-            scores.add(f"openunlearning/mia_{name}", privacy.auc(*values), None, count=sum(map(len, values)))
+            _add_auc(scores, name, [attacked(outputs, rows, name) for rows in splits])
         examples = [[_without_eos(outputs, row) for row in rows] for rows in splits]
-        norms = [outputs.each("gradient norms", each, gradient_norm) for each in examples]
-        scores.add("openunlearning/mia_gradnorm", privacy.auc(*norms), None, count=sum(map(len, norms)))
+        _add_auc(scores, "gradnorm", [outputs.each("gradient norms", each, gradient_norm) for each in examples])
         ours = scores["openunlearning/mia_min_k"].value
         theirs = privacy.auc(*(attacked(context.find_retain_model().outputs, rows, "min_k") for rows in splits))
         if ours is None or theirs is None or theirs == 1:
@@ -211,9 +209,14 @@ def attacked(outputs: ModelOutputs, rows: Sequence[Row], name: str) -> list[floa
 
 def _without_eos(outputs: ModelOutputs, row: Row) -> Example:
     """The example of a row, its answer without the EOS token."""
-    example = outputs.prompts.example(row, outputs.max_length)
-    ends = example.answer[-1:] == [outputs.prompts.eos_token_id]
-    return replace(example, answer=example.answer[:-1]) if ends else example
+    return outputs.prompts.without_eos(outputs.example(row))
+
+
+def _add_auc(scores: Scores, name: str, values: list[list[float | None]]) -> None:
+    """Record the AUC of an attack from its values of the forget and of the holdout rows."""
+    left_out = sum(of_split.count(None) for of_split in values)
+    count = sum(map(len, values)) - left_out
+    scores.add(f"openunlearning/mia_{name}", privacy.auc(*values), None, count=count, left_out=left_out, ideal=0.5)
 
 
 def _mean(scores: Scores, name: str, split: str, values: Iterable[float | None], higher_is_better: bool) -> None:

@@ -123,7 +123,7 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         settings: Privacy = context.config.sections["privacy"]
         for name, attack in ATTACKS.items():
             _add_auc(scores, name, *(attacked(outputs, rows, attack, settings) for rows in splits))
-        examples = [[outputs.prompts.example(row, outputs.max_length) for row in rows] for rows in splits]
+        examples = [[outputs.example(row) for row in rows] for rows in splits]
         _add_auc(scores, "gradient_norm", *(outputs.each("gradient norms", each, gradient_norm) for each in examples))
         with scores.null_if_missing({"privacy/auc/reference": None}):
             base = context.find_base_model().outputs

@@ -54,11 +54,11 @@ def exact_match(reference: str, answer: str) -> float:
 def contains_answer(reference: str, answer: str) -> float:
     """1 if the reference's words stand in the answer one after the other, without case and punctuation; else 0.
 
-    Numbers of at least LONG_NUMBER digits may be written with other spaces and signs. A reference without letters and digits,
-    such as "$", must be given as it is.
+    Numbers of at least LONG_NUMBER digits may be written with other spaces and signs, and after a prefix such as +1. A
+    reference without letters and digits, such as "$", must be given as it is.
 
-    >>> contains_answer("721-625-3765", "Her number is (721) 625 3765.")
-    1.0
+    >>> contains_answer("721-625-3765", "Her number is (721) 625 3765."), contains_answer("721-625-3765", "+17216253765")
+    (1.0, 1.0)
     """
     with use_words("unicode"):
         expected, given = (rouge_tokens(text.casefold(), stemmed=False) for text in (reference, answer))
@@ -66,8 +66,8 @@ def contains_answer(reference: str, answer: str) -> float:
         return exact_match(reference, answer)
     number = "".join(expected)
     if number.isdecimal() and len(number) >= LONG_NUMBER:
-        text, boundaries = "".join(given), set(accumulate(map(len, given), initial=0))
-        return float(any(text.startswith(number, start) and start + len(number) in boundaries for start in boundaries))
+        text, ends = "".join(given), set(accumulate(map(len, given)))
+        return float(any(match.end() in ends for match in regex.finditer(number, text, overlapped=True)))
     return float(any(given[start : start + len(expected)] == expected for start in range(len(given))))
 
 

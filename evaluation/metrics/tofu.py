@@ -1,7 +1,7 @@
 """TOFU's own scores (Maini et al. 2024, arXiv 2401.06121), from token probabilities and greedy answers.
 
-The splits forget_paraphrased and retain_perturbed contain the paraphrases and wrong answers. An answer's EOS token counts
-as one of its tokens, as in TOFU.
+The splits forget_paraphrased and retain_perturbed contain the paraphrases and wrong answers. An answer's EOS token and its tag
+("Answer: ") count as its tokens, as in TOFU.
 
 Scores:
     tofu/probability/* (lower on forget, higher elsewhere): length-normalized probability of the true answer; relative
@@ -104,10 +104,10 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
 
 def probabilities(outputs: ModelOutputs, rows: Sequence[Row], role: str, with_options: bool) -> list[float | None]:
     """Every row's probability, `with_options` relative to its wrong answers."""
-    answers = outputs.tokens_of_answers([(row.question, row.answer) for row in rows])
+    answers = outputs.tokens_of_answers([(row.question, row.answer) for row in rows], with_tag=True)
     if not with_options:
         return [probability(tokens) for tokens in answers]
-    wrong = wrong_answers(outputs, rows, role)
+    wrong = wrong_answers(outputs, rows, role, with_tag=True)
     return [probability_among(*pair) for pair in zip(answers, wrong, strict=True)]
 
 
@@ -119,20 +119,26 @@ def recalls(outputs: ModelOutputs, rows: Sequence[Row]) -> list[float]:
 
 def truth_ratios(outputs: ModelOutputs, rows: Sequence[Row], role: str) -> list[float | None]:
     """Every row's truth ratio; the paraphrased answer, if the row has one, is the true answer."""
-    wrong = wrong_answers(outputs, rows, role)
-    true = outputs.tokens_of_answers([(row.question, row.paraphrased_answer or row.answer) for row in rows])
+    wrong = wrong_answers(outputs, rows, role, with_tag=True)
+    pairs = [(row.question, row.paraphrased_answer or row.answer) for row in rows]
+    true = outputs.tokens_of_answers(pairs, with_tag=True)
     return [truth_ratio(*pair) for pair in zip(true, wrong, strict=True)]
 
 
-def wrong_answers(outputs: ModelOutputs, rows: Sequence[Row], role: str) -> list[list[TokenLogProbs]]:
+def wrong_answers(
+    outputs: ModelOutputs, rows: Sequence[Row], role: str, with_tag: bool = False
+) -> list[list[TokenLogProbs]]:
     """The tokens of every row's perturbed answers.
 
+    Args:
+        with_tag: as in `ModelOutputs.tokens_of_answers`.
     Raises:
         Missing: when a row has none.
     """
     if not all(row.perturbed_answer for row in rows):
         raise Missing(f"the split of data.splits.{role} has rows without wrong answers (data.columns.perturbed_answer)")
-    flat = iter(outputs.tokens_of_answers([(row.question, wrong) for row in rows for wrong in row.perturbed_answer]))
+    pairs = [(row.question, wrong) for row in rows for wrong in row.perturbed_answer]
+    flat = iter(outputs.tokens_of_answers(pairs, with_tag))
     return [[next(flat) for _ in row.perturbed_answer] for row in rows]
 
 
