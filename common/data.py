@@ -8,6 +8,7 @@ configuration of the hub is "configuration/split"; in a local folder that is the
 import json
 import logging
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,11 @@ def _text_of(data: DataConfig, record: dict, where: str) -> str:
     return record[column]
 
 
+def is_visible(text: str) -> bool:
+    """Whether the text has a character that can be seen, which spaces and control and format characters cannot."""
+    return any(character.isprintable() and character != " " for character in text)
+
+
 def _check_text(value: Any, name: str) -> None:
     """Check that the value is a text, or a list of texts.
 
@@ -239,10 +245,10 @@ def _check_text(value: Any, name: str) -> None:
         UserError: begins with the name.
     """
     texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise UserError(f"{name} is empty or not text: {value!r}")
-    if any(SURROGATE.search(text) for text in texts):
+    if any(isinstance(text, str) and SURROGATE.search(text) for text in texts):
         raise UserError(f"{name} has half of a surrogate pair, which is not text: {value!r}")
+    if not all(isinstance(text, str) and is_visible(text) for text in texts):
+        raise UserError(f"{name} is empty or not text: {value!r}")
 
 
 def windows_of(text: str, windows: WindowsConfig) -> list[tuple[str, str] | None]:
@@ -293,7 +299,7 @@ def _read_json(folder: Path, name: str, key: str) -> list[tuple[str, dict]]:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text ({error})") from error
-    if re.match(r"\s*\[\s*\{", text):
+    if re.match(r"\s*\[\s*[{\]]", text):
         records = _parse(text, str(file), list)
         wrong = next((number for number, record in enumerate(records) if not isinstance(record, dict)), None)
         if wrong is not None:
@@ -308,9 +314,15 @@ def _is_json(path: Path) -> bool:
     return path.suffix in (".json", ".jsonl") and path.is_file()
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"the key {repeated[0]!r} stands twice in one object")
+    return dict(pairs)
+
+
 def _parse(text: str, where: str, expected: type = dict) -> Any:
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if expected is list else ""
         kind = "array" if expected is list else "object"

@@ -3,7 +3,7 @@
 import logging
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from common.config import RunConfig
 from common.errors import UserError
@@ -11,6 +11,7 @@ from common.forward import difference, evaluation_mode
 
 log = logging.getLogger(__name__)
 
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # rotary embeddings that depend on the longest row
 PADDING = 2  # tokens after a padded row
 CPU_ATTENTION = ("eager", "sdpa")  # other implementations run on a GPU only, and a model is loaded on the CPU
 
@@ -68,15 +69,35 @@ def check_lengths(model: PreTrainedModel, lengths: dict[str, int]) -> None:
     Rotary embeddings go on past `max_position_embeddings`, where the model was not trained: a warning.
 
     Raises:
-        UserError: names each length that is larger than the model's table of positions.
+        UserError: names each length that is larger than the model's table of positions, or beyond which its rotary embeddings
+            depend on the longest row of the batch.
     """
     settings = model.config.get_text_config(decoder=True)
     limit = getattr(settings, "max_position_embeddings", None)
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             limit -= module.padding_idx + 1  # of the RoBERTa kind: positions start after the padding index
+    if original := length_dependent_beyond(settings):
+        longer = ", ".join(f"{key}={length}" for key, length in lengths.items() if length > original)
+        if longer:
+            raise UserError(
+                f"{longer}: beyond {original} tokens the model's rotary embeddings depend on the longest row of a batch, and "
+                f"so would the losses and samples of the others; set it to at most {original}"
+            )
     longer = ", ".join(f"{key}={length}" for key, length in lengths.items() if limit and length > limit)
     if longer and getattr(settings, "rope_parameters", None):
         log.warning("%s: the model was made for at most %d tokens (max_position_embeddings)", longer, limit)
     elif longer:
         raise UserError(f"{longer}: the model has positions for {limit} tokens only; set it to at most {limit}")
+
+
+def length_dependent_beyond(settings: PretrainedConfig) -> int | None:
+    """The number of tokens beyond which rotary embeddings depend on the longest row of a batch; None if they never do."""
+    parameters = getattr(settings, "rope_parameters", None) or {}
+    of_layers = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    limits = [
+        of_layer.get("original_max_position_embeddings") or settings.max_position_embeddings
+        for of_layer in of_layers
+        if of_layer.get("rope_type") in LENGTH_DEPENDENT_ROPE
+    ]
+    return min(limits, default=None)

@@ -6,8 +6,10 @@ Paths of this machine are masked in files that are meant for others.
 import re
 from typing import Any
 
-NAME = r"(?:\w*_)?(?:token|secret|password|api_key)"
-HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
+NAME = r"(?:\w*_)?(?:token|secret|password|(?:api|access|private|auth|wandb)_?key)"
+TOKEN = re.compile(  # of the hub, GitHub and OpenAI, and the password in a URL
+    r"\bhf_[A-Za-z0-9]{20,}\b|\b(?:github_pat_|gh[opsu]_|sk-)[\w-]{20,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
 MASK = "***"
 # An absolute path of two parts or more, or one in a home folder: "/no_think" in a prompt is neither.
 LOCAL_PATH = re.compile(r"(?<![\w./*}\])-])(?:file://)?(?:~|/[^\s/\"'`,;:|<>(){}\[\]]+)/[^\s\"'`,;:|<>(){}\[\]]+")
@@ -15,7 +17,7 @@ FOLDER = "FOLDER"
 
 
 def secret_in(word: str) -> str | None:
-    """What holds a secret in a word of the command line: the name of a key, or hf_...; None if there is none.
+    """What holds a secret in a word of the command line: the name of a key, or its first characters; None if there is none.
 
     A reference to an environment variable, ${oc.env:NAME}, is none.
 
@@ -24,11 +26,16 @@ def secret_in(word: str) -> str | None:
     """
     named = re.match(rf"[+~]*((?:[\w@/]+\.)*{NAME})=(?!\$\{{|null$|$)", word, re.IGNORECASE)
     named = named or re.search(rf"[{{,]\s*['\"]?({NAME})['\"]?\s*:(?!\s*(?:\$\{{|null\b))", word, re.IGNORECASE)
-    return named[1] if named else "hf_..." if HUB_TOKEN.search(word) else None
+    if named:
+        return named[1]
+    token = TOKEN.search(word)
+    if token is None:
+        return None
+    return "user:password@" if ":" in token[0] else f"{token[0][:3]}..."
 
 
 def without_secrets(value: Any) -> Any:
-    """The value with `MASK` instead of texts under secret keys and of hub tokens within texts, at any depth."""
+    """The value with `MASK` instead of texts under secret keys and of tokens within texts, at any depth."""
     if isinstance(value, dict):
         return {
             key: MASK
@@ -38,7 +45,7 @@ def without_secrets(value: Any) -> Any:
         }
     if isinstance(value, list):
         return [without_secrets(item) for item in value]
-    return HUB_TOKEN.sub(MASK, value) if isinstance(value, str) else value
+    return TOKEN.sub(MASK, value) if isinstance(value, str) else value
 
 
 def without_local_paths(value: Any) -> Any:

@@ -72,14 +72,33 @@ def run_name(seed: int | str, overrides: list[str]) -> str:
     >>> run_name(0, ["method.num_samples=2", "seed=0", "overwrite=true"])
     'seed-0+method.num_samples-2'
     """
-    # Of several values of a key Hydra takes the last one.
-    last = {word.partition("=")[0].lstrip("+~"): word for word in settings_of_the_result(overrides)}
-    words = [_normal(word.lstrip("+~")) for word in sorted(last.values())]
+    words = [_normal(word.lstrip("+~")) for word in _in_normal_order(settings_of_the_result(overrides))]
     kept = [word for word in words if not re.match(r"seed([.=]|$)", word)]
     name = "+".join([f"seed-{seed}", *map(_as_file_name, kept)])
     if len(name) > 180:  # file systems allow 255 bytes
         name = f"{name[:160]}+{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return name
+
+
+def _in_normal_order(overrides: list[str]) -> list[str]:
+    """The overrides sorted, without those that a later one replaces.
+
+    Of several values of a key Hydra takes the last one, but it merges mappings. The order of overrides that change parts of one
+    mapping (`model.lora={...}`, `model.lora.r=4`) is kept, as it matters.
+    """
+
+    def key_of(word: str) -> str:
+        return word.partition("=")[0].lstrip("+~")
+
+    def related(one: str, other: str) -> bool:
+        return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+
+    kept: list[str] = []
+    for word in overrides:
+        is_mapping = word.partition("=")[2].startswith("{")
+        kept = [other for other in kept if key_of(other) != key_of(word) or is_mapping] + [word]
+    first = {word: min(other for other in kept if related(key_of(other), key_of(word))) for word in kept}
+    return sorted(kept, key=first.get)
 
 
 def settings_of_the_result(overrides: list[str]) -> list[str]:
@@ -212,7 +231,7 @@ def comparable_config(cfg: DictConfig, start_id: str | None = None) -> dict[str,
 
 
 def digests_of_files(plain: dict[str, Any]) -> dict[str, str]:
-    """Digests of the local files that a run reads: of the data set by role, of others by their dotted key.
+    """Digests of the local files that a run reads: of the data set by role or key, of others by their dotted key.
 
     Also of the code that a `_target_` outside this repository names, such as a reward function.
     """
@@ -222,6 +241,9 @@ def digests_of_files(plain: dict[str, Any]) -> dict[str, str]:
         for role, splits in (data.get("splits") or {}).items():
             if splits and ("metrics" in plain or role in read) and (files := local_files(data["path"], splits)):
                 found[role] = digest(files)
+        tokenizer_splits = ((plain.get("model") or {}).get("new") or {}).get("tokenizer_splits") or []
+        if files := local_files(data["path"], " + ".join(tokenizer_splits)):
+            found["model.new.tokenizer_splits"] = digest(files)
     for key, value in flattened(plain):
         if not isinstance(value, str):
             continue

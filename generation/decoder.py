@@ -10,10 +10,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from common.forward import own_forward
+from common.model_checks import LENGTH_DEPENDENT_ROPE
 from generation.kv_cache import BLOCK, PreallocatedLayer, all_preallocated, pad_at
 
 PREFILL_PROMPTS = {"cpu": 32, "cuda": 256}  # prompts per forward pass, padded to the longest of them
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # rotary embeddings that depend on the longest row
 
 
 class Decoder:

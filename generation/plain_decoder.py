@@ -18,6 +18,8 @@ from generation.decoder import Decoder
 
 log = logging.getLogger(__name__)
 MAX_TOKENS = 8192  # in a forward pass
+# Settings of models that treat columns beyond so many in another way: selected ones, or the next chunk.
+COLUMN_LIMITS = ("index_topk", "keep_window_size", "attention_chunk_size")
 
 _cache_works: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
 
@@ -62,8 +64,9 @@ def decoder_of(model: PreTrainedModel, max_length: int) -> "Decoder | PlainDecod
     Args:
         max_length: of a prompt and its answer together.
     """
-    selected = getattr(model.config.get_text_config(decoder=True), "index_topk", None)
-    if selected is not None and 2 * max_length > selected:  # padding between columns would be selected as well
+    settings = model.config.get_text_config(decoder=True)
+    limits = [limit for name in COLUMN_LIMITS if (limit := getattr(settings, name, None))]
+    if limits and 2 * max_length > min(limits):  # padding between columns would count as well
         return PlainDecoder(model)
     if model not in _cache_works:
         problem = _difference(model)

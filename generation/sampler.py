@@ -29,7 +29,7 @@ from generation.decoder import Decoder
 from generation.kv_cache import compact_indices
 from generation.plain_decoder import PlainDecoder, decoder_of
 from generation.prepacked_linear import prepacked_linears
-from generation.token_sampling import SamplingSettings, draw_tokens, uniforms_of
+from generation.token_sampling import MIN_TEMPERATURE, SamplingSettings, draw_tokens, uniforms_of
 
 COMPACT_THRESHOLD = 0.9  # finished rows are dropped when at most this fraction of the batch is unfinished
 CHECK_INTERVAL = {"cpu": 1, "cuda": 8}  # tokens between two checks for finished rows; a check synchronizes with the GPU
@@ -112,7 +112,8 @@ def generate(
                 keys = [rng_keys[i] for i in chunk]
                 uniforms = uniforms_of(keys, samples, settings, max(max_new_tokens)).to(model.device)
             if temperatures:
-                row_temperatures = torch.tensor([temperatures[i] for i, _ in names], device=model.device)
+                of_rows = torch.tensor([temperatures[i] for i, _ in names], device=model.device)
+                row_temperatures = of_rows.clamp(min=MIN_TEMPERATURE)
             batch.draw([prompts[i] for i in chunk], settings, uniforms, row_temperatures)
             for (i, _), ids in zip(names, batch.answers(), strict=True):
                 answers[i].append(ids)

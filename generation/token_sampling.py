@@ -8,6 +8,7 @@ import torch
 
 GROUP = 8  # tokens in a group of top_tokens
 DRAWS = 8  # random numbers for each token where a draw may be rejected
+MIN_TEMPERATURE = 1e-6  # lower ones are greedy as well, and divided by them logits can be infinite
 REDRAW_KEY = 2  # rng key of the draws after a rejected one
 
 
@@ -85,7 +86,7 @@ def _draw_sorted(logits: torch.Tensor, k: int, settings: SamplingSettings, unifo
     A tie at rank k keeps k tokens.
     """
     values, tokens = top_tokens(logits, k)
-    probabilities = (values.float() / settings.temperature).softmax(dim=-1)
+    probabilities = (values.float() / max(settings.temperature, MIN_TEMPERATURE)).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     # A token stays while the mass of the likelier ones is below top_p; the first always stays.
     inside = (cumulative - probabilities) < settings.top_p
@@ -123,7 +124,7 @@ def _draw_from_all(logits: torch.Tensor, settings: SamplingSettings, uniforms: t
     A token is inside while the mass of the strictly likelier ones is below top_p, so at least the fraction top_p of draws
     is accepted. The few rows whose draws were all rejected are sorted for the last draw.
     """
-    probabilities = (logits.float() / settings.temperature).softmax(dim=-1)
+    probabilities = (logits.float() / max(settings.temperature, MIN_TEMPERATURE)).softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     picked = _invert(cumulative, uniforms[:, 0])
     if settings.top_p >= 1:

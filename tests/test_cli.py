@@ -21,7 +21,7 @@ from common.cli import allow_new_key, check_words, job_errors, launch, prepare_p
 from common.errors import Interrupted, UserError
 from common.files import CONFIGS, ROOT
 from common.recipes import PROGRAMS, program_of, recipes_of
-from common.redaction import without_secrets
+from common.redaction import secret_in, without_secrets
 from tests.helpers import TOKEN, run_stage
 
 # --- environment --------------------------------------------------------------------------------------------------------
@@ -261,7 +261,8 @@ def test_a_job_that_fails_on_a_users_error_exits_with_its_message(tmp_path):
         ("training={num_epochs:1,hub_token:a-secret}", "hub_token:"),
         ("method.judge.api_key=a-secret", "method.judge.api_key:"),
         ("hydra.job.env_set.HF_TOKEN=a-secret", "hydra.job.env_set.HF_TOKEN:"),
-        (f"model.path=https://user:{TOKEN}@host/x", "hf_...:"),
+        (f"model.path=https://user:{TOKEN}@host/x", "user:password@:"),
+        (f"model.path={TOKEN}", "hf_...:"),
     ],
 )
 def test_a_secret_is_refused_before_hydra_sees_it_and_not_repeated(monkeypatch, word, named):
@@ -288,6 +289,22 @@ def test_a_secret_is_refused_before_hydra_sees_it_and_not_repeated(monkeypatch, 
 )
 def test_other_words_are_no_secrets(word):
     check_words([word])
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("hydra.job.env_set.AWS_SECRET_ACCESS_KEY=x", "AWS_SECRET_ACCESS_KEY"),
+        ("+training.wandb_key=x", "wandb_key"),
+        ("x.apikey=x", "apikey"),
+        ("data.path=https://me:pass@host/x", "user:password@"),
+        ("x=github_pat_" + "a" * 30, "git"),
+        ("x=sk-" + "a" * 30, "sk-"),
+    ],
+)
+def test_secrets_of_other_services_are_refused(word, named):
+    assert named in secret_in(word)
+    assert ":pass" not in str(without_secrets([word])) and "a" * 30 not in str(without_secrets([word]))
 
 
 def test_secrets_are_masked_at_any_depth():

@@ -130,6 +130,11 @@ def test_a_relative_folder_is_found_in_the_repository_from_anywhere(tmp_path, mo
         ('"text"', "line 3: not a JSON object but str"),
         ('{"question": "q?", "answer": ""}', "line 3: answer is empty or not text: ''"),
         ('{"question": " ", "answer": "a"}', "line 3: question is empty or not text: ' '"),
+        ('{"question": "q?", "answer": "\u200b\ufeff"}', "line 3: answer is empty or not text: '\\u200b\\ufeff'"),
+        (
+            '{"question": "q?", "answer": "a", "answer": "b"}',
+            "line 3: not readable as JSON (the key 'answer' stands twice in one object)",
+        ),
         ('{"question": "q?", "answer": null}', "line 3: answer is empty or not text: None"),
         ('{"question": "q?", "answer": 5}', "line 3: answer is empty or not text: 5"),
         ('{"question": "q?"}', "line 3: no column 'answer' (data.columns.answer); has question"),

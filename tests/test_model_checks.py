@@ -95,6 +95,30 @@ def test_lengths_beyond_the_trained_rotary_positions_are_warned_about(caplog):
     assert "evaluation.max_length=4000: the model was made for at most 2048 tokens" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, 2048),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 1000}, 1000),
+        (
+            {
+                "full": {"rope_type": "longrope", "original_max_position_embeddings": 500},
+                "other": {"rope_type": "default"},
+            },
+            500,
+        ),
+    ],
+)
+def test_lengths_beyond_which_rotary_embeddings_depend_on_the_batch_are_refused(rope, limit):
+    model = random_model("llama")
+    model.config.rope_parameters = rope
+    check_positions(model, run_with(limit, limit))
+    with pytest.raises(
+        UserError, match=rf"^data\.max_length={limit + 1}: beyond {limit} tokens .*; set it to at most {limit}$"
+    ):
+        check_positions(model, run_with(limit + 1))
+
+
 @pytest.mark.parametrize("split", ["data", "evaluation"])
 def test_the_evaluation_checks_the_lengths_of_the_model_it_loads(context, tmp_path, split):
     fresh("gpt2", {**ARCHITECTURES["gpt2"], "n_positions": 120}).save_pretrained(tmp_path / "model")

@@ -105,6 +105,15 @@ def test_of_several_values_of_a_key_the_last_one_names_the_folder():
     assert run_name(0, words) != run_name(0, words[::-1])
 
 
+def test_overrides_that_are_merged_name_the_folder_in_their_order():
+    first, second = "model.lora={r:64}", "model.lora={alpha:8}"
+    assert len({run_name(0, words) for words in ([first, second], [second, first], [first], [second])}) == 4
+    part, whole = "model.lora.r=64", "model.lora={r:8,alpha:4}"
+    assert run_name(0, [part, "+a=1", whole]) != run_name(0, [whole, "+a=1", part])
+    assert run_name(0, ["z=1", part, "+a=1", whole]) == run_name(0, [part, whole, "z=1", "+a=1"])
+    assert run_name(0, [part, "model.lora.r=8"]) == run_name(0, ["model.lora.r=8"])
+
+
 def test_docstring_example_of_run_name_is_true():
     examples = doctest.DocTestFinder().find(run_name, globs=vars(runs))
     results = [doctest.DocTestRunner().run(example) for example in examples if example.examples]
@@ -225,6 +234,17 @@ def test_a_reward_function_that_is_edited_makes_the_result_stale(tmp_path, monke
         assert change.startswith("files.method.reward._target_: ")
     for target in ("unlearning.rewards.rouge_l", "no_such_module.reward", "reward"):
         assert "files" not in comparable_config(configuration(method={"reward": {"_target_": target}}))
+
+
+def test_edited_rows_that_a_new_tokenizer_is_trained_on_make_the_result_stale(tmp_path):
+    for name in ("train", "full"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    data = {"path": str(tmp_path), "splits": {"train": "train"}}
+    cfg = configuration(model={"new": {"tokenizer_splits": ["train", "full"]}}, data=data)
+    before = comparable_config(cfg)
+    (tmp_path / "full.json").write_text("changed")
+    (change,) = differing_keys(before, comparable_config(cfg))
+    assert change.startswith("files.model.new.tokenizer_splits: ")
 
 
 @pytest.mark.parametrize("text", ["Answer. " * 100 + "{question}", "~nobody. {question}", "a\0.b"])

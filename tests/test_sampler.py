@@ -101,6 +101,11 @@ def drawn(probabilities: list[float], uniforms: list[float], **options) -> list[
     return draw_tokens(logits, settings, torch.tensor(uniforms)[:, None].repeat(1, 2)).tolist()
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}])
+def test_a_temperature_near_0_takes_the_likeliest_token(options):
+    assert drawn([0.1, 0.5, 0.15, 0.25], [0.0, 0.5, 0.999999], temperature=1e-39, **options) == [1, 1, 1]
+
+
 def test_tokens_are_picked_by_the_cumulative_distribution():
     """In the order of the vocabulary, with top_k the likeliest first."""
     uniforms = [0.0, 0.09, 0.11, 0.59, 0.61, 0.74, 0.76, 0.999999]
