@@ -456,6 +456,7 @@ REFUSED = {
     "remove_unused_columns": "the data never passes through columns here",
     "label_smoothing_factor": "no loss here reads it",
     "resume_from_checkpoint": "a run resumes by itself; overwrite=true starts it anew",
+    "dataloader_drop_last": "the rows of the last batch would not be trained on",
     "ignore_data_skip": "a continued run would repeat rows",
     "enable_jit_checkpoint": "a run writes a checkpoint on SIGTERM by itself",
     "average_tokens_across_devices": "tokens are always counted over all devices",

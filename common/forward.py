@@ -1,4 +1,4 @@
-"""Forward passes outside of training: evaluation mode, the precision of the weights, and the comparison of logits."""
+"""Forward passes outside of training: the mode, the precision of the weights, and the comparison of logits."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,11 +11,20 @@ TOLERANCE = {torch.float32: 1e-3}
 TOLERANCE_16_BIT = 0.25
 
 
-@contextlib.contextmanager
-def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+def evaluation_mode(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
     """The model in evaluation mode (no dropout); its previous mode is restored afterwards."""
+    return _mode(model, training=False)
+
+
+def training_mode(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+    """The model in training mode (with dropout); its previous mode is restored afterwards."""
+    return _mode(model, training=True)
+
+
+@contextlib.contextmanager
+def _mode(model: PreTrainedModel, training: bool) -> Iterator[None]:
     was_training = model.training
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:

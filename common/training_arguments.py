@@ -110,14 +110,11 @@ def _check_parts(args: TrainingArguments, num_rows: int) -> None:
     """Make the optimizer, the schedule and the loader of the training rows, which reject values only when they are made.
 
     Raises:
-        UserError: if no batch would be complete.
+        UserError: if FSDP has one process only.
         ValueError, TypeError, ImportError, ...: of the libraries.
     """
     if args.fsdp and args.world_size == 1:
         raise UserError("training.fsdp: needs several processes; start the stage with torchrun --nproc-per-node N")
-    rows = args.per_device_train_batch_size * args.world_size
-    if args.dataloader_drop_last and num_rows < rows:
-        raise UserError(f"training.dataloader_drop_last=true: all {num_rows} rows would be dropped; a batch has {rows}")
     DataLoader(
         range(num_rows),
         num_workers=args.dataloader_num_workers,

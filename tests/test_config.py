@@ -136,7 +136,7 @@ def test_group_file_can_be_chosen(group, choice):
         if isinstance(value, int | float | str) and "${" not in str(value)
     ]
     assert all(same)
-    assert same or choice in ("from_run", "tofu-cpu", "tofu-forget05", "grad_ascent", "retain_only")
+    assert same or choice in ("from_run", "tofu-cpu", "tofu-forget05", "grad_ascent", "retain_finetuning")
 
 
 @pytest.mark.parametrize("recipe", ["unlearn-muse-news", "PMC-unlearn-muse-news"])
@@ -273,7 +273,12 @@ def test_a_comment_begins_with_the_key_s_description(file):
     pairs = described(file)
     as_comments = [(key, f"{comment};", f"{text.removesuffix('.')};") for key, comment, text in pairs]
     assert [key for key, comment, text in as_comments if not comment.lower().startswith(text.lower())] == []
-    assert pairs or file in ("finetune.yaml", "unlearn.yaml", "method/grad_ascent.yaml", "method/retain_only.yaml")
+    assert pairs or file in (
+        "finetune.yaml",
+        "unlearn.yaml",
+        "method/grad_ascent.yaml",
+        "method/retain_finetuning.yaml",
+    )
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))

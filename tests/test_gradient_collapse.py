@@ -128,6 +128,9 @@ def test_a_resumed_run_ends_as_the_whole_one(learned, prompts, tmp_path):
 
 
 def test_what_has_no_whole_gradients_is_refused(learned, prompts, tmp_path):
+    with pytest.raises(UserError, match=r"method.collapsed_components=5: .*=\{use_reentrant: true\}; set it to false"):
+        more = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+        make_trainer(learned, prompts, tmp_path, **more)
     with_adapter = add_adapter(copy.deepcopy(learned), LoraSettings(r=2, alpha=4))
     with pytest.raises(UserError, match=r"method.collapsed_components=5: .* leave out model.lora"):
         make_trainer(with_adapter, prompts, tmp_path)

@@ -57,7 +57,7 @@ def test_readme_s_figures_are_the_boards():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     assert {name for name, *_ in rows} >= {"PMC", "PMC-relabeling", "PMC-contrast"}
     for name, *cells in rows:
-        # RetainOnly: an earlier version's. Of several boards the one with the most seeds.
+        # RetainFinetuning: an earlier version's. Of several boards the one with the most seeds.
         boards = [tiny] + sorted((board for board in smollm2 if name in board), key=lambda board: -len(board[name]))[:1]
         scores = [
             generator.cell(score, [float(run[score]) for run in board[name]], 1)

@@ -20,14 +20,16 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from transformers import Trainer
 
 from common.collate import IGNORED
-from common.config import LoraSettings, NewModelConfig
+from common.config import LoraSettings, NewModelConfig, PromptConfig
 from common.errors import UserError
 from common.files import CONFIGS
 from common.model import add_adapter
 from common.new_model import new_model
+from common.prompts import PromptFormat
 from common.rouge import rouge_l_recall
 from common.training_arguments import check_deepspeed
 from tests.helpers import ROWS, Plain, arguments, log_softmax, resumed_and_whole, run_stage
+from unlearning.dual_variable import mean_retain_loss
 from unlearning.methods.altpo import AltPO
 from unlearning.methods.refusals import read_refusals
 from unlearning.methods.rmu import RMUSettings, steered_layers, trained_parameters
@@ -120,7 +122,7 @@ def cross_entropy(model, examples):
 
 def by_hand(name, now, before, forget, retain, s):
     """forget loss and retain loss by the formulas of the papers."""
-    if name == "retain_only":
+    if name == "retain_finetuning":
         return 0.0, cross_entropy(now, retain)
     ascent = -cross_entropy(now, forget)
     kept = cross_entropy(now, retain) if retain else 0.0
@@ -207,7 +209,7 @@ def test_the_loss_is_that_of_the_paper(name, learned, prompts, tmp_path):
     now, before = Plain(trainer.model), Plain(learned)
     loss, forget, retain = loss_of_step(trainer)
     assert len({len(ids) for ids, _ in [*forget, *retain]}) > 1
-    gamma, weight = {"grad_ascent": (1, 0), "shred": (1, 0), "retain_only": (0, 1)}.get(name, (0.7, 1.9))
+    gamma, weight = {"grad_ascent": (1, 0), "shred": (1, 0), "retain_finetuning": (0, 1)}.get(name, (0.7, 1.9))
     s = SimpleNamespace(**vars(trainer.settings), refusal_ids=getattr(trainer, "refusal_ids", None))
     forget_loss, retain_loss = by_hand(name, now, before, forget, retain, s)
     assert loss.item() == pytest.approx(gamma * forget_loss + weight * retain_loss, rel=1e-4, abs=1e-5)
@@ -286,7 +288,7 @@ def likelihood(model, prompts, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in OTHERS if name not in ("retain_only", "undo", "grpo")])
+@pytest.mark.parametrize("name", [name for name in OTHERS if name not in ("retain_finetuning", "undo", "grpo")])
 def test_a_few_steps_make_the_forget_answers_less_likely(name, learned, prompts, tmp_path):
     trainer = make(
         name,
@@ -313,7 +315,7 @@ def test_the_retain_loss_makes_the_retain_answers_likelier(name, learned, prompt
         trainer.train()
         return likelihood(trainer.model, prompts, ROWS[4:])
 
-    without = likelihood(learned, prompts, ROWS[4:]) if name == "retain_only" else trained(0.0)
+    without = likelihood(learned, prompts, ROWS[4:]) if name == "retain_finetuning" else trained(0.0)
     assert trained(10.0) > without + 0.01
 
 
@@ -359,6 +361,21 @@ def test_the_dual_variable_follows_the_retain_loss(name, learned, prompts, tmp_p
     assert weight != 1.0
 
 
+def test_the_bound_of_the_retain_loss_has_the_noise_of_training(learned, prompts, tmp_path):
+    """The model does not change, so its retain loss keeps the bound, and the weight falls."""
+    settings = {"lambda_unlearning": "auto", "retain_tolerance": 0.5}
+    training = {"learning_rate": 0.0, "neftune_noise_alpha": 5.0, "max_steps": 4, "num_train_epochs": 4}
+    trainer = make("grad_diff", learned, prompts, tmp_path, ROWS[:4], settings=settings, **training)
+    random_state = torch.get_rng_state()
+    mean_retain_loss(trainer)
+    assert torch.equal(torch.get_rng_state(), random_state), "later random numbers do not depend on it"
+    trainer.train()
+    assert np.mean([record["retain_loss"] for record in trainer.history]) == pytest.approx(
+        trainer.dual.bound / 1.5, rel=0.3
+    )
+    assert trainer.dual.value < 1
+
+
 def test_a_weight_of_0_rises_again_when_the_retain_loss_is_above_its_bound(learned, prompts, tmp_path):
     settings = {"lambda_unlearning": "auto"}
     trainer = make("grad_diff", learned, prompts, tmp_path, ROWS[:4], settings=settings, learning_rate=1e-3)
@@ -387,17 +404,33 @@ def test_the_refusal_of_jensun_does_not_depend_on_the_first_question(learned, pr
     assert trainer.refusal_ids == prompts.answer("I have no idea")[:-1] and len(trainer.refusal_ids) > 1
 
 
+def test_jensun_repeats_the_refusal_but_not_the_tag_of_an_answer(learned, tokenizer, tmp_path):
+    prompts = PromptFormat(tokenizer, PromptConfig("plain", answer="Answer: {answer}"))
+    trainer = make("jensun", learned, prompts, tmp_path, ROWS[:1], settings={"refusal": "No idea"})
+    tag, refusal = trainer.tag_ids, trainer.refusal_ids
+    assert tag and tokenizer.decode(tag).startswith("Answer") and tokenizer.decode(refusal).strip() == "No idea"
+    moved(trainer)
+    example = trainer.example(ROWS[0])
+    p = np.exp(log_softmax(Plain(trainer.model).logits((example.prompt + example.answer, len(example.prompt)))[0]))
+    target = np.zeros_like(p)
+    for position, token in zip(range(len(p)), [*tag, *(refusal * 40)], strict=False):
+        target[position, token] = 1
+    expected = np.mean([jensen_shannon(*pair) for pair in zip(p, target, strict=True)])
+    trainer.settings = replace(trainer.settings, lambda_unlearning=0.0)
+    assert loss_of_step(trainer, ROWS[:1])[0].item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_answers_that_ce_u_would_not_train_on_are_named(learned, prompts, tmp_path, caplog):
     lengths = sorted(len(prompts.answer(row.answer)) - 1 for row in ROWS[:4])
     make("ceu", learned, prompts, tmp_path, ROWS[:4], settings={"skip_tokens": lengths[0]})
-    assert f"method.skip_tokens={lengths[0]}: 1 of 4 forget answers have no more tokens" in caplog.text
+    assert f"method.skip_tokens={lengths[0]}: 1 of 4 forget answers have no token left to train on" in caplog.text
     with pytest.raises(UserError, match=f"method.skip_tokens={lengths[-1]}: no forget answer has more tokens"):
         make("ceu", learned, prompts, tmp_path, ROWS[:4], settings={"skip_tokens": lengths[-1]})
 
 
 @pytest.mark.parametrize("name", ["kl_min", "rmu", "jensun", "undo"])
 def test_a_bound_relative_to_a_loss_of_0_is_refused(name, learned, prompts, tmp_path):
-    with pytest.raises(UserError, match="method.lambda_unlearning=auto: .* has another retain loss"):
+    with pytest.raises(UserError, match="method.lambda_unlearning=auto: .* has a retain loss other than"):
         make(name, learned, prompts, tmp_path, settings={"lambda_unlearning": "auto"})
 
 
@@ -742,7 +775,7 @@ def test_every_method_runs_end_to_end(models_dir):
         assert 0 < result["scores"]["utility"] <= 100, name
         (record,) = map(json.loads, (folder / "history.jsonl").read_text().splitlines())
         losses = {"collapse_loss" if name == "pmc" else "forget_loss", "retain_loss"}
-        without = {"grad_ascent": {"retain_loss"}, "shred": {"retain_loss"}, "retain_only": {"forget_loss"}}
+        without = {"grad_ascent": {"retain_loss"}, "shred": {"retain_loss"}, "retain_finetuning": {"forget_loss"}}
         losses -= without.get(name, set())
         assert {key for key in record if key.endswith("_loss")} == losses, name
         assert all(math.isfinite(value) for value in record.values()), name

@@ -84,8 +84,8 @@ def check(cfg: DictConfig, arguments: bool) -> None:
         ("training.dataloader_num_workers=-1", "training.dataloader_num_workers=-1: expected int, at least 0"),
         ("training.dataloader_persistent_workers=true", "training: persistent_workers option needs num_workers > 0"),
         (
-            "training.dataloader_drop_last=true training.per_device_train_batch_size=64",
-            "training.dataloader_drop_last=true: all 30 rows would be dropped; a batch has 64",
+            "training.dataloader_drop_last=true",
+            "training.dataloader_drop_last: the rows of the last batch would not be",
         ),
         ("training.use_liger_kernel=true", "training.use_liger_kernel=True: is not installed"),
         (

@@ -14,7 +14,7 @@ from tests.helpers import ROWS, arguments, gradients_of_one_step, make_trainer, 
 from unlearning import relabeling
 from unlearning.pmc import PMC
 from unlearning.pmc_options import PMCSettings
-from unlearning.relabeling import common_words, in_own_words, relabel, second_choice, second_choices
+from unlearning.relabeling import common_words, in_distinctive_words, relabel, second_choice, second_choices
 from unlearning.trainer import UnlearningData
 
 
@@ -50,7 +50,9 @@ def test_the_tokens_of_words_that_are_not_known(pieces, expected):
     def text(ids):
         return "".join(pieces[index] for index in ids)
 
-    assert in_own_words(text, range(len(pieces)), {"basil", "mahfouz", "wa", "was", "a"}) == list(map(bool, expected))
+    assert in_distinctive_words(text, range(len(pieces)), {"basil", "mahfouz", "wa", "was", "a"}) == list(
+        map(bool, expected)
+    )
 
 
 def test_the_first_bytes_of_a_character_belong_to_its_word():
@@ -61,12 +63,15 @@ def test_the_first_bytes_of_a_character_belong_to_its_word():
         return bytes(ids).decode(errors="replace")
 
     with use_words("unicode"):
-        flags = in_own_words(text, answer, {"zoë"})
+        flags = in_distinctive_words(text, answer, {"zoë"})
     assert flags == [False] * len("Zoë, ".encode()) + [True] * len("台北".encode())
 
 
 def test_a_known_word_is_known_with_another_ending():
-    assert in_own_words(lambda ids: "".join("answers"[index] for index in ids), range(7), {"answer"}) == [False] * 7
+    assert (
+        in_distinctive_words(lambda ids: "".join("answers"[index] for index in ids), range(7), {"answer"})
+        == [False] * 7
+    )
 
 
 def everything(examples):
@@ -142,7 +147,7 @@ def test_the_first_bytes_of_a_character_spell_no_other_word():
 
 
 def test_a_token_whose_likeliest_others_spell_the_same_word_has_no_label(memorized, prompts, monkeypatch):
-    monkeypatch.setattr(relabeling, "TRIED", 1)
+    monkeypatch.setattr(relabeling, "NUM_CANDIDATES", 1)
     example = prompts.example(ROWS[0], 64)  # known by heart: the likeliest tokens are the answer's own
     (labels,) = second_choices(memorized, [example], everything([example]), prompts.text, batch_size=1)
     assert set(labels) == {IGNORED}

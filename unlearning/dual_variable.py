@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from common.collate import collate
-from common.forward import evaluation_mode
+from common.forward import training_mode
 from common.losses import answer_losses
 
 if TYPE_CHECKING:
@@ -66,11 +66,15 @@ class DualVariable(TrainerCallback):
 
 @torch.no_grad()
 def mean_retain_loss(trainer: "UnlearningTrainer") -> float:
-    """Cross-entropy of all retain answers under the present model, the mean over tokens, in nats."""
+    """Cross-entropy of all retain answers under the present model, the mean over tokens, in nats.
+
+    With dropout and noise (NEFTune) as in training: without them it would be lower than the steps' losses from the start.
+    """
     examples = sorted(trainer.retain_examples, key=len)
     size = 2 * trainer.args.per_device_train_batch_size  # the rows of a training pass
     total = tokens = 0.0
-    with evaluation_mode(trainer.model):
+    devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+    with training_mode(trainer.model), torch.random.fork_rng(devices):
         for start in range(0, len(examples), size):
             losses, _ = answer_losses(trainer.model, trainer._prepare_inputs(collate(examples[start : start + size])))
             total, tokens = total + losses.double().sum().item(), tokens + len(losses)

@@ -3,8 +3,8 @@
     gradient of a matrix = collapse(gradient of gamma * forget loss) + gradient of lambda_unlearning * retain loss
     collapse(G): with G = U diag(s) V', each of the k largest singular values s_i becomes s_k^2 / s_i
 
-The largest components are directions that the forget rows share with all text: changing them harms what is to be kept and
-is soon undone by finetuning. The forget loss, of any method, changes the matrices of the MLPs alone. The formula and the
+The largest components are directions that the forget rows share with all text: changing them damages what is to be retained
+and is soon undone by finetuning. The forget loss, of any method, changes the matrices of the MLPs alone. The formula and the
 choice of matrices are those of src/trainer/unlearn/repselect_simple.py in filyp/RepSelect: dividing by s_i / s_k on the
 side of the inputs and on that of the outputs of a matrix ("soft" collapse, as in the paper's runs). That code takes the
 gradient once, of a model with an adapter that was trained on the forget rows, and adds it with plain SGD and no retain
@@ -35,8 +35,8 @@ class GradientCollapse:
         trainer: the trainer whose forget loss is collapsed.
         components: number of collapsed components, above 0.
     Raises:
-        UserError: with an adapter, sharded weights or float16, or for a model without matrices in MLPs, or with several in
-            one parameter.
+        UserError: with an adapter, sharded weights, float16 or reentrant checkpoints, or for a model without matrices in
+            MLPs, or with several in one parameter.
     """
 
     def __init__(self, trainer: "UnlearningTrainer", components: int):
@@ -45,6 +45,12 @@ class GradientCollapse:
             raise UserError(f"{key}: the components are those of whole weight matrices; leave out model.lora")
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise UserError(f"{key}: needs whole gradients in every process; leave out FSDP and DeepSpeed")
+        checkpointing = trainer.args.gradient_checkpointing and trainer.args.gradient_checkpointing_kwargs
+        if checkpointing and checkpointing.get("use_reentrant"):
+            raise UserError(
+                f"{key}: the gradient of the forget loss alone would be 0 with training.gradient_checkpointing_kwargs="
+                "{use_reentrant: true}; set it to false"
+            )
         if trainer.args.fp16:
             raise UserError(f"{key}: the gradients of training.fp16=true are scaled; use training.bf16=true")
         named = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]

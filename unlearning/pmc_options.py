@@ -47,9 +47,9 @@ class PMCSettings(OwnAnswerSettings):
     contrast_beta: PositiveFloat = 1.0
     """The larger, the earlier the contrast loss fades: its gradient is halved where the mean NLL per token is 1.1 / beta."""
     relabeling_weight: NonNegativeFloat = 0.0
-    """Weight of a loss that teaches, for each token of an initial response's own words, the likeliest token of the model
-    before unlearning that does not spell the same word; own words are neither in the question nor in more than a tenth of the
-    retain answers; 0: off."""
+    """Weight of a loss that teaches, for each token of an initial response's distinctive words, the likeliest token of the
+    model before unlearning that does not spell the same word; distinctive words are neither in the question nor in more
+    than a tenth of the retain answers; 0: off."""
     early_stopping: bool = True
     """Stop samples that can no longer be selected; only for rewards that never rise as a sample grows,
     and with selection_temperature=0."""
@@ -171,7 +171,9 @@ class InitialResponseLosses:
 
 
 class StalledTemperature:
-    """Multiplies the temperature of a stalled question: one whose samples all equal its initial response.
+    """Multiplies the temperature of a stalled question: one whose samples, and the best so far, all have the reward 0.
+
+    They are the initial response then, or with `min_len` empty.
 
     Attributes:
         multipliers: by row index; 1, or missing, for questions that are not stalled.

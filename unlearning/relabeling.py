@@ -1,8 +1,8 @@
-"""Relabeling: a loss of PMC that teaches second choices in place of an initial response's own words.
+"""Relabeling: a loss of PMC that teaches second choices in place of an initial response's distinctive words.
 
-Own words are those that neither the question nor many retain answers have: a name, a date, a title. The label of each of their
-tokens is the likeliest token that does not spell the same word, under the model before unlearning, given the question and the
-response up to there. The other tokens have no label. Labels are computed once, before training.
+Distinctive words are those that neither the question nor many retain answers have: a name, a date, a title. The label of
+each of their tokens is the likeliest token that does not spell the same word, under the model before unlearning, given the
+question and the response up to there. The other tokens have no label. Labels are computed once, before training.
 The forget answers of the data set are not read. `method.relabeling_weight` of `unlearning.pmc` is the loss's weight.
 """
 
@@ -24,8 +24,8 @@ from common.prompts import Example
 from common.rouge import rouge_tokens, use_words
 from unlearning.rewards import letters_and_digits
 
-COMMON = 0.1  # words in a larger fraction of the retain answers are common, such as "the" or "author"
-TRIED = 50  # likeliest tokens among which a second choice is looked for
+COMMON_FRACTION = 0.1  # words in a larger fraction of the retain answers are common, such as "the" or "author"
+NUM_CANDIDATES = 50  # likeliest tokens among which a second choice is looked for
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the first bytes of a character are decoded to
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def relabel(
     text: Callable[[Sequence[int]], str],
     batch_size: int,
 ) -> list[Example]:
-    """The initial responses with labels: the second choices for the tokens of their own words, IGNORED for the others.
+    """The initial responses with labels: the second choices for the tokens of their distinctive words, IGNORED for the others.
 
     Args:
         model: the model before unlearning.
@@ -50,19 +50,19 @@ def relabel(
         text: the text of an answer's token ids (`common.prompts.PromptFormat.text`).
         batch_size: examples of a forward pass.
     Raises:
-        UserError: if no initial response has a word of its own.
+        UserError: if no initial response has a distinctive word.
     """
     common = common_words(retain)
-    own = [
-        in_own_words(text, example.answer, common | set(rouge_tokens(row.question)))
+    distinctive = [
+        in_distinctive_words(text, example.answer, common | set(rouge_tokens(row.question)))
         for row, example in zip(rows, initial, strict=True)
     ]
-    labels = second_choices(model, initial, own, text, batch_size)
+    labels = second_choices(model, initial, distinctive, text, batch_size)
     numbers = [sum(label != IGNORED for label in of_answer) for of_answer in labels]
     if without := numbers.count(0):
         message = (
             f"for {without} of {len(rows)} questions every word of the initial response is in the question or in more than "
-            f"{COMMON:.0%} of the retain answers, or has no second choice"
+            f"{COMMON_FRACTION:.0%} of the retain answers, or has no second choice"
         )
         if without == len(rows):
             raise UserError(f"method.relabeling_weight: {message}, so there is nothing to relabel; set it to 0")
@@ -74,10 +74,12 @@ def relabel(
 def common_words(retain: Sequence[Row]) -> set[str]:
     """The words, as ROUGE compares them, of at least two retain answers and of more than a tenth of them."""
     counts = Counter(word for row in retain for word in set(rouge_tokens(row.answer)))
-    return {word for word, count in counts.items() if count > max(1, COMMON * len(retain))}
+    return {word for word, count in counts.items() if count > max(1, COMMON_FRACTION * len(retain))}
 
 
-def in_own_words(text: Callable[[Sequence[int]], str], answer: Sequence[int], known: Collection[str]) -> list[bool]:
+def in_distinctive_words(
+    text: Callable[[Sequence[int]], str], answer: Sequence[int], known: Collection[str]
+) -> list[bool]:
     """For each token of an answer whether it is part of a word that is not among the known ones.
 
     Args:
@@ -85,7 +87,7 @@ def in_own_words(text: Callable[[Sequence[int]], str], answer: Sequence[int], kn
         answer: token ids.
         known: words as `rouge_tokens` returns them.
     """
-    is_own = [word not in known for word in rouge_tokens(text(answer))]
+    is_distinctive = [word not in known for word in rouge_tokens(text(answer))]
     flags, before = [], ()
     for end in range(1, len(answer) + 1):
         beginning = text(answer[:end])
@@ -94,7 +96,7 @@ def in_own_words(text: Callable[[Sequence[int]], str], answer: Sequence[int], kn
         # Without stems the words of a beginning are those of the whole text, but for the last one, which may be incomplete.
         words = rouge_tokens(beginning, stemmed=False)
         unchanged = len(os.path.commonprefix([before, words]))
-        flags += [any(is_own[unchanged : len(words)])] * (end - len(flags))
+        flags += [any(is_distinctive[unchanged : len(words)])] * (end - len(flags))
         before = words
     return flags
 
@@ -108,14 +110,15 @@ def second_choices(
 ) -> list[list[int]]:
     """For each wanted token of each answer the likeliest token in its place that does not spell the same word.
 
-    IGNORED for tokens that are not wanted, and where the TRIED likeliest tokens all spell the same word or no text at all.
+    IGNORED for tokens that are not wanted, and where the NUM_CANDIDATES likeliest tokens all spell the same word or no text
+    at all.
     """
     labels = [[IGNORED] * len(example.answer) for example in examples]
     with torch.no_grad(), evaluation_mode(model):
         for indices in batches_by_length(list(map(len, examples)), batch_size):
             batch = collate([examples[index] for index in indices])
             logits, _, _ = answer_logits(model, {name: ids.to(model.device) for name, ids in batch.items()})
-            likeliest = iter(logits.topk(min(TRIED, logits.shape[1])).indices.tolist())
+            likeliest = iter(logits.topk(min(NUM_CANDIDATES, logits.shape[1])).indices.tolist())
             for index in indices:
                 answer = examples[index].answer
                 for position, is_wanted in enumerate(wanted[index]):

@@ -12,7 +12,7 @@ class Candidate:
     """A sample that a question may be trained on.
 
     Attributes:
-        reward: in [0, 1]; 1: no word of the initial response is left.
+        reward: in [0, 1]; 1: nothing in common with the initial response.
         answer: token ids.
         penalty: fluency penalty, 0 or more (`unlearning.pmc_options.FluencyPenalty`).
     """

@@ -120,7 +120,7 @@ class UnlearningTrainer(ResumableTrainer):
             return None
         if type(self).retain_loss is not UnlearningTrainer.retain_loss:
             raise UserError(
-                f"method.lambda_unlearning=auto: {type(self).__name__} has another retain loss than the cross-entropy; it is 0 "
+                f"method.lambda_unlearning=auto: {type(self).__name__} has a retain loss other than the cross-entropy; it is 0 "
                 "before unlearning, so no bound can be set relative to it. Give it a number"
             )
         dual = DualVariable(self)
@@ -271,7 +271,7 @@ def collate_pairs(
     `weights` has the weight of each example.
     """
     micro_batches = []
-    by_length = [sort_into_micro_batches(groups, sizes, longest) for groups in (forget, retain)]
+    by_length = [sort_into_micro_batches(groups, sizes, max_length_of) for groups in (forget, retain)]
     for forget_groups, retain_groups in zip(*by_length, strict=True):
         forget_examples = list(chain.from_iterable(zip(*forget_groups, strict=True)))
         retain_examples = list(chain.from_iterable(retain_groups))
@@ -283,7 +283,7 @@ def collate_pairs(
     return micro_batches
 
 
-def longest(examples: tuple[Example, ...]) -> int:
+def max_length_of(examples: tuple[Example, ...]) -> int:
     return max(map(len, examples), default=0)
 
 

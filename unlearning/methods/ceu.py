@@ -49,7 +49,9 @@ class CEU(UnlearningTrainer):
         if short == rows:
             raise UserError(f"method.skip_tokens={skipped}: no forget answer has more tokens; use fewer")
         if short:
-            log.warning("method.skip_tokens=%d: %d of %d forget answers have no more tokens", skipped, short, rows)
+            log.warning(
+                "method.skip_tokens=%d: %d of %d forget answers have no token left to train on", skipped, short, rows
+            )
 
     def forget_examples(self, rows: list[Row]) -> list[Example]:
         examples = super().forget_examples(rows)

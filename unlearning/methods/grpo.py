@@ -5,7 +5,7 @@ unlike the initial response a sample is (`unlearning.rewards`). With the mean an
 rewards:
 
     advantage = (reward - mean) / (standard deviation + 1e-4)
-    forget loss = -(advantage * pi / pi_sampled) + kl_weight * KL(pi || pi0), the mean over the group's tokens
+    forget loss = -(advantage * pi / pi_sampled) + kl_weight * KL(pi || pi0), the mean over all tokens of the step's groups
     KL = pi0/pi - log(pi0/pi) - 1 of a sampled token, the estimator of arXiv 2402.03300
 
 The answers were sampled from pi_sampled. Every batch of samples is trained on once, in one optimizer step. So the ratio
@@ -16,7 +16,7 @@ refusals, and against words that are forbidden. Here no forget answer is read. T
 
 RULE begins with rejection steering, training on refusals, since a model that never refuses cannot find a refusal. Here
 `num_refusals` answers of each group are refusals, with reward and advantage like those of samples. They are not drawn
-from the model, so theirs is no policy gradient. This mixture is ours.
+from the model, so theirs is no policy gradient, and on their tokens the KL estimator has a bias. This mixture is ours.
 
     python unlearning/main.py -cd=configs -cn=unlearn-tiny method=grpo
 """
@@ -72,7 +72,7 @@ class GRPOSettings(RefusalSettings, OwnAnswerSettings):
 
 
 class GRPO(OwnAnswerTrainer):
-    """Makes samples likelier that have a higher reward than the others of their group, and the others unlikelier."""
+    """Raises the probability of samples whose reward is above the mean of their group, and lowers that of the others."""
 
     Settings = GRPOSettings
     logged_terms = ("forget_kl",)

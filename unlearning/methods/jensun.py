@@ -4,8 +4,9 @@
     retain loss = JSD(pi, pi0), the mean over the retain answer's tokens
 
 The model reads the forget answer. Its t-th token is to be predicted as the t-th token of the refusal, which is repeated to
-the length of the answer. (src/trainer/utils.py of nmndeep/JensUn-Unlearning gives every token of the refusal a probability
-of 1 at every position, which is no distribution; the paper's formula is used here.)
+the length of the answer, after what `model.prompt.answer` puts before an answer. (src/trainer/utils.py of
+nmndeep/JensUn-Unlearning gives every token of the refusal a probability of 1 at every position, which is no distribution;
+the paper's formula is used here.)
 
     python unlearning/main.py -cd=configs -cn=unlearn-tiny method=jensun
 """
@@ -17,6 +18,7 @@ import torch
 
 from common.config import section
 from common.errors import UserError
+from common.prompts import Example
 from unlearning.token_losses import TokenLosses
 from unlearning.trainer import MethodSettings, UnlearningTrainer
 
@@ -31,6 +33,7 @@ class JensUn(UnlearningTrainer):
     """Makes the model predict a refusal where it predicted the forget answers, and keeps its retain distributions.
 
     Attributes:
+        tag_ids: token ids of what stands before each answer ("Answer: "); most prompts have none.
         refusal_ids: token ids of the refusal, without an EOS token.
     Raises:
         UserError: when the refusal has no tokens.
@@ -42,13 +45,17 @@ class JensUn(UnlearningTrainer):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.refusal_ids = self.data.prompts.answer(self.settings.refusal)[:-1]
+        prompts = self.data.prompts
+        refusal = prompts.without_tag(Example([], prompts.answer(self.settings.refusal)[:-1]))
+        self.tag_ids, self.refusal_ids = refusal.prompt, refusal.answer
         if not self.settings.refusal.strip() or not self.refusal_ids:
             raise UserError(f"method.refusal={self.settings.refusal!r}: it has no tokens; give it a text")
 
     def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
-        refusal = torch.tensor(self.refusal_ids, device=forget.targets.device)
-        targets = refusal[forget.positions_in_answer % len(refusal)]
+        expected = torch.tensor(self.tag_ids + self.refusal_ids, device=forget.targets.device)
+        positions, tag = forget.positions_in_answer, len(self.tag_ids)
+        repeated = tag + (positions - tag) % len(self.refusal_ids)
+        targets = expected[torch.where(positions < tag, positions, repeated)]
         log_p = forget.log_probs.gather(1, targets[:, None])[:, 0]
         return forget.mean_over_tokens(divergence_from_one_hot(log_p))
 

@@ -6,7 +6,8 @@
 The weight of the retain loss is the dual variable of the constraint (`unlearning.dual_variable`). The loss is that of
 src/trainer/unlearn/pdu.py in locuslab/open-unlearning, which takes its mean over the prompts and the padding, too. It is
 hundreds of times a cross-entropy, so `gamma` and `dual_step_size` are small: their ratio is that of the authors' run on TOFU.
-That run starts with a weight of 100, keeps it for five epochs, and bounds the retain loss by a fixed 0.3, as is not done here.
+That run starts with a weight of 100, keeps it for five epochs, and bounds the retain loss by a fixed 0.3; here
+the weight starts at 1 and rises from the first step, and the bound is relative to the loss before unlearning.
 
     python unlearning/main.py -cd=configs -cn=unlearn-tiny method=pdu
 """

@@ -7,7 +7,7 @@ The weights of a model that was unlearned often still have what its answers no l
     loss = gamma * KL(pi0 || pi) on own answers to forget questions + lambda_unlearning * KL(pi0 || pi) on retain answers
 
 The noise is Xavier uniform for matrices and 0 for vectors, as in the authors' code. Both losses are means over tokens.
-The authors distill on pretraining text, half of it with what is to be forgotten, until the loss on the other half is
+The authors distill on pretraining text, half of it from the domain to be forgotten, until the loss on the other half is
 within 5% of that of pi0. Here the number of epochs is set, and in place of the forget answers, which are not read, the
 unlearned model's own greedy answers are trained on: at the tokens of the true answers pi0 may still predict them. Retain
 rows are far less than pretraining text, so what neither they nor the forget questions ask about is lost where alpha is

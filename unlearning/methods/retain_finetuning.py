@@ -1,12 +1,12 @@
-"""Retain-only finetuning: loss = CE(retain), the baseline that shows the effect of the retain rows by themselves.
+"""Finetuning on retain rows: loss = CE(retain), the baseline that shows the effect of the retain rows by themselves.
 
-python unlearning/main.py -cd=configs -cn=unlearn-tiny method=retain_only
+python unlearning/main.py -cd=configs -cn=unlearn-tiny method=retain_finetuning
 """
 
 from unlearning.trainer import NoSettings, UnlearningTrainer
 
 
-class RetainOnly(UnlearningTrainer):
+class RetainFinetuning(UnlearningTrainer):
     """Trains on the retain rows that another method would pair with its forget rows, and on nothing else."""
 
     Settings = NoSettings
