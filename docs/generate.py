@@ -1,7 +1,9 @@
-"""Write docs/_generated/*.md: settings, methods and metrics from the code, leaderboards from the results in docs/leaderboard.
+"""Write the generated parts of docs/*.md: settings, methods and metrics from the code, leaderboards from docs/leaderboard.
 
     python docs/generate.py
 
+A generated part stands between two comments, `<!-- generated: NAME -->` and `<!-- end: NAME -->`, and is part of the
+repository, so that a page can be read without building the site. A test checks that it is up to date.
 `settings_fields` reads a settings class, `described_scores` a metric file, `results_by_name` a file of results; everything else
 here is Markdown.
 """
@@ -32,6 +34,7 @@ from common.files import CONFIGS, write_text
 from evaluation.metrics import registry
 from evaluation.tables import COLUMNS, cell
 
+DOCS = Path(__file__).resolve().parent
 REQUIRED = "required"
 
 
@@ -272,14 +275,31 @@ def leaderboard_page(path: Path) -> str:
     return table(["method", "seeds", *columns], lines) + f"\nThe settings of each method:\n\n{commands}"
 
 
-def write_pages(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    pages = {"configuration": configuration_page(), "methods": methods_page(), "metrics": metrics_page()}
-    for path in sorted((folder.parent / "leaderboard").glob("*.csv")):
-        pages[f"leaderboard-{path.stem}"] = leaderboard_page(path)
-    for name, page in pages.items():
-        write_text(folder / f"{name}.md", page)
+def generated_parts() -> dict[str, str]:
+    """Name -> Markdown of each generated part."""
+    parts = {"configuration": configuration_page(), "methods": methods_page(), "metrics": metrics_page()}
+    for path in sorted((DOCS / "leaderboard").glob("*.csv")):
+        parts[f"leaderboard-{path.stem}"] = leaderboard_page(path)
+    return parts
+
+
+def with_parts(text: str, parts: dict[str, str]) -> str:
+    """The text of a page with its generated parts replaced."""
+
+    def part(match: re.Match) -> str:
+        name = match["name"]
+        return f"<!-- generated: {name} -->\n\n{parts[name].strip()}\n\n<!-- end: {name} -->"
+
+    return re.sub(r"<!-- generated: (?P<name>\S+) -->.*?<!-- end: (?P=name) -->", part, text, flags=re.DOTALL)
+
+
+def write_pages() -> None:
+    parts = generated_parts()
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if (new := with_parts(text, parts)) != text:
+            write_text(page, new)
 
 
 if __name__ == "__main__":
-    write_pages(Path(__file__).resolve().parent / "_generated")
+    write_pages()

@@ -50,7 +50,7 @@ def test_the_stored_outputs_are_those_of_the_demo():
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.delenv("PMC_ROOT", raising=False)
-    ignored = shutil.ignore_patterns("models", ".*", "__pycache__", "_build", "_generated", "shared")
+    ignored = shutil.ignore_patterns("models", ".*", "__pycache__", "_build", "shared")
     shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored, symlinks=True)
     for recipe in ("pretrain-tiny", "tiny", "PMC-unlearn-tiny"):  # a fifth of the epochs: the stored outputs are whole
         path = tmp_path / "copy/configs" / f"{recipe}.yaml"

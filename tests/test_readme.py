@@ -241,6 +241,15 @@ def test_settings_are_read_from_sections(generate):
     assert generate.settings_fields(Child)[-1].nested is Parent
 
 
+def test_the_generated_parts_of_the_pages_are_up_to_date(generate):
+    parts, found = generate.generated_parts(), []
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        found += re.findall(r"<!-- generated: (\S+) -->", text)
+        assert generate.with_parts(text, parts) == text, f"{page.name}: run python docs/generate.py"
+    assert sorted(found) == sorted(parts)
+
+
 def test_every_setting_of_the_generated_pages_is_described(generate):
     pages = {name: getattr(generate, f"{name}_page")() for name in ("configuration", "methods", "metrics")}
     for name, page in pages.items():
