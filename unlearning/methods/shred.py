@@ -25,7 +25,7 @@ class SHREDSettings:
     forget_fraction: Fraction = 0.5
     """Fraction of each answer's tokens that are forgotten, rounded up: those least likely before unlearning."""
     beta: NonNegativeFloat = 10.0
-    """Amount subtracted from the true token's logit at these."""
+    """Amount subtracted from the logit of those tokens."""
     top_k: PositiveInt = 50
     """Only the k highest logits of the model before unlearning are distilled."""
 
