@@ -125,6 +125,8 @@ def user_message(error: Exception, program: str = "") -> str | None:
         return f"\nError: {_explain_missing(error, program)}"
     if isinstance(error, OverrideParseException):
         return f"\nError: {_explain_syntax(error)}"
+    if isinstance(error, ValueError) and str(error).startswith("Only one of --"):  # Hydra's
+        return "\nError: --cfg, --info, --run and --multirun (-m) exclude each other; --cfg job shows one run: leave out -m"
     return f"\nError: {_explain_override(str(error))}" if isinstance(error, HydraException) else None
 
 

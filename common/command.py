@@ -1,15 +1,48 @@
-"""The command that made a run, for its result.json and its model card."""
+"""The command that made a run, for its result.json and its model card, and the one that makes a missing checkpoint."""
 
+import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from common.cli import allow_new_key
-from common.files import CONFIGS
+from common.errors import UserError
+from common.files import CONFIGS, ROOT, looks_local, resolve_path
+from common.recipes import recipes_of
 from common.redaction import without_local_paths, without_secrets
 from common.runs import settings_of_the_result, with_portable_paths
+
+# Folder of a stage's models in models_dir -> the program that creates them.
+PROGRAMS = {"finetuned": "finetuning/main.py", "unlearned": "unlearning/main.py"}
+
+
+def resolve_checkpoint(path: str, key: str) -> str:
+    """`resolve_path` of a checkpoint's folder or hub id.
+
+    Raises:
+        UserError: names the key, if the path is meant as a local folder and does not exist.
+    """
+    resolved = resolve_path(path)
+    if looks_local(path) and not Path(resolved).exists():
+        command = command_that_makes(path)
+        raise UserError(f"{key}={path}: no such folder{f'; make it with: {command}' if command else ''}")
+    return resolved
+
+
+def command_that_makes(path: str, overrides: Sequence[str] = ()) -> str | None:
+    """The command that creates the folder <models_dir>/<stage>/<recipe>/seed-<seed> of a model, with these overrides.
+
+    None for a path of another form, or if configs/ has no such recipe of the stage.
+    """
+    match = re.fullmatch(rf"(?:(.*)/)?({'|'.join(PROGRAMS)})/([^/]+)/seed-(\d+)/?", path)
+    if not match or match[3] not in recipes_of(PROGRAMS[match[2]]):
+        return None
+    models_dir = [] if match[1] in ("models", f"{ROOT}/models") else [f"models_dir={match[1] or '.'}"]
+    words = [f"-cn={match[3]}", f"seed={match[4]}", *models_dir, *map(shlex.quote, overrides)]
+    return " ".join([f"python {PROGRAMS[match[2]]} -cd=configs", *words])
 
 
 def this_command(stage: str, models_dir: str) -> str | None:

@@ -13,6 +13,7 @@ SIGNS_OF_A_FULL_DISK = ("No space left", "inline_container", "PytorchStreamWrite
 # What libraries raise for values that they cannot use.
 LIBRARY_ERRORS = (ValueError, TypeError, ImportError, RuntimeError, OverflowError)
 
+MIN_LIKENESS = 0.6  # of a word that is suggested
 # Former names of keys.
 RENAMED = {"prune": "early_stopping", "side_by_side": "interleaved"}
 
@@ -65,11 +66,25 @@ class Pruned(Exception):
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """`; did you mean '<prefix>x'?` with the closest known word x, or an empty string if none is close or x is the word.
 
-    For a key's former name (`RENAMED`), that is its new name.
+    For a key's former name (`RENAMED`), that is its new name. "lamda" is close to "lambda_unlearning", whose part it resembles.
     """
     parent, dot, last = word.rpartition(".")
-    close = difflib.get_close_matches(f"{parent}{dot}{RENAMED.get(last, last)}", list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{prefix}{close[0]}'?" if close and close[0] != word else ""
+    word = f"{parent}{dot}{RENAMED.get(last, last)}"
+    closest = max(known, key=lambda other: _likeness(word, other), default=word)
+    return (
+        f"; did you mean '{prefix}{closest}'?" if closest != word and _likeness(word, closest) >= MIN_LIKENESS else ""
+    )
+
+
+def _likeness(word: str, known: str) -> float:
+    """How alike two dotted keys are, in [0, 1]: of the same section the last names, or one with a part of the other."""
+    parent, _, last = word.rpartition(".")
+    other_parent, _, other = known.rpartition(".")
+    if parent != other_parent:
+        return difflib.SequenceMatcher(None, word, known).ratio()
+    parts = [part for part in other.split("_") if part != other]
+    of_parts = [difflib.SequenceMatcher(None, last, part).ratio() - 0.1 for part in parts]
+    return max([difflib.SequenceMatcher(None, last, other).ratio(), *of_parts])
 
 
 def reason(error: Exception) -> str:

@@ -27,18 +27,6 @@ def resolve_path(path: str) -> str:
     return path
 
 
-def resolve_checkpoint(path: str, key: str) -> str:
-    """`resolve_path` of a checkpoint's folder or hub id.
-
-    Raises:
-        UserError: names the key, if the path is meant as a local folder and does not exist.
-    """
-    resolved = resolve_path(path)
-    if looks_local(path) and not Path(resolved).exists():
-        raise UserError(f"{key}={path}: no such folder")
-    return resolved
-
-
 def looks_local(path: str) -> bool:
     """Whether a path is meant as a local folder, not as a hub id ("owner/name")."""
     return path.startswith((".", "/", "~", "models/")) or path.count("/") != 1

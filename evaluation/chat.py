@@ -29,10 +29,11 @@ import hydra
 from omegaconf import DictConfig
 
 from common.cli import check_recipe, job_errors, launch, quoted
+from common.command import resolve_checkpoint
 from common.config import RunConfig, fields_of, read_config, section
 from common.data import Row
 from common.errors import UserError, naming
-from common.files import CONFIGS, SURROGATE, resolve_checkpoint
+from common.files import CONFIGS, SURROGATE
 from common.results import result_of
 from evaluation.context import Loader
 from evaluation.inputs import fill_from_run

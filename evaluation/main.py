@@ -27,10 +27,10 @@ import hydra
 from omegaconf import DictConfig
 
 from common.cli import check_recipe, job_errors, launch
-from common.command import this_command
+from common.command import resolve_checkpoint, this_command
 from common.config import problem_list
 from common.errors import UserError, naming
-from common.files import CONFIGS, is_first_process, resolve_checkpoint, resolve_path, write_text
+from common.files import CONFIGS, is_first_process, resolve_path, write_text
 from common.results import checkpoint_id, evaluation_inputs, headline_scores, result_of, write_result
 from common.rouge import use_words
 from common.runs import RunFolder, comparable_config, flattened, run_folder, with_portable_paths

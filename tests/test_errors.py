@@ -9,6 +9,10 @@ from common.errors import UserError, did_you_mean, full_disk_as_user_error
 
 def test_the_closest_word_is_suggested():
     assert did_you_mean("tempreture", ["top_p", "temperature"]) == "; did you mean 'temperature'?"
+    assert did_you_mean("method.lamda", ["method.gamma", "method.lambda_unlearning"]).endswith(
+        "'method.lambda_unlearning'?"
+    )
+    assert did_you_mean("m.temperatur", ["m.stalled_temperature_factor", "m.temperature"]).endswith("'m.temperature'?")
     assert did_you_mean("zzz", ["top_p", "temperature"]) == ""
 
 

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 from hydra import compose, initialize_config_dir
 
+from common.command import command_that_makes
 from common.config import read_config
 from common.errors import UserError
 from common.files import CONFIGS, ROOT, read_json, write_json
 from common.runs import comparable_config, run_name
 from unlearning.main import method_class
-from unlearning.start_checkpoint import finetuning_command, start_checkpoint, warn_unless_unlearned
+from unlearning.start_checkpoint import start_checkpoint, warn_unless_unlearned
 
 FOREIGN = "name the folder of a finetuned model, or a hub id"
 
@@ -84,15 +85,16 @@ def test_a_checkpoint_of_other_columns_is_warned_of(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("path", "command"),
     [
-        ("models/finetuned/tiny/seed-2", "-cn=tiny seed=2"),
-        (f"{ROOT}/models/finetuned/phi/seed-0/", "-cn=phi seed=0"),
-        ("/mine/finetuned/phi/seed-0", "-cn=phi seed=0 models_dir=/mine"),
+        ("models/finetuned/tiny/seed-2", "finetuning/main.py -cd=configs -cn=tiny seed=2"),
+        (f"{ROOT}/models/finetuned/phi/seed-0/", "finetuning/main.py -cd=configs -cn=phi seed=0"),
+        ("/mine/finetuned/phi/seed-0", "finetuning/main.py -cd=configs -cn=phi seed=0 models_dir=/mine"),
+        ("models/unlearned/PMC-unlearn-tiny/seed-1", "unlearning/main.py -cd=configs -cn=PMC-unlearn-tiny seed=1"),
         ("models/unlearned/tiny/seed-0", None),
         ("models/finetuned/tiny/seed-0+a-1", None),
     ],
 )
 def test_the_command_that_makes_a_path(path, command):
-    assert finetuning_command(path, []) == (command and f"python finetuning/main.py -cd=configs {command}")
+    assert command_that_makes(path) == (command and f"python {command}")
 
 
 @pytest.mark.parametrize(

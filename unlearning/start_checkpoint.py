@@ -2,16 +2,16 @@
 
 import logging
 import re
-import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
+from common.command import command_that_makes
 from common.config import LoraSettings, ModelConfig, PromptConfig, RunConfig
 from common.errors import UserError
-from common.files import CONFIGS, ROOT, looks_local, resolve_path
+from common.files import CONFIGS, looks_local, resolve_path
 from common.results import result_of
 from common.runs import run_name, with_portable_paths
 
@@ -50,7 +50,7 @@ def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
         )
     if warned:
         log.warning("finetuned=%s: finetuning had other settings: %s%s", finetuned, "; ".join(warned), existing)
-    command = finetuning_command(finetuned, [])
+    command = command_that_makes(finetuned, [])
     revision = None if path.exists() else config.model.revision  # in a folder it is that of the base model
     return replace(config.model, path=str(path), made_by=command, gguf_file=None, revision=revision, new=None)
 
@@ -79,24 +79,11 @@ def remedy(config: RunConfig, finetuned: str, overrides: list[str]) -> str:
         return (
             f"name the folder that the recipe writes, such as finetuned=models/finetuned/{finetuned}/seed-{config.seed}"
         )
-    command = finetuning_command(finetuned, overrides)
+    command = command_that_makes(finetuned, overrides)
     if command is None:
         return "name the folder of a finetuned model, or a hub id"
     folder = Path(finetuned).with_name(run_name(config.seed, overrides))
     return f"make it with: {command}" + (f" and name its folder with finetuned={folder}" if overrides else "")
-
-
-def finetuning_command(path: str, overrides: list[str]) -> str | None:
-    """The command that creates the folder <models_dir>/finetuned/<recipe>/seed-<seed>, with these overrides.
-
-    None for a path of another form, or if configs/ has no such recipe.
-    """
-    match = re.fullmatch(r"(?:(.*)/)?finetuned/([^/]+)/seed-(\d+)/?", path)
-    if not match or not (CONFIGS / f"{match[2]}.yaml").exists():
-        return None
-    models_dir = [] if match[1] in ("models", f"{ROOT}/models") else [f"models_dir={match[1] or '.'}"]
-    words = [f"-cn={match[2]}", f"seed={match[3]}", *models_dir, *map(shlex.quote, overrides)]
-    return " ".join(["python finetuning/main.py -cd=configs", *words])
 
 
 def differences_from_finetuning(config: RunConfig, path: str) -> tuple[list[str], list[str]]:
