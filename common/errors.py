@@ -69,11 +69,11 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     For a key's former name (`RENAMED`), that is its new name. "lamda" is close to "lambda_unlearning", whose part it resembles.
     """
     parent, dot, last = word.rpartition(".")
-    word = f"{parent}{dot}{RENAMED.get(last, last)}"
-    closest = max(known, key=lambda other: _likeness(word, other), default=word)
-    return (
-        f"; did you mean '{prefix}{closest}'?" if closest != word and _likeness(word, closest) >= MIN_LIKENESS else ""
-    )
+    meant = f"{parent}{dot}{RENAMED.get(last, last)}"
+    likeness = {other: _likeness(meant, other) for other in known}
+    closest = max(likeness, key=likeness.get, default=word)
+    is_close = closest != word and likeness[closest] >= MIN_LIKENESS
+    return f"; did you mean '{prefix}{closest}'?" if is_close else ""
 
 
 def _likeness(word: str, known: str) -> float:

@@ -17,7 +17,16 @@ from hydra.errors import ConfigCompositionException, MissingConfigException, Ove
 from omegaconf import OmegaConf
 
 from common import cli
-from common.cli import allow_new_key, check_words, job_errors, launch, prepare_process, program_help, replace_mapping
+from common.cli import (
+    allow_new_key,
+    check_words,
+    job_errors,
+    launch,
+    prepare_process,
+    program_help,
+    replace_mapping,
+    user_message,
+)
 from common.errors import Interrupted, UserError
 from common.files import CONFIGS, ROOT
 from common.recipes import PROGRAMS, program_of, recipes_of
@@ -305,6 +314,11 @@ def test_other_words_are_no_secrets(word):
 def test_secrets_of_other_services_are_refused(word, named):
     assert named in secret_in(word)
     assert ":pass" not in str(without_secrets([word])) and "a" * 30 not in str(without_secrets([word]))
+
+
+def test_showing_the_configuration_of_a_sweep_is_refused_without_a_traceback():
+    error = ValueError("Only one of --run, --multirun, --app_help, --config and --shell_completion can be specified")
+    assert "leave out -m" in user_message(error)
 
 
 def test_secrets_are_masked_at_any_depth():
