@@ -136,7 +136,7 @@ def test_group_file_can_be_chosen(group, choice):
         if isinstance(value, int | float | str) and "${" not in str(value)
     ]
     assert all(same)
-    assert same or choice in ("from_run", "tofu-cpu", "tofu-forget05", "grad_ascent", "retain_finetuning")
+    assert same or choice in ("from_run", "tofu-small", "tofu-forget05", "grad_ascent", "retain_finetuning")
 
 
 @pytest.mark.parametrize("recipe", ["unlearn-muse-news", "PMC-unlearn-muse-news"])
@@ -220,7 +220,7 @@ COMMENTED = [
     *(f"{group}/{choice}.yaml" for group, choice in CHOICES),
 ]
 PARTS = (
-    "data/tofu-cpu.yaml",
+    "data/tofu-small.yaml",
     "data/tofu-forget05.yaml",
     "data/lume-cpu.yaml",
 )  # their keys are commented in what they inherit

@@ -4,7 +4,7 @@ Scores:
     fluency/refusals (neither): fraction of forget answers that contain a common phrase of refusal. Not shown: whether
         the refusal is appropriate.
     fluency/distinct_2 (higher): distinct pairs of neighboring words over all such pairs of a forget answer. Not shown:
-        whether the answer is true or makes sense.
+        whether the answer makes sense; whether all questions have the same answer.
     fluency/perplexity (lower): perplexity of the forget answers under the model before unlearning. Not shown: whether
         the answers changed: the old answers have a low perplexity as well.
 """
@@ -30,9 +30,10 @@ def is_refusal(answer: str) -> bool:
 
 
 def distinct_2(answer: str) -> float | None:
-    """Distinct pairs of neighboring words over all pairs (Li et al. 2016, arXiv 1510.03055); None for fewer than two words.
+    """Distinct pairs of neighboring words over all pairs; None for fewer than two words.
 
-    1: no pair occurs twice; near 0: the same pairs are repeated throughout.
+    1: no pair occurs twice; near 0: the same pairs are repeated throughout. Li et al. 2016 (arXiv 1510.03055) divide the
+    distinct pairs of all answers by the number of words.
     """
     of_answer = words(answer.lower())
     pairs = list(zip(of_answer, of_answer[1:], strict=False))
