@@ -82,6 +82,17 @@ def test_a_checkpoint_of_other_columns_is_warned_of(tmp_path, caplog):
     assert "data.columns={'question': 'question', 'answer': 'answer', 'text': None} there" in caplog.text
 
 
+def test_a_data_set_without_a_maximum_length_has_the_default(tmp_path, caplog):
+    folder = finetuned(tmp_path)
+    stored = read_json(folder / "result.json")
+    del stored["config"]["data"]["max_length"]
+    write_json(folder / "result.json", stored)
+    start(tmp_path)
+    assert not caplog.messages
+    start(tmp_path, "data.max_length=100")
+    assert "data.max_length=256 there, 100 here" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("path", "command"),
     [

@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from common.command import command_that_makes
-from common.config import LoraSettings, ModelConfig, PromptConfig, RunConfig
+from common.config import DataConfig, LoraSettings, ModelConfig, PromptConfig, RunConfig, fields_of
 from common.errors import UserError
 from common.files import CONFIGS, looks_local, resolve_path
 from common.results import result_of
@@ -120,7 +120,8 @@ def shared_settings(data: dict[str, Any], model: dict[str, Any]) -> dict[str, An
     prompt = asdict(PromptConfig(style="plain")) | model["prompt"]
     if model.get("lora"):
         model = model | {"lora": asdict(LoraSettings()) | model["lora"]}
-    found = {f"data.{key}": data.get(key) for key in ("path", "max_length", "windows")}
+    defaults = fields_of(DataConfig)
+    found = {f"data.{key}": data.get(key, defaults[key].default) for key in ("path", "max_length", "windows")}
     found["data.columns"] = {field: data["columns"].get(field) for field in ("question", "answer", "text")}
     found |= {f"model.{key}": model.get(key) for key in ("path", "revision", "gguf_file", "lora")}
     return found | {f"model.prompt.{key}": value for key, value in prompt.items()}
