@@ -765,12 +765,20 @@ def test_every_method_runs_end_to_end(models_dir):
         f"method={','.join(METHODS)}",
         "training.num_epochs=1",
         "training.save_strategy=no",
-        "data.splits.retain='retain[:20]'",
+        "data.splits.forget='forget[:8]'",
+        "data.splits.forget_paraphrased='forget_perturbed[:8]'",
+        "data.splits.retain='retain[:12]'",
+        "data.splits.real_authors=null",
+        "data.splits.world_facts=null",
         "evaluation.start=false",
         "save_model=false",
     )
-    for name in METHODS:
-        (folder,) = (models_dir / "unlearned/unlearn-tiny").glob(f"*method-{name}+*")
+    folders = {}
+    for file in (models_dir / "unlearned/unlearn-tiny").glob("seed-0+data.splits.forget*/result.json"):
+        module = json.loads(file.read_text())["config"]["method"]["_target_"].split(".")[-2]
+        folders[module] = file.parent
+    assert sorted(folders) == sorted(METHODS)
+    for name, folder in folders.items():
         result = json.loads((folder / "result.json").read_text())
         assert 0 < result["scores"]["utility"] <= 100, name
         (record,) = map(json.loads, (folder / "history.jsonl").read_text().splitlines())
