@@ -44,7 +44,7 @@ from evaluation.run_records import (
     varied_keys,
 )
 from evaluation.summary import summary
-from evaluation.tables import COLUMNS, as_text, cell
+from evaluation.tables import COLUMNS, P_VALUES, as_text, cell
 
 DIGITS = 4  # significant digits of a setting in tables; results.csv has all
 
@@ -127,7 +127,9 @@ def method_table(groups: Sequence[Group]) -> str:
             text = with_count(group, score, digits)
             cells.append(f"**{text}**" if score in group.best else text)
         lines.append(f"| {' | '.join(cells)} |")
-    notes = "Mean ± standard deviation over seeds; of p-values (forget quality) the median." if seeds > 1 else ""
+    has_p_values = any(score in P_VALUES for score, _ in columns.values())
+    median = "; of p-values (forget quality) the median" if has_p_values else ""
+    notes = f"Mean ± standard deviation over seeds{median}." if seeds > 1 else ""
     front = "\\* on the Pareto front of unlearn quality and utility." if any(group.on_front for group in groups) else ""
     return "\n".join(lines) + f"\n\n{' '.join(filter(None, (notes, front)))}".rstrip()
 

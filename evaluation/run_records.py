@@ -601,8 +601,9 @@ def notices(groups: Sequence[Group]) -> list[str]:
         if not group.reference
     }
     if lacking := [f"{label} (no seed {', '.join(seeds)})" for label, seeds in lacking_seeds.items() if seeds]:
+        more = f"; and {len(lacking) - 4} more" if len(lacking) > 4 else ""
         found.append(
-            f"Not all settings have the same seeds: {'; '.join(lacking)}. A part of the differences may be the seeds'."
+            f"Not all settings have the same seeds: {'; '.join(lacking[:4])}{more}. Some of the differences may be the seeds'."
         )
     for group in groups:
         if group.reference and (keys := _other_inputs(group.runs[0].config, methods)):
