@@ -11,12 +11,12 @@ from omegaconf import DictConfig
 from common.cli import allow_new_key
 from common.errors import UserError
 from common.files import CONFIGS, ROOT, looks_local, resolve_path
-from common.recipes import recipes_of
+from common.recipes import is_recipe_of
 from common.redaction import without_local_paths, without_secrets
 from common.runs import settings_of_the_result, with_portable_paths
 
 # Folder of a stage's models in models_dir -> the program that creates them.
-PROGRAMS = {"finetuned": "finetuning/main.py", "unlearned": "unlearning/main.py"}
+PROGRAM_OF_FOLDER = {"finetuned": "finetuning/main.py", "unlearned": "unlearning/main.py"}
 
 
 def resolve_checkpoint(path: str, key: str) -> str:
@@ -37,12 +37,12 @@ def command_that_makes(path: str, overrides: Sequence[str] = ()) -> str | None:
 
     None for a path of another form, or if configs/ has no such recipe of the stage.
     """
-    match = re.fullmatch(rf"(?:(.*)/)?({'|'.join(PROGRAMS)})/([^/]+)/seed-(\d+)/?", path)
-    if not match or match[3] not in recipes_of(PROGRAMS[match[2]]):
+    match = re.fullmatch(rf"(?:(.*)/)?({'|'.join(PROGRAM_OF_FOLDER)})/([^/]+)/seed-(\d+)/?", path)
+    if not match or not is_recipe_of(PROGRAM_OF_FOLDER[match[2]], match[3]):
         return None
     models_dir = [] if match[1] in ("models", f"{ROOT}/models") else [f"models_dir={match[1] or '.'}"]
     words = [f"-cn={match[3]}", f"seed={match[4]}", *models_dir, *map(shlex.quote, overrides)]
-    return " ".join([f"python {PROGRAMS[match[2]]} -cd=configs", *words])
+    return " ".join([f"python {PROGRAM_OF_FOLDER[match[2]]} -cd=configs", *words])
 
 
 def this_command(stage: str, models_dir: str) -> str | None:

@@ -8,6 +8,7 @@ configuration of the hub is "configuration/split"; in a local folder that is the
 import json
 import logging
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,7 +236,7 @@ def _text_of(data: DataConfig, record: dict, where: str) -> str:
 
 def is_visible(text: str) -> bool:
     """Whether the text has a character that can be seen, which spaces and control and format characters cannot."""
-    return any(character.isprintable() and character != " " for character in text)
+    return any(unicodedata.category(character) not in ("Zs", "Zl", "Zp", "Cc", "Cf") for character in text)
 
 
 def _check_text(value: Any, name: str) -> None:

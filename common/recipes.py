@@ -42,10 +42,15 @@ def recipes_of(program: str, folders: Sequence[Path] = (CONFIGS,)) -> dict[str, 
     for folder in folders:
         for path in sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml")]):
             name = path.relative_to(folder).with_suffix("").as_posix()
-            keys, files = _inherited(name, folders)
-            if "run" in files and name != "run" and program_of(keys) == program:
+            if is_recipe_of(program, name, folders):
                 found.setdefault(name, _description(path))
     return found
+
+
+def is_recipe_of(program: str, name: str, folders: Sequence[Path] = (CONFIGS,)) -> bool:
+    """Whether there is a recipe of this name, and it belongs to the program."""
+    keys, files = _inherited(name, folders)
+    return "run" in files and name != "run" and program_of(keys) == program
 
 
 def _inherited(recipe: str, folders: Sequence[Path]) -> tuple[set[str], set[str]]:

@@ -6,9 +6,10 @@ Paths of this machine are masked in files that are meant for others.
 import re
 from typing import Any
 
-NAME = r"(?:\w*_)?(?:token|secret|password|(?:api|access|private|auth|wandb)_?key)"
+NAME = r"(?:\w*_)?(?:token|secret|password|(?:api|access|private|auth|secret|wandb|hf|openai)_?key)"
 TOKEN = re.compile(  # of the hub, GitHub and OpenAI, and the password in a URL
-    r"\bhf_[A-Za-z0-9]{20,}\b|\b(?:github_pat_|gh[opsu]_|sk-)[\w-]{20,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"\bhf_[A-Za-z0-9]{20,}\b|\b(?:github_pat_|gh[opsu]_)\w{20,}|(?<![\w/-])sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}"
+    r"|(?<=://)(?:[^/\s:@]+:[^/\s@]+|[^/\s:@]{20,})(?=@)"
 )
 MASK = "***"
 # An absolute path of two parts or more, or one in a home folder: "/no_think" in a prompt is neither.

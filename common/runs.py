@@ -83,22 +83,22 @@ def run_name(seed: int | str, overrides: list[str]) -> str:
 def _in_normal_order(overrides: list[str]) -> list[str]:
     """The overrides sorted, without those that a later one replaces.
 
-    Of several values of a key Hydra takes the last one, but it merges mappings. The order of overrides that change parts of one
-    mapping (`model.lora={...}`, `model.lora.r=4`) is kept, as it matters.
+    Of several values of a key Hydra takes the last one, but it merges mappings. So a mapping and all overrides of the same key
+    and of keys in it stay together, in their order: `model.lora={...}`, `model.lora.r=4`.
     """
+    keys = [word.partition("=")[0].lstrip("+~") for word in overrides]
+    mappings = {key for key, word in zip(keys, overrides, strict=True) if word.partition("=")[2].startswith("{")}
 
-    def key_of(word: str) -> str:
-        return word.partition("=")[0].lstrip("+~")
+    def mapping_of(key: str) -> str | None:
+        return min((other for other in mappings if f"{key}.".startswith(f"{other}.")), key=len, default=None)
 
-    def related(one: str, other: str) -> bool:
-        return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
-
-    kept: list[str] = []
-    for word in overrides:
-        is_mapping = word.partition("=")[2].startswith("{")
-        kept = [other for other in kept if key_of(other) != key_of(word) or is_mapping] + [word]
-    first = {word: min(other for other in kept if related(key_of(other), key_of(word))) for word in kept}
-    return sorted(kept, key=first.get)
+    kept: list[tuple[str, str]] = []
+    for key, word in zip(keys, overrides, strict=True):
+        if mapping_of(key) is None:
+            kept = [pair for pair in kept if pair[0] != key]
+        if (key, word) not in kept[-1:]:
+            kept.append((key, word))
+    return [word for _, word in sorted(kept, key=lambda pair: mapping_of(pair[0]) or pair[1])]
 
 
 def settings_of_the_result(overrides: list[str]) -> list[str]:

@@ -85,18 +85,17 @@ def check_same_inputs(identities: dict[str, dict[str, Any]], groups: Sequence[st
         UserError: names each key with its values.
     """
     read = {role for name in groups for role in METRIC_GROUPS[name].roles}
-    of_splits, of_probabilities = (
-        re.compile(r"data\.(splits|files)\."),
-        re.compile(r"data\.(max_length|columns)|model\.dtype"),
-    )
     inputs = {name: dict(flattened(evaluation_inputs(identity))) for name, identity in identities.items()}
     for name, identity in identities.items():
         splits, files = identity["data"]["splits"], identity.get("files", {})
         of_roles = {f"data.splits.{role}": splits.get(role) for role in read}
         inputs[name] |= of_roles | {f"data.files.{role}": files.get(role) for role in read}
-        if list(groups) != ["headline"]:  # token probabilities of given answers
-            inputs[name] |= {key: value for key, value in flattened(identity) if of_probabilities.match(key)}
-    problems = []
+        if any(METRIC_GROUPS[group].reads_probabilities for group in groups):
+            inputs[name] |= {
+                "data.max_length": identity["data"].get("max_length"),
+                "model.dtype": identity["model"].get("dtype"),
+            }
+    problems, of_splits = [], re.compile(r"data\.(splits|files)\.")
     for key in sorted({key for of_model in inputs.values() for key in of_model}):
         values = {name: shown_value(of_model.get(key)) for name, of_model in inputs.items()}
         if len(set(values.values())) == 1 or (of_splits.match(key) and key.rpartition(".")[2] not in read):

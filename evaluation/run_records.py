@@ -168,8 +168,7 @@ class Group:
 
     def values(self, score: str) -> list[float]:
         """The score of each run that has it."""
-        values = [run.scores.get(score) for run in self.runs]
-        return [value for value in values if value is not None and math.isfinite(value)]
+        return [value for run in self.runs if is_number(value := run.scores.get(score))]
 
     def average(self, score: str) -> float | None:
         """The mean over seeds, or the median of p-values."""
@@ -179,6 +178,10 @@ class Group:
     def deviation(self, score: str) -> float | None:
         """The standard deviation over seeds (n - 1); None for fewer than two values, and for p-values."""
         return deviation(score, self.values(score))
+
+
+def is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def place(folder: Path) -> str:
@@ -596,15 +599,18 @@ def notices(groups: Sequence[Group]) -> list[str]:
         found.append(f"The results were made with different {'; '.join(differing)}.")
     methods = [run for run in runs if not run.reference]
     lacking_seeds = {
-        group.label: sorted({str(run.seed) for run in methods} - {str(run.seed) for run in group.runs})
+        group.label: sorted(
+            {run.seed for run in methods} - {run.seed for run in group.runs}, key=lambda seed: (seed is None, seed)
+        )
         for group in groups
         if not group.reference
     }
-    if lacking := [f"{label} (no seed {', '.join(seeds)})" for label, seeds in lacking_seeds.items() if seeds]:
+    if lacking := [
+        f"{label} (no seed {', '.join(map(str, seeds))})" for label, seeds in lacking_seeds.items() if seeds
+    ]:
         more = f"; and {len(lacking) - 4} more" if len(lacking) > 4 else ""
-        found.append(
-            f"Not all settings have the same seeds: {'; '.join(lacking[:4])}{more}. Some of the differences may be the seeds'."
-        )
+        named = "; ".join(lacking[:4]) + more
+        found.append(f"Not all settings have the same seeds: {named}. Some of the differences may be due to the seeds.")
     for group in groups:
         if group.reference and (keys := _other_inputs(group.runs[0].config, methods)):
             found.append(

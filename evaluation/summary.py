@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from evaluation.run_records import Group, differences, notices
+from evaluation.run_records import Group, differences, is_number, notices
 from evaluation.tables import cell
 
 ALLOWED_COST = 3.0  # points of utility that the recommended setting may lose
@@ -35,9 +35,9 @@ def lost_utility(group: Group, before: Group) -> float:
 
     Where there is none, to the average of the finetuned models.
     """
-    of_seed = {run.seed: run.scores["utility"] for run in before.runs if run.scores.get("utility") is not None}
+    of_seed = {run.seed: run.scores["utility"] for run in before.runs if is_number(run.scores.get("utility"))}
     pairs = [(of_seed.get(run.seed, before.average("utility")), run.scores.get("utility")) for run in group.runs]
-    return fmean(finetuned - utility for finetuned, utility in pairs if utility is not None)
+    return fmean(finetuned - utility for finetuned, utility in pairs if is_number(utility))
 
 
 def measured(groups: Sequence[Group]) -> list[Group]:
@@ -106,11 +106,15 @@ def choice(chosen: Group, groups: Sequence[Group]) -> list[str]:
         if has_forgotten(chosen, groups) is not False
         else f"No setting is recommended: none that keeps utility has forgotten the answers. {chosen.label}"
     )
-    sentences = [
-        f"{advice} has the highest unlearn quality ({shown(chosen, 'unlearn_quality')}; "
-        f"{shown(before, 'unlearn_quality')} before unlearning) of {of_those} that lose at most {ALLOWED_COST:g} points of "
-        f"utility ({shown(chosen, 'utility')}; {shown(before, 'utility')} before)."
-    ]
+    quality = (
+        f"unlearn quality ({shown(chosen, 'unlearn_quality')}; {shown(before, 'unlearn_quality')} before unlearning)"
+    )
+    utility = f"points of utility ({shown(chosen, 'utility')}; {shown(before, 'utility')} before)"
+    if len(allowed) == 1 < len(methods):
+        reason = f"is the only one of {len(methods)} settings that loses at most {ALLOWED_COST:g} {utility}; {quality}"
+    else:
+        reason = f"has the highest {quality} of {of_those} that lose at most {ALLOWED_COST:g} {utility}"
+    sentences = [f"{advice} {reason}."]
     others = sorted(
         (group for group in allowed if group is not chosen), key=lambda group: -group.average("unlearn_quality")
     )
@@ -161,9 +165,9 @@ def described(group: Group, groups: Sequence[Group]) -> list[str]:
         others = [(before, "before unlearning")] if before else []
         others += [(unseen, f"in {unseen.name}, which never saw them")] if unseen else []
         compared = ", ".join(f"{percent(model.average(FORGET))} {words}" for model, words in others)
-        verdict = {True: "Forgotten", False: "Not forgotten", None: "Forget questions"}[has_forgotten(group, groups)]
+        verdict = {True: "Forgotten: its", False: "Not forgotten: its", None: "Its"}[has_forgotten(group, groups)]
         sentences.append(
-            f"{verdict}: its answers to forget questions have {percent(group.average(FORGET))} of the words of the true answers"
+            f"{verdict} answers to forget questions have {percent(group.average(FORGET))} of the words of the true answers"
             f"{f' ({compared})' if compared else ''}."
         )
     if before:

@@ -293,6 +293,9 @@ def test_a_secret_is_refused_before_hydra_sees_it_and_not_repeated(monkeypatch, 
             "+model.new.settings={eos_token_id:1}",
             'model.prompt.question="The secret: {question}"',
             "model.path=hf_x/y",
+            "finetuned=models/finetuned/tiny/sk-experiment-long-name-0",
+            "data.path=sk-news-translated-questions-2024",
+            "data.path=https://user@host/rows",
         ),
     ],
 )
@@ -308,7 +311,9 @@ def test_other_words_are_no_secrets(word):
         ("x.apikey=x", "apikey"),
         ("data.path=https://me:pass@host/x", "user:password@"),
         ("x=github_pat_" + "a" * 30, "git"),
-        ("x=sk-" + "a" * 30, "sk-"),
+        ("x=sk-Ab1" + "a" * 30, "sk-"),
+        ("data.path=https://" + "a" * 30 + "@host/x", "aaa"),
+        ("x.openai_key=x", "openai_key"),
     ],
 )
 def test_secrets_of_other_services_are_refused(word, named):

@@ -234,7 +234,10 @@ def test_the_cost_is_that_against_the_finetuned_model_of_the_same_seed(tmp_path)
     groups = grouped(read_runs([tmp_path]))
     assert recommended(groups).varied == {"method.num_samples": 2}
     words = " ".join(summary(groups))
-    assert "the 1 of 2 settings" in words and "utility falls by 2.0 points" in words
+    assert (
+        "It is the only one of 2 settings that loses at most 3 points" in words
+        and "utility falls by 2.0 points" in words
+    )
     assert "Not all settings have the same seeds: PMC, num_samples=5 (no seed 1)." in words
 
 

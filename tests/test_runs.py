@@ -112,6 +112,15 @@ def test_overrides_that_are_merged_name_the_folder_in_their_order():
     assert run_name(0, [part, "+a=1", whole]) != run_name(0, [whole, "+a=1", part])
     assert run_name(0, ["z=1", part, "+a=1", whole]) == run_name(0, [part, whole, "z=1", "+a=1"])
     assert run_name(0, [part, "model.lora.r=8"]) == run_name(0, ["model.lora.r=8"])
+    third = "model.lora.alpha=1"
+    assert run_name(0, [third, part, whole]) != run_name(0, [third, whole, part])
+    assert run_name(0, [whole, whole]) == run_name(0, [whole])
+
+
+def test_a_choice_and_its_keys_have_one_name_in_any_order():
+    words = ["method=idk", "method.gamma=2", "+sharding=fsdp"]
+    names = {run_name(0, list(order)) for order in itertools.permutations(words)}
+    assert names == {"seed-0+sharding-fsdp+method.gamma-2+method-idk"}
 
 
 def test_docstring_example_of_run_name_is_true():

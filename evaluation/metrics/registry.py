@@ -49,6 +49,7 @@ class MetricGroup:
         settings: class of the configuration section with the group's name.
         check: raises UserError for unusable settings, before anything is loaded.
         reads_base_model: whether it compares to the model before unlearning.
+        reads_probabilities: whether it depends on the probabilities of given texts, which `data.max_length` cuts.
     """
 
     measure: Callable[[EvaluationContext, Scores], None]
@@ -56,27 +57,34 @@ class MetricGroup:
     settings: type | None = None
     check: Callable[[Any], None] | None = None
     reads_base_model: bool = False
+    reads_probabilities: bool = False
 
 
 # First the groups that use only the evaluated model, then those that compare it to other models, then those that change
 # copies. In this order, weights are rarely loaded again.
 METRIC_GROUPS = {
     "headline": MetricGroup(headline.measure, HEADLINE_ROLES),
-    "memorization": MetricGroup(memorization.measure, ["forget"]),
+    "memorization": MetricGroup(memorization.measure, ["forget"], reads_probabilities=True),
     "text": MetricGroup(text.measure, ["forget", "forget_passages", *text.QUESTION_ROLES]),
     "muse": MetricGroup(muse.measure, muse.ROLES),
     "sampling": MetricGroup(sampling.measure, ["forget"], sampling.SamplingAttack),
     "prefill": MetricGroup(prefill.measure, ["forget"]),
-    "target_suppression": MetricGroup(target_suppression.measure, ["forget_paraphrased"]),
+    "target_suppression": MetricGroup(target_suppression.measure, ["forget_paraphrased"], reads_probabilities=True),
     "lm_eval": MetricGroup(lm_eval_harness.measure, [], lm_eval_harness.Harness, lm_eval_harness.check),
-    "tofu": MetricGroup(tofu.measure, [*tofu.ROLES.values(), "forget_paraphrased"]),
-    "privacy": MetricGroup(privacy.measure, privacy.SPLITS, privacy.Privacy, reads_base_model=True),
-    "openunlearning": MetricGroup(openunlearning.measure, [*tofu.ROLES.values(), "forget_paraphrased", "holdout"]),
-    "side_effects": MetricGroup(side_effects.measure, ["unrelated"], reads_base_model=True),
-    "fluency": MetricGroup(fluency.measure, ["forget"], reads_base_model=True),
-    "depth": MetricGroup(depth.measure, ["forget"], reads_base_model=True),
+    "tofu": MetricGroup(tofu.measure, [*tofu.ROLES.values(), "forget_paraphrased"], reads_probabilities=True),
+    "privacy": MetricGroup(
+        privacy.measure, privacy.SPLITS, privacy.Privacy, reads_base_model=True, reads_probabilities=True
+    ),
+    "openunlearning": MetricGroup(
+        openunlearning.measure, [*tofu.ROLES.values(), "forget_paraphrased", "holdout"], reads_probabilities=True
+    ),
+    "side_effects": MetricGroup(side_effects.measure, ["unrelated"], reads_base_model=True, reads_probabilities=True),
+    "fluency": MetricGroup(fluency.measure, ["forget"], reads_base_model=True, reads_probabilities=True),
+    "depth": MetricGroup(depth.measure, ["forget"], reads_base_model=True, reads_probabilities=True),
     "quantization": MetricGroup(quantization.measure, HEADLINE_ROLES, quantization.Quantization),
-    "relearning": MetricGroup(relearning.measure, ["forget", "retain"], relearning.Relearning),
+    "relearning": MetricGroup(
+        relearning.measure, ["forget", "retain"], relearning.Relearning, reads_probabilities=True
+    ),
 }
 PRESETS = {
     # lm_eval requires a further package and a list of tasks, text and muse a data set of texts; openunlearning repeats other
