@@ -364,15 +364,14 @@ def test_the_dual_variable_follows_the_retain_loss(name, learned, prompts, tmp_p
 def test_the_bound_of_the_retain_loss_has_the_noise_of_training(learned, prompts, tmp_path):
     """The model does not change, so its retain loss keeps the bound, and the weight falls."""
     settings = {"lambda_unlearning": "auto", "retain_tolerance": 0.5}
-    training = {"learning_rate": 0.0, "neftune_noise_alpha": 5.0, "max_steps": 4, "num_train_epochs": 4}
+    training = {"learning_rate": 0.0, "neftune_noise_alpha": 50.0, "max_steps": 4, "num_train_epochs": 4}
     trainer = make("grad_diff", learned, prompts, tmp_path, ROWS[:4], settings=settings, **training)
     random_state = torch.get_rng_state()
-    mean_retain_loss(trainer)
+    without_noise = mean_retain_loss(trainer)  # the noise begins with training
     assert torch.equal(torch.get_rng_state(), random_state), "later random numbers do not depend on it"
     trainer.train()
-    assert np.mean([record["retain_loss"] for record in trainer.history]) == pytest.approx(
-        trainer.dual.bound / 1.5, rel=0.3
-    )
+    noisy = np.mean([record["retain_loss"] for record in trainer.history])
+    assert noisy == pytest.approx(trainer.dual.bound / 1.5, rel=0.25) and noisy > 2 * without_noise
     assert trainer.dual.value < 1
 
 
