@@ -92,13 +92,14 @@ def _in_normal_order(overrides: list[str]) -> list[str]:
     def mapping_of(key: str) -> str | None:
         return min((other for other in mappings if f"{key}.".startswith(f"{other}.")), key=len, default=None)
 
-    kept: list[tuple[str, str]] = []
+    together: dict[str, list[str]] = {}  # by the mapping, or the key of another override
     for key, word in zip(keys, overrides, strict=True):
-        if mapping_of(key) is None:
-            kept = [pair for pair in kept if pair[0] != key]
-        if (key, word) not in kept[-1:]:
-            kept.append((key, word))
-    return [word for _, word in sorted(kept, key=lambda pair: mapping_of(pair[0]) or pair[1])]
+        mapping = mapping_of(key)
+        if mapping is None:
+            together[key] = [word]
+        elif word not in together.setdefault(mapping, [])[-1:]:
+            together[mapping].append(word)
+    return [word for words in sorted(together.values()) for word in words]
 
 
 def settings_of_the_result(overrides: list[str]) -> list[str]:
