@@ -144,11 +144,15 @@ def test_a_sweep_gives_every_combination_a_folder_and_survives_a_failed_job(mode
     assert "2 of 2 runs are finished." in again.stdout and ": failed: " not in again.stdout
 
 
+def words_of(folder, models_dir):
+    """A run in the folder that saves a checkpoint every three steps."""
+    words = ["-cn=PMC-unlearn-tiny", f"models_dir={models_dir}", f"output_dir={folder}", "save_model=false"]
+    words += ["training.num_epochs=5", "training.per_device_train_batch_size=8", "training.save_strategy=steps"]
+    return [*words, "training.save_steps=3", "evaluation.every_epochs=4", "evaluation.start=false"]
+
+
 def start(folder, models_dir):
-    command = [sys.executable, str(ROOT / "unlearning" / "main.py"), "-cn=PMC-unlearn-tiny", f"models_dir={models_dir}"]
-    command += ["training.num_epochs=5", "training.per_device_train_batch_size=8", "training.save_strategy=steps"]
-    command += ["training.save_steps=3", "evaluation.every_epochs=4", "save_model=false", f"output_dir={folder}"]
-    command += ["evaluation.start=false"]
+    command = [sys.executable, str(ROOT / "unlearning" / "main.py"), *words_of(folder, models_dir)]
     # OMP_NUM_THREADS: bit-equal sums need the same number of threads
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -159,7 +163,7 @@ def start(folder, models_dir):
 def test_a_killed_run_continues_to_the_same_end(models_dir, tmp_path_factory, number):
     whole = models_dir / "uninterrupted"
     if not whole.exists():
-        assert start(whole, models_dir).wait(timeout=300) == 0
+        run_stage("unlearning", *words_of(whole, models_dir))
     folder = tmp_path_factory.mktemp("killed") / "run"
     process = start(folder, models_dir)
     wait_for(process, "epoch 3 ")
@@ -170,10 +174,8 @@ def test_a_killed_run_continues_to_the_same_end(models_dir, tmp_path_factory, nu
     if number != signal.SIGKILL:
         assert "the same command continues from there" in output
 
-    again = start(folder, models_dir)
-    output, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, output
-    assert "continuing from" in output
+    again = run_stage("unlearning", *words_of(folder, models_dir))
+    assert "continuing from" in again.stdout
     assert history(folder) == history(whole)
     scores = [read(run / "result.json")["scores"] for run in (folder, whole)]
     assert scores[0] == scores[1]
@@ -184,8 +186,8 @@ def test_a_second_command_in_the_same_folder_is_refused(models_dir, tmp_path):
     try:
         wait_for(process, "epoch 1 ")
         process.send_signal(signal.SIGSTOP)  # it must not end while the second one starts
-        second = start(tmp_path / "run", models_dir)
-        output, _ = second.communicate(timeout=120)
+        second = run_stage("unlearning", *words_of(tmp_path / "run", models_dir), check=False)
+        output = second.stdout + second.stderr
         assert second.returncode == 1 and "Traceback" not in output
         assert f"another command works in this folder (host {socket.gethostname()}, pid {process.pid}, since" in output
         assert "epoch 1 " not in output

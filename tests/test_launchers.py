@@ -65,7 +65,7 @@ def test_a_signal_to_the_sweep_stops_the_jobs_with_a_checkpoint(launcher, number
     words = ["-m", "-cn=PMC-unlearn-tiny", f"hydra/launcher={launcher}", f"models_dir={tmp_path}"]
     words += [
         f"finetuned={models_dir}/finetuned/tiny/seed-0",
-        "seed=0,1,2",
+        "seed=0,1",
         "save_model=false",
         "training.num_epochs=500",
     ]
@@ -78,7 +78,7 @@ def test_a_signal_to_the_sweep_stops_the_jobs_with_a_checkpoint(launcher, number
     )
     runs = tmp_path / "unlearned" / "PMC-unlearn-tiny"
     for _ in range(600):
-        if len(list(runs.glob("*/in_progress/run.json"))) == (2 if launcher == "joblib" else 3):
+        if len(list(runs.glob("*/in_progress/run.json"))) == 2:
             break
         time.sleep(0.2)
     time.sleep(8)  # loading the model
@@ -86,7 +86,7 @@ def test_a_signal_to_the_sweep_stops_the_jobs_with_a_checkpoint(launcher, number
     os.killpg(sweep.pid, number) if number == signal.SIGINT else sweep.send_signal(number)
     output, _ = sweep.communicate(timeout=120)
     assert sweep.returncode == 128 + number, output
-    assert "0 of 3 runs are finished." in output
+    assert "0 of 2 runs are finished." in output
     begun = list(runs.glob("*/in_progress"))
     assert begun and all(last_complete_checkpoint(folder) for folder in begun), output
     for _ in range(100):  # joblib's resource tracker ends when it sees that the others have
