@@ -77,14 +77,16 @@ def check_lengths(model: PreTrainedModel, lengths: dict[str, int]) -> None:
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             limit -= module.padding_idx + 1  # of the RoBERTa kind: positions start after the padding index
-    if original := length_dependent_beyond(settings):
-        longer = ", ".join(f"{key}={length}" for key, length in lengths.items() if length > original)
-        if longer:
-            raise UserError(
-                f"{longer}: beyond {original} tokens the model's rotary embeddings depend on the longest row of a batch, and "
-                f"so would the losses and samples of the others; set it to at most {original}"
-            )
-    longer = ", ".join(f"{key}={length}" for key, length in lengths.items() if limit and length > limit)
+
+    def beyond(positions: int | None) -> str:
+        return ", ".join(f"{key}={length}" for key, length in lengths.items() if positions and length > positions)
+
+    if longer := beyond(original := length_dependent_beyond(settings)):
+        raise UserError(
+            f"{longer}: beyond {original} tokens the model's rotary embeddings depend on the longest row of a batch, and "
+            f"so would the losses and samples of the others; set it to at most {original}"
+        )
+    longer = beyond(limit)
     if longer and getattr(settings, "rope_parameters", None):
         log.warning("%s: the model was made for at most %d tokens (max_position_embeddings)", longer, limit)
     elif longer:

@@ -97,8 +97,7 @@ class PromptFormat:
         """
         if not self.tokenizer.is_fast:
             raise UserError("data.columns.entity: the tokenizer cannot tell the characters of a token; leave it out")
-        before = self.config.answer.index("{answer}") if self.config.style == "plain" else 0
-        text, first = self._answer_text(row.answer), before + row.answer.index(row.entity)
+        text, first = self._answer_text(row.answer), len(self.tag) + row.answer.index(row.entity)
         last = first + len(row.entity)
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         inside = [token for token, (start, end) in enumerate(offsets) if start < last and end > first]
@@ -115,14 +114,21 @@ class PromptFormat:
         prompt = self.prompt(row.question)
         return Example(prompt, self.answer(row.answer)[: max(0, max_length - len(prompt))])
 
+    @cached_property
+    def tag(self) -> str:
+        """What `model.prompt.answer` puts before an answer; empty in a chat."""
+        return self.config.answer.partition("{answer}")[0] if self.config.style == "plain" else ""
+
+    @cached_property
+    def _tag_ids(self) -> list[int]:
+        return self.tokenizer(self.tag, add_special_tokens=False)["input_ids"] if self.tag.strip() else []
+
     def without_tag(self, example: Example) -> Example:
         """The example with what `model.prompt.answer` puts before the answer ("Answer: ") as the end of its prompt.
 
         A token that has characters of both stays in the answer, as does a tag of spaces alone.
         """
-        tag = self.config.answer.partition("{answer}")[0] if self.config.style == "plain" else ""
-        ids = self.tokenizer(tag, add_special_tokens=False)["input_ids"] if tag.strip() else []
-        pairs = zip(ids, example.answer, strict=False)
+        pairs = zip(self._tag_ids, example.answer, strict=False)
         length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         return Example(example.prompt + example.answer[:length], example.answer[length:])
 
@@ -144,7 +150,7 @@ class PromptFormat:
         """
         ids = answer_ids[:-1] if list(answer_ids[-1:]) == [self.eos_token_id] else answer_ids
         decoded = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-        tag = self.config.answer.partition("{answer}")[0].strip() if self.config.style == "plain" else ""
+        tag = self.tag.strip()
         return "" if tag.startswith(decoded) else decoded.removeprefix(tag).lstrip()
 
     @property

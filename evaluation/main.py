@@ -170,14 +170,14 @@ class Job:
                 self.context.open_other(name)
         if "base_model" in others:
             check_base_model(self.path, others["base_model"])
-        if "retain_model" in others:
-            check_retain_model(self.config, others["retain_model"])
-        if "base_model" not in others:
+        else:
             try:
                 if start := model_before(self.path):
                     others["base_model"] = start
             except Missing as missing:
                 self.context.unknown["base_model"] = str(missing)
+        if "retain_model" in others:
+            check_retain_model(self.config, others["retain_model"])
         self.identity = comparable_config(cfg, checkpoint_id(self.path))
         self.identity["compared_to"] = {
             name: with_portable_paths({"path": other, "id": checkpoint_id(other)}, self.config.models_dir)

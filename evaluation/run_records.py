@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.files import read_json, read_json_lines, resolve_path
 from common.results import HISTORY, PUBLISHING, RESULT, differing_inputs, evaluation_inputs, result_id, result_of
 from common.runs import FAILURES, failure_of, flattened
-from evaluation.tables import BEFORE, average, deviation
+from evaluation.tables import BEFORE, average, deviation, is_number
 
 log = logging.getLogger(__name__)
 # Keys that differ between seeds, say the same as another key or do not change the model.
@@ -178,10 +178,6 @@ class Group:
     def deviation(self, score: str) -> float | None:
         """The standard deviation over seeds (n - 1); None for fewer than two values, and for p-values."""
         return deviation(score, self.values(score))
-
-
-def is_number(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def place(folder: Path) -> str:
@@ -598,16 +594,13 @@ def notices(groups: Sequence[Group]) -> list[str]:
     if differing := _made_with(runs):
         found.append(f"The results were made with different {'; '.join(differing)}.")
     methods = [run for run in runs if not run.reference]
-    lacking_seeds = {
-        group.label: sorted(
-            {run.seed for run in methods} - {run.seed for run in group.runs}, key=lambda seed: (seed is None, seed)
-        )
-        for group in groups
-        if not group.reference
-    }
-    if lacking := [
-        f"{label} (no seed {', '.join(map(str, seeds))})" for label, seeds in lacking_seeds.items() if seeds
-    ]:
+    seeds = sorted({run.seed for run in methods}, key=lambda seed: (seed is None, seed))
+    lacking = []
+    for group in groups:
+        own = {run.seed for run in group.runs}
+        if not group.reference and (missing := [str(seed) for seed in seeds if seed not in own]):
+            lacking.append(f"{group.label} (no seed {', '.join(missing)})")
+    if lacking:
         more = f"; and {len(lacking) - 4} more" if len(lacking) > 4 else ""
         named = "; ".join(lacking[:4]) + more
         found.append(f"Not all settings have the same seeds: {named}. Some of the differences may be due to the seeds.")

@@ -96,6 +96,11 @@ def _number(value: float | None) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
+def is_number(value: float | None) -> bool:
+    """Whether a score is known and finite."""
+    return value is not None and math.isfinite(value)
+
+
 def average(score: str, values: Sequence[float]) -> float:
     """The mean over seeds, or the median of p-values: their mean would be that of the largest one."""
     return statistics.median(values) if score in P_VALUES else statistics.fmean(values)
@@ -114,7 +119,7 @@ def cell(score: str, values: Sequence[float | None], digits: int) -> str:
     >>> cell("tofu/forget_quality", [0.5, 0.25, 0.001], 2)
     '0.25'
     """
-    known = [value for value in values if value is not None and math.isfinite(value)]
+    known = list(filter(is_number, values))
     if not known:
         return "-"
     mean, spread = number(average(score, known), digits), deviation(score, known)

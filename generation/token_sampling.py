@@ -80,13 +80,17 @@ def draw_tokens(logits: torch.Tensor, settings: SamplingSettings, uniforms: torc
     return _draw_from_all(logits, settings, uniforms)
 
 
+def _probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return (logits.float() / max(temperature, MIN_TEMPERATURE)).softmax(dim=-1)
+
+
 def _draw_sorted(logits: torch.Tensor, k: int, settings: SamplingSettings, uniform: torch.Tensor) -> torch.Tensor:
     """Pick from the k likeliest tokens by inverting their cumulative distribution, likeliest first.
 
     A tie at rank k keeps k tokens.
     """
     values, tokens = top_tokens(logits, k)
-    probabilities = (values.float() / max(settings.temperature, MIN_TEMPERATURE)).softmax(dim=-1)
+    probabilities = _probabilities(values, settings.temperature)
     cumulative = probabilities.cumsum(dim=-1)
     # A token stays while the mass of the likelier ones is below top_p; the first always stays.
     inside = (cumulative - probabilities) < settings.top_p
@@ -124,7 +128,7 @@ def _draw_from_all(logits: torch.Tensor, settings: SamplingSettings, uniforms: t
     A token is inside while the mass of the strictly likelier ones is below top_p, so at least the fraction top_p of draws
     is accepted. The few rows whose draws were all rejected are sorted for the last draw.
     """
-    probabilities = (logits.float() / max(settings.temperature, MIN_TEMPERATURE)).softmax(dim=-1)
+    probabilities = _probabilities(logits, settings.temperature)
     cumulative = probabilities.cumsum(dim=-1)
     picked = _invert(cumulative, uniforms[:, 0])
     if settings.top_p >= 1:

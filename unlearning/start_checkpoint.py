@@ -50,7 +50,7 @@ def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
         )
     if warned:
         log.warning("finetuned=%s: finetuning had other settings: %s%s", finetuned, "; ".join(warned), existing)
-    command = command_that_makes(finetuned, [])
+    command = command_that_makes(finetuned)
     revision = None if path.exists() else config.model.revision  # in a folder it is that of the base model
     return replace(config.model, path=str(path), made_by=command, gguf_file=None, revision=revision, new=None)
 

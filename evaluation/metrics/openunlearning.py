@@ -177,9 +177,11 @@ def _measure_privacy(context: EvaluationContext, scores: Scores) -> None:
     with scores.null_if_missing(dict.fromkeys(names)):
         outputs, splits = context.outputs, [context.rows(role) for role in privacy.SPLITS]
         for name in ATTACKS:
-            _add_auc(scores, name, [attacked(outputs, rows, name) for rows in splits])
+            values = [attacked(outputs, rows, name) for rows in splits]
+            privacy.add_auc(scores, f"openunlearning/mia_{name}", *values)
         examples = [[_without_eos(outputs, row) for row in rows] for rows in splits]
-        _add_auc(scores, "gradnorm", [outputs.each("gradient norms", each, gradient_norm) for each in examples])
+        norms = [outputs.each("gradient norms", each, gradient_norm) for each in examples]
+        privacy.add_auc(scores, "openunlearning/mia_gradnorm", *norms)
         ours = scores["openunlearning/mia_min_k"].value
         theirs = privacy.auc(*(attacked(context.find_retain_model().outputs, rows, "min_k") for rows in splits))
         if ours is None or theirs is None or theirs == 1:
@@ -210,13 +212,6 @@ def attacked(outputs: ModelOutputs, rows: Sequence[Row], name: str) -> list[floa
 def _without_eos(outputs: ModelOutputs, row: Row) -> Example:
     """The example of a row, its answer without the EOS token."""
     return outputs.prompts.without_eos(outputs.example(row))
-
-
-def _add_auc(scores: Scores, name: str, values: list[list[float | None]]) -> None:
-    """Record the AUC of an attack from its values of the forget and of the holdout rows."""
-    left_out = sum(of_split.count(None) for of_split in values)
-    count = sum(map(len, values)) - left_out
-    scores.add(f"openunlearning/mia_{name}", privacy.auc(*values), None, count=count, left_out=left_out, ideal=0.5)
 
 
 def _mean(scores: Scores, name: str, split: str, values: Iterable[float | None], higher_is_better: bool) -> None:

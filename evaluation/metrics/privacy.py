@@ -122,12 +122,14 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         outputs, splits = context.outputs, [context.rows(role) for role in SPLITS]
         settings: Privacy = context.config.sections["privacy"]
         for name, attack in ATTACKS.items():
-            _add_auc(scores, name, *(attacked(outputs, rows, attack, settings) for rows in splits))
+            _add_attack(scores, name, *(attacked(outputs, rows, attack, settings) for rows in splits))
         examples = [[outputs.example(row) for row in rows] for rows in splits]
-        _add_auc(scores, "gradient_norm", *(outputs.each("gradient norms", each, gradient_norm) for each in examples))
+        _add_attack(
+            scores, "gradient_norm", *(outputs.each("gradient norms", each, gradient_norm) for each in examples)
+        )
         with scores.null_if_missing({"privacy/auc/reference": None}):
             base = context.find_base_model().outputs
-            _add_auc(scores, "reference", *(against_reference(outputs, base, rows, settings) for rows in splits))
+            _add_attack(scores, "reference", *(against_reference(outputs, base, rows, settings) for rows in splits))
         _add_privleak(context, scores, splits)
 
 
@@ -145,14 +147,21 @@ def against_reference(
     return [None if None in pair else pair[0] - pair[1] for pair in pairs]
 
 
-def _add_auc(scores: Scores, name: str, members: list[float | None], others: list[float | None]) -> None:
+def add_auc(
+    scores: Scores, name: str, members: list[float | None], others: list[float | None], ideal: float | None = 0.5
+) -> None:
+    """Record the AUC of an attack under this name, from its values of the forget and of the holdout rows."""
     value = auc(members, others)
     note = None if value is not None else "no row of forget or of holdout has a value"
     left_out = (*members, *others).count(None)
     count = len(members) + len(others) - left_out
+    scores.add(name, value, None, count=count, ideal=ideal, left_out=left_out, note=note)
+
+
+def _add_attack(scores: Scores, name: str, members: list[float | None], others: list[float | None]) -> None:
+    """`add_auc`, and the value of each row."""
     # The model before unlearning was trained on the forget rows: relative to it, even a retain-only model is far below 0.5.
-    ideal = None if name == "reference" else 0.5
-    scores.add(f"privacy/auc/{name}", value, None, count=count, ideal=ideal, left_out=left_out, note=note)
+    add_auc(scores, f"privacy/auc/{name}", members, others, ideal=None if name == "reference" else 0.5)
     for split, values in zip(SPLITS, (members, others), strict=True):
         scores.rows[f"privacy/{name}/{split}"] = {"split": split, "values": values}
 
