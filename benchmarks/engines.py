@@ -32,7 +32,7 @@ from transformers import GenerationConfig
 from benchmarks.baseline import baseline_answers
 from benchmarks.timed_trainer import generate_lengths
 from benchmarks.worker import make_trainer, read, window_size, with_checkpoint
-from common.cli import job_errors, launch
+from common.cli import check_recipe, job_errors, launch, replace_mapping
 from common.config import RunConfig
 from common.files import CONFIGS
 from common.forward import evaluation_mode
@@ -109,6 +109,8 @@ def compare(cfg: DictConfig) -> None:
 @hydra.main(version_base=None, config_path=str(CONFIGS), config_name="benchmark/tiny")
 def main(cfg: DictConfig) -> None:
     with job_errors(cfg.output_dir or cfg.models_dir):
+        check_recipe(cfg, "benchmarks/step.py")
+        replace_mapping(cfg, "model.new.settings")
         compare(cfg)
 
 

@@ -17,13 +17,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.errors import Pruned, UserError, did_you_mean, full_disk_as_user_error
+from common.errors import Pruned, UserError, did_you_mean, first_line, full_disk_as_user_error
 from common.files import CONFIGS, ROOT, SURROGATE
 from common.hardware import settle_processes
+from common.job import is_in_sweep, typed_overrides
 from common.recipes import deciding_key, program_of, recipe_folders, recipes_of
 from common.redaction import secret_in
 from common.sweeps import Sweep, current_sweep
@@ -118,7 +118,7 @@ def user_message(error: Exception, program: str = "") -> str | None:
     if isinstance(error, UserError):
         return f"\nError: {error}"
     if isinstance(error, OmegaConfBaseException):  # for instance of an interpolation
-        return f"\nError: {error.full_key}: {str(error).splitlines()[0]}"
+        return f"\nError: {error.full_key}: {first_line(error)}"
     if isinstance(error, PermissionError):
         return f"\nError: {error.filename}: {error.strerror}; change its permissions, or name another file or folder"
     if isinstance(error, MissingConfigException):
@@ -186,7 +186,7 @@ def _explain_missing(error: MissingConfigException, program: str) -> str:
         )
     options = list(error.options or [])
     expected = f"\nExpected one of {', '.join(options)}" if options else ""
-    return f"{str(error).splitlines()[0]}{did_you_mean(missing.rpartition('/')[2], options)}{expected}"
+    return f"{first_line(error)}{did_you_mean(missing.rpartition('/')[2], options)}{expected}"
 
 
 def _explain_syntax(error: OverrideParseException) -> str:
@@ -227,7 +227,7 @@ def _dotted_keys(values: dict, prefix: str) -> Iterator[str]:
 def replace_mapping(cfg: DictConfig, key: str) -> None:
     """Set the key to the mapping that the command line gives, if it does. Hydra adds it to the recipe's mapping."""
     parser = OverridesParser.create()
-    for override in map(parser.parse_override, HydraConfig.get().overrides.task):
+    for override in map(parser.parse_override, typed_overrides()):
         if override.key_or_group == key and isinstance(override.value(), dict):
             OmegaConf.update(cfg, key, override.value(), merge=False, force_add=True)
 
@@ -276,7 +276,7 @@ def job_errors(folder: str | Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, Pruned):
             log.info("pruned: %s", error)
-        elif HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        elif is_in_sweep():
             traceback = None if isinstance(error, UserError) else error
             log.error("this job failed, the sweep continues: %s", error, exc_info=traceback)
         elif message := user_message(error):

@@ -53,7 +53,7 @@ PASS_OVERHEAD_TOKENS = 128  # approximate fixed cost of a forward and backward p
 
 
 def bucket_by_length(batch: dict[str, torch.Tensor], extra_pass: int) -> list[dict[str, torch.Tensor]]:
-    """Split a batch into sub-batches of similar length, so that positions plus costs of passes are fewest.
+    """Split a batch into sub-batches of similar length, so that the padded positions plus the costs of the passes are fewest.
 
     Every row is padded to the longest of its batch. With TOFU, half of the positions would be padding.
 

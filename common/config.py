@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from typing_extensions import TypedDict, is_typeddict
 
-from common.errors import UserError, did_you_mean
+from common.errors import UserError, did_you_mean, first_line
 
 # Rejects unknown keys, true and "5" where a number is expected, infinity and NaN.
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
@@ -72,6 +72,11 @@ class PromptConfig:
         A tokenizer that itself puts a space before every text, as that of Llama 2, needs the answer without one.
         """
         return (self.style, self.question) == ("plain", "{question}") and self.answer in (" {answer}", "{answer}")
+
+
+def prompt_with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A recorded `model.prompt`, with the defaults of the keys that are not recorded."""
+    return dataclasses.asdict(PromptConfig(style="plain")) | recorded
 
 
 @section
@@ -363,7 +368,7 @@ def _plain(node: Any, problems: dict[str, str], prefix: str = "") -> Any:
                 values[str(key)] = _plain(node[key], problems, f"{prefix}{key}.")
         except OmegaConfBaseException as error:
             raw = OmegaConf.to_container(node, resolve=False)[key]
-            problems[f"{prefix}{key}"] = f"{prefix}{key}={raw}: {str(error).splitlines()[0]}"
+            problems[f"{prefix}{key}"] = f"{prefix}{key}={raw}: {first_line(error)}"
     return values
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from common.config import Columns, DataConfig, WindowsConfig, problem_list
-from common.errors import UserError, did_you_mean
+from common.errors import UserError, did_you_mean, first_line
 from common.files import ROOT, SURROGATE, looks_local, resolve_path
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,9 @@ class HubError(UserError):
 class Row:
     """A question with its answer. `index` is its position in the split and identifies it, as questions may repeat.
 
-    `entity` is the part of the answer that holds the knowledge. `is_passage`: the row is a window of a text; the question
-    is its beginning and the answer its continuation. A whole text (`WHOLE_TEXTS`) is an answer to an empty question.
+    `entity` is the part of the answer that holds the knowledge. `text` is given if the row is a window of that text; the
+    question is then the window's beginning and the answer its continuation. A whole text (`WHOLE_TEXTS`) is an answer to an
+    empty question.
     """
 
     index: int
@@ -50,7 +51,17 @@ class Row:
     paraphrased_answer: str | None = None
     perturbed_answer: tuple[str, ...] = ()
     entity: str | None = None
-    is_passage: bool = False
+    text: str | None = None
+
+    @property
+    def is_passage(self) -> bool:
+        """Whether the row is a window of a text."""
+        return self.text is not None
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Question and answer."""
+        return self.question, self.answer
 
 
 def load_split(data: DataConfig, role: str) -> list[Row]:
@@ -109,11 +120,6 @@ def load_splits(data: DataConfig, roles: tuple[str, ...]) -> dict[str, list[Row]
     return splits
 
 
-def passages_of(rows: list[Row]) -> list[tuple[str, str]]:
-    """Prompt and continuation of the rows that are windows of a text."""
-    return [(row.question, row.answer) for row in rows if row.is_passage]
-
-
 def check_apart(rows: list[Row], others: list[Row], other_role: str, role: str = "forget") -> None:
     """Warn of rows of one role that are also in another, of which they must not be.
 
@@ -123,8 +129,8 @@ def check_apart(rows: list[Row], others: list[Row], other_role: str, role: str =
     Raises:
         UserError: if all of `others` are also in `rows`.
     """
-    known = {(row.question, row.answer) for row in rows}
-    shared = sum((row.question, row.answer) in known for row in others)
+    known = {row.pair for row in rows}
+    shared = sum(row.pair in known for row in others)
     key = f"data.splits.{other_role}"
     if shared == len(others):
         raise UserError(f"{key}: all {shared} rows are also in data.splits.{role}; name a split of other rows")
@@ -356,7 +362,7 @@ def _read_from_hub(data: DataConfig, name: str, key: str) -> list[tuple[str, dic
             raise UserError(f"{key}={name}: {data.path} has no {wrong}") from error
         raise HubError(
             f"data.path={data.path}, split {name}: could not be loaded from the hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0][:200]}). Without the hub: data.path=FOLDER with {name}.json in it"
+            f"{first_line(error, 200)}). Without the hub: data.path=FOLDER with {name}.json in it"
         ) from error
     return [(f"{data.path}/{name}, row {number}", record) for number, record in enumerate(dataset)]
 
@@ -387,7 +393,7 @@ def _to_row(index: int, record: dict, where: str, columns: Columns) -> Row:
             names, hint = "' or '".join(named), next(filter(None, (did_you_mean(name, record) for name in named)), "")
             raise UserError(f"{where}: no column '{names}' (data.columns.{field}{hint}); has {', '.join(record)}")
     values = {field: record[column] for field, column in found.items() if column is not None}
-    is_passage = values.pop("text", None) is not None
+
     for field, value in values.items():
         if (field == "perturbed_answer") != isinstance(value, list):  # the one field that is a list of texts
             raise UserError(f"{where}: {found[field]} is empty or not text: {value!r}")
@@ -395,4 +401,4 @@ def _to_row(index: int, record: dict, where: str, columns: Columns) -> Row:
     if (entity := values.get("entity", "")) not in values["answer"]:
         raise UserError(f"{where}: {found['entity']} is no part of the answer: {entity!r} (data.columns.entity)")
     values["perturbed_answer"] = tuple(values.get("perturbed_answer", ()))
-    return Row(index=index, is_passage=is_passage, **values)
+    return Row(index=index, **values)

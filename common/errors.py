@@ -77,7 +77,8 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def _likeness(word: str, known: str) -> float:
-    """How alike two dotted keys are, in [0, 1]: of the same section the last names, or one with a part of the other."""
+    """Similarity of two dotted keys, in [0, 1]. Of keys in one section only the last names are compared, also with single
+    words of the known name ("lamda" with the "lambda" of "lambda_unlearning")."""
     parent, _, last = word.rpartition(".")
     other_parent, _, other = known.rpartition(".")
     if parent != other_parent:
@@ -85,6 +86,11 @@ def _likeness(word: str, known: str) -> float:
     parts = [part for part in other.split("_") if part != other]
     of_parts = [difflib.SequenceMatcher(None, last, part).ratio() - 0.1 for part in parts]
     return max([difflib.SequenceMatcher(None, last, other).ratio(), *of_parts])
+
+
+def first_line(error: Exception, limit: int = 300) -> str:
+    """First line of the error's message, of at most `limit` characters; its type if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:limit]
 
 
 def reason(error: Exception) -> str:

@@ -81,7 +81,7 @@ def digest(paths: Iterable[Path]) -> str:
 
 @cache
 def _sha256_of(path: Path, changed: int, size: int) -> str:
-    """`sha256`, read again only after the file was changed: weights have gigabytes."""
+    """`sha256`, computed again only after the file was changed: weights have gigabytes."""
     return sha256(path)
 
 

@@ -11,6 +11,7 @@ from timeit import timeit
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from common.errors import UserError
 from common.files import is_first_process
@@ -57,7 +58,8 @@ def device_name() -> str:
 def has_fast_bf16() -> bool:
     """Whether bfloat16 is supported (GPUs since Ampere; CPUs with AVX512-BF16 or AMX) and on a CPU also faster.
 
-    A matmul is timed on the CPU: with AVX512-BF16, some CPUs are twice as fast as in float32, others half as fast.
+    A matmul is timed on the CPU: with AVX512-BF16, some CPUs are twice as fast as in float32, others half as fast. The first
+    process decides for all.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -65,8 +67,11 @@ def has_fast_bf16() -> bool:
         return False
     seconds = matmul_seconds(torch.float32, torch.bfloat16)
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    log.info("bfloat16 products are %.2g times as fast as float32 on this CPU: bf16=auto is %s", ratio, ratio > 1)
-    return ratio > 1
+    decision = [ratio > 1]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(decision)
+    log.info("bfloat16 products are %.2g times as fast as float32 on this CPU: bf16=auto is %s", ratio, decision[0])
+    return decision[0]
 
 
 def matmul_seconds(*dtypes: torch.dtype) -> dict[torch.dtype, float]:

@@ -12,13 +12,12 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from common.config import RunConfig
 from common.errors import UserError, reason
 from common.files import is_first_process, is_hub_id, read_json, resolve_path, write_json
+from common.job import is_in_sweep
 from common.model import ADAPTER
 from common.redaction import without_local_paths, without_secrets
 from common.results import CARD, RESULT
@@ -60,8 +59,7 @@ def check_push(cfg: DictConfig, config: RunConfig) -> None:
             f"training.push_to_hub=true: the adapter belongs to the weights in {base}, which are not on the hub; use "
             "model.lora.merge=true"
         )
-    several = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    if several and "${" not in str(OmegaConf.to_container(cfg.training, resolve=False).get("hub_model_id")):
+    if is_in_sweep() and "${" not in str(OmegaConf.to_container(cfg.training, resolve=False).get("hub_model_id")):
         raise UserError(
             f"training.hub_model_id={hub_id}: the runs of a sweep would replace each other on the hub; give each a name of its "
             "own, as in 'training.hub_model_id=OWNER/NAME-${seed}'"

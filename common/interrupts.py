@@ -3,7 +3,7 @@
 SIGTERM exits as an error does, so that a sweep's table is still written. Training replaces both by a checkpoint.
 """
 
-import _thread
+import os
 import signal
 import sys
 import threading
@@ -19,7 +19,7 @@ def _quiet(kind, error, traceback):
 def _again(unraisable):
     """A destructor swallowed Ctrl-C: interrupt the process once more, when it has ended."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt) and not sys.is_finalizing():
-        threading.Timer(0.05, _thread.interrupt_main).start()
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()  # unlike interrupt_main, it ends a sleep
     else:
         sys.__unraisablehook__(unraisable)
 

@@ -47,7 +47,7 @@ def _take(folder: Path, stack: contextlib.ExitStack) -> None:
         stack.enter_context(lock)
     except Timeout as error:
         raise UserError(
-            f"output_dir={folder}: another command works in this folder{_described(holder_of(folder))}. Wait until it ends, "
+            f"output_dir={folder}: another command is using this folder{_described(holder_of(folder))}. Wait until it ends, "
             "stop it, or name another folder"
         ) from error
     except OSError as error:
@@ -55,7 +55,7 @@ def _take(folder: Path, stack: contextlib.ExitStack) -> None:
             raise
         if error.errno in NOT_SUPPORTED:
             log.warning(
-                "%s: this file system has no locks (%s); make sure that no other command works in this folder",
+                "%s: this file system has no locks (%s); make sure that no other command uses this folder",
                 folder,
                 error.strerror,
             )

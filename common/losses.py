@@ -37,7 +37,7 @@ def answer_logits(
     is_answer = targets != IGNORED
     predicts = torch.nn.functional.pad(is_answer, (0, 1))  # position t predicts token t + 1
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    logits = _logits(model, inputs, predicts)
+    logits = logits_of(model, inputs, predicts)
     if logits.shape[:-1] == predicts.shape:  # the model does not know `logits_to_keep`
         logits = logits[predicts]
     return logits.reshape(-1, logits.shape[-1]).float(), targets[is_answer], is_answer.nonzero()[:, 0]
@@ -45,10 +45,12 @@ def answer_logits(
 
 def next_token_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     """The logits after rows of equal length, without a cache: from shape (rows, length) to shape (rows, vocabulary)."""
-    return _logits(own_forward(model), {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}, 1)[:, -1]
+    return logits_of(own_forward(model), {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}, 1)[
+        :, -1
+    ]
 
 
-def _logits(forward: Callable, inputs: dict[str, torch.Tensor], keep: int | torch.Tensor) -> torch.Tensor:
+def logits_of(forward: Callable, inputs: dict[str, torch.Tensor], keep: int | torch.Tensor) -> torch.Tensor:
     """The logits at the positions `keep`, or at all positions if the model does not know `logits_to_keep`."""
     try:
         return forward(**inputs, use_cache=False, logits_to_keep=keep).logits

@@ -26,11 +26,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from common.config import LoraSettings, ModelConfig
-from common.errors import UserError, reason
+from common.errors import UserError, first_line, reason
 from common.files import looks_local, read_json, resolve_path
 from common.model_checks import check_causal
 from common.new_model import new_model, train_tokenizer
-from common.results import checkpoint_id, result_of, started_from
+from common.results import checkpoint_id, recorded_config, started_from
 
 log = logging.getLogger(__name__)
 ADAPTER = "adapter_config.json"
@@ -126,7 +126,19 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainabl
         raise UserError(f"model.path={config.path}: {len(missing)} weights are missing, {missing[0]} among them")
     _check_vocabulary(config, tokenizer, model.get_input_embeddings().num_embeddings)
     check_causal(model, f"model.path={config.path}")
+    _make_generation_config_valid(model)
     return add_adapter(model, config.lora, config.revision) if trainable and config.lora else model
+
+
+def _make_generation_config_valid(model: PreTrainedModel) -> None:
+    """Older checkpoints have a temperature or top_p without do_sample, with which transformers refuses to save a model."""
+    settings = model.generation_config
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraSettings, revision: str | None = None) -> PreTrainedModel:
@@ -287,8 +299,7 @@ def _check_base(config: ModelConfig, adapter: str, base: str) -> None:
     Raises:
         UserError: names the base.
     """
-    result, start = result_of(adapter), started_from(adapter)
-    recorded = (result or {}).get("config", {}).get("start")
+    recorded, start = (recorded_config(adapter) or {}).get("start"), started_from(adapter)
     if recorded is None or not start or not Path(base).exists():
         return
     now = checkpoint_id(start)
@@ -316,15 +327,15 @@ def _errors_of_loading(config: ModelConfig, what: str, *kinds: type[Exception]) 
     try:
         yield
     except kinds as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        why = first_line(error)
         # Of transformers' several messages on attention, each has one of these words.
-        if config.attn_implementation and re.search("attn_implementation|FlashAttention|kernels", reason):
+        if config.attn_implementation and re.search("attn_implementation|FlashAttention|kernels", why):
             known = ", ".join(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in key)
             raise UserError(
-                f"model.attn_implementation={config.attn_implementation}: {reason.partition('. ')[0]}; expected null, eager "
+                f"model.attn_implementation={config.attn_implementation}: {why.partition('. ')[0]}; expected null, eager "
                 f"or one of {known} if its package is installed"
             ) from error
-        problem = f"model.path={config.path}: {what} could not be loaded ({reason})"
+        problem = f"model.path={config.path}: {what} could not be loaded ({why})"
         if Path(resolve_path(config.path)).exists():
             raise UserError(f"{problem}; copy or make damaged files again") from error
         raise UserError(

@@ -19,6 +19,7 @@ from common.errors import UserError
 
 log = logging.getLogger(__name__)
 CHECKED_PASSAGES = 8  # passages whose tokens are compared with those of the running text
+SPACES = ("\u2581", "\u0120")  # a space in the tokens of SentencePiece and of byte-level BPE
 ANSWER = "ANSWER"  # an answer by which a chat template is examined
 OTHER = "OTHER"  # another value of a setting, by which it is found out whether the template prints the setting
 
@@ -70,6 +71,8 @@ class PromptFormat:
         self.eos_token_id = self._find_eos_token()
         if config.style == "chat":
             self._warn_of_other_tokens()
+        else:
+            self._warn_of_second_space()
 
     @cached_property
     def special_tokens(self) -> tuple[list[int], list[int]]:
@@ -90,14 +93,16 @@ class PromptFormat:
     def entity_tokens(self, row: Row) -> tuple[int, int]:
         """The first token of the row's answer that has a character of its entity, and the first token after these.
 
-        An entity that the answer has several times counts where it is first.
+        An entity that the answer has several times counts where it first stands as words of its own, or else where it is first.
 
         Raises:
             UserError: if the tokenizer does not know which characters a token stands for.
         """
         if not self.tokenizer.is_fast:
             raise UserError("data.columns.entity: the tokenizer cannot tell the characters of a token; leave it out")
-        text, first = self._answer_text(row.answer), len(self.tag) + row.answer.index(row.entity)
+        as_words = re.search(rf"(?<!\w){re.escape(row.entity)}(?!\w)", row.answer)
+        start = as_words.start() if as_words else row.answer.index(row.entity)
+        text, first = self._answer_text(row.answer), len(self.tag) + start
         last = first + len(row.entity)
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         inside = [token for token, (start, end) in enumerate(offsets) if start < last and end > first]
@@ -140,18 +145,36 @@ class PromptFormat:
         """The example without the EOS token of its answer, if it has one."""
         return example if self.is_cut(example) else replace(example, answer=example.answer[:-1])
 
-    def text(self, answer_ids: Sequence[int]) -> str:
+    def text(self, answer_ids: Sequence[int], begun: bool = False) -> str:
         """The text of an answer, without special tokens, surrounding whitespace and what `model.prompt.answer` puts before it.
 
         Nor is a final EOS token text: a chat template may end answers with a token that the tokenizer does not mark special.
 
         Without clean-up of spaces, the text of the first tokens of an answer is a prefix of the whole text. So that this
         holds for a tag ("Answer: {answer}") as well, the beginning of a tag counts as no text.
+
+        Args:
+            begun: the tokens continue an answer whose beginning is in the prompt, so that no tag is before them.
         """
         ids = answer_ids[:-1] if list(answer_ids[-1:]) == [self.eos_token_id] else answer_ids
         decoded = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-        tag = self.tag.strip()
+        tag = "" if begun else self.tag.strip()
         return "" if tag.startswith(decoded) else decoded.removeprefix(tag).lstrip()
+
+    def text_of_beginning(self, answer_ids: Sequence[int]) -> str:
+        """The text of the first tokens of an answer that further tokens do not change, but for its last word.
+
+        Tokens of single bytes ("<0x0A>") at the end are left out: neighboring ones are decoded together.
+        """
+        end = len(answer_ids)
+        while end and answer_ids[end - 1] in self._byte_ids:
+            end -= 1
+        return self.text(answer_ids[:end])
+
+    @cached_property
+    def _byte_ids(self) -> frozenset[int]:
+        tokens = self.tokenizer.get_vocab()
+        return frozenset(number for token, number in tokens.items() if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token))
 
     @property
     def template_variables(self) -> dict[str, Any]:
@@ -254,6 +277,21 @@ class PromptFormat:
                 *(" ".join(self.tokenizer.convert_ids_to_tokens(ids[same : same + 3])) for ids in (own, whole)),
             )
 
+    def _warn_of_second_space(self) -> None:
+        """Warn if answers begin with a token that is only a space, since the tokenizer itself puts one before a text."""
+        if not self.config.answer.startswith(" {"):
+            return
+        texts = (self._answer_text(ANSWER), ANSWER)
+        ids = (self.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in texts)
+        with_space, alone = self.tokenizer.convert_ids_to_tokens(list(ids))
+        if with_space in SPACES and alone.startswith(SPACES):
+            log.warning(
+                "model.prompt.answer='%s': this tokenizer itself puts a space before a text, so that each answer begins with a "
+                "token that is only a space and that scores count; '%s' is better",
+                self.config.answer,
+                self.config.answer.lstrip(),
+            )
+
     def _chat_with_answer(self, **options: Any) -> Any:
         chat = [*self._messages("?"), {"role": "assistant", "content": ANSWER}]
         return self._chat(chat, **{"tokenize": False, **options})
@@ -287,6 +325,24 @@ def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
         f"the tokenizer makes {ids} of the text '{text}', and {bare} without special tokens: it cannot be told which tokens "
         "stand before a prompt; use another tokenizer, or model.prompt.style=chat"
     )
+
+
+def check_training_rows(prompts: PromptFormat, rows: Sequence[Row], max_length: int) -> None:
+    """`check_rows_fit` for rows with their answers; warns of answers that are cut."""
+    check_rows_fit(prompts, rows, max_length, "data.max_length")
+    warn_if_cut(prompts, [row.pair for row in rows], max_length, "data.max_length", given=True)
+
+
+def check_rows_fit(prompts: PromptFormat, rows: Sequence[Row], max_length: int, key: str) -> None:
+    """Check that every question leaves room for an answer, and that no passage is cut off.
+
+    Args:
+        key: the configuration key of `max_length`.
+    Raises:
+        UserError: states the length of the longest one.
+    """
+    check_prompt_lengths([prompts.prompt(row.question) for row in rows], max_length, key)
+    check_passages_fit(prompts, [row.pair for row in rows if row.is_passage], max_length, key)
 
 
 def check_passages_fit(prompts: PromptFormat, passages: Sequence[tuple[str, str]], max_length: int, key: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from common.data import HEADLINE_ROLES
 from common.errors import UserError
 from common.files import ROOT, digest, is_first_process, read_json, write_json, write_json_lines, write_text
-from common.hardware import device_name, peak_memory_bytes
+from common.hardware import device_name, has_fast_bf16, peak_memory_bytes
 
 HEADLINE_FIELDS = ("question", "answer", "text", "paraphrased_question", "paraphrased_answer")  # of the headline scores
 RESULT = "result.json"
@@ -44,6 +44,23 @@ def result_of(folder: Path | str) -> dict | None:
     except ValueError as error:
         raise UserError(f"{path}: not readable as JSON ({error}); move it away") from error
     return result if isinstance(result, dict) and "config" in result else None
+
+
+def recorded_config(folder: Path | str) -> dict | None:
+    """The configuration of the run that wrote the result in a folder; None if there is no result."""
+    return (result_of(folder) or {}).get("config")
+
+
+def is_unlearned(folder: Path | str) -> bool:
+    """Whether the result in a folder is that of an unlearning run; false if there is no result."""
+    return "method" in (recorded_config(folder) or {})
+
+
+def method_name(config: dict) -> str | None:
+    """Class name of the unlearning method in a run's configuration; None if it names none, as that of finetuning."""
+    method = config.get("method")
+    target = method.get("_target_") if isinstance(method, dict) else None
+    return target and target.rpartition(".")[2]
 
 
 def result_id(folder: Path | str) -> str | None:
@@ -106,6 +123,9 @@ def write_result(
     result = {
         **measured,
         "device": device_name(),
+        "bf16_auto": has_fast_bf16()
+        if has_fast_bf16.cache_info().currsize
+        else None,  # what `auto` meant, where it was used
         "peak_memory_bytes": peak_memory_bytes(),
         "versions": package_versions(),
         "git_commit": git_commit(),
@@ -127,7 +147,9 @@ def started_from(folder: Path | str) -> str | None:
 def stored_result(folder: str | Path, identity: dict[str, Any]) -> dict | None:
     """The result in a checkpoint's folder, if it was evaluated on the same data in the same way."""
     result = result_of(folder)
-    return result if result and not differing_inputs([result["config"], identity]) else None
+    if result is None or differing_inputs([result["config"], identity]):
+        return None
+    return result if result["config"]["model"].get("dtype") == identity["model"].get("dtype") else None
 
 
 def evaluation_inputs(identity: dict[str, Any]) -> dict[str, Any]:

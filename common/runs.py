@@ -32,16 +32,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from common.config import RunConfig
 from common.data import HEADLINE_ROLES, local_files
 from common.errors import FULL_DISK, UserError
 from common.files import ROOT, digest, is_first_process, local_file, read_json, resolve_path, source_file, write_json
+from common.job import is_in_sweep, typed_overrides
 from common.lock import LOCK, locked
 from common.redaction import without_secrets
-from common.results import CARD, PUBLISHING, RESULT, checkpoint_id, result_of
+from common.results import CARD, PUBLISHING, RESULT, checkpoint_id, recorded_config, result_of
 
 log = logging.getLogger(__name__)
 FIGURES = (
@@ -60,6 +60,11 @@ FIGURES = (
 )
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "adapter_config.json")
 FAILURES = ".failed"  # beside the runs of a sweep: a file for each job that failed
+# Keys that may name a local folder -> those of its files that are read.
+FOLDERS_THAT_ARE_READ = {
+    "lm_eval.include_path": ("**/*",),
+    "model.tokenizer": ("*token*", "*.model", "vocab*", "merges*", "chat_template*"),
+}
 # Keys that do not influence the result. They are not part of a folder's name, and a change does not make a result stale.
 NOT_PART_OF_THE_RUN = ("overwrite", "output_dir", "models_dir", "keep_checkpoints")
 # The same for keys of `training`: a finished run is pushed without training it again.
@@ -152,11 +157,10 @@ def run_folder(stage: str, config: RunConfig, overrides: list[str] | None = None
     Args:
         overrides: given for one of several runs of a command: the overrides of a command for only this run.
     """
-    hydra = HydraConfig.get() if HydraConfig.initialized() else None
-    one_of_several = overrides is not None or (hydra and hydra.mode == RunMode.MULTIRUN)
+    one_of_several = overrides is not None or is_in_sweep()
     if overrides is None:
-        overrides = list(hydra.overrides.task) if hydra else []
-    parent = runs_folder(stage, config, hydra.job.config_name if hydra else "")
+        overrides = typed_overrides()
+    parent = runs_folder(stage, config, HydraConfig.get().job.config_name if HydraConfig.initialized() else "")
     has_own_name = one_of_several or not config.output_dir
     return (parent / run_name(config.seed, overrides) if has_own_name else parent).resolve()
 
@@ -171,7 +175,7 @@ def has_result_of(folder: Path, cfg: DictConfig) -> bool:
 
     An evaluation's null keys are those of the run that made its model, and are not compared.
     """
-    wanted, found = stored_config(cfg), (result_of(folder) or {}).get("config")
+    wanted, found = stored_config(cfg), recorded_config(folder)
     if "metrics" not in wanted or not found:
         return not changed_keys(found, wanted)
     if wanted.get("generation") != found.get("generation"):  # left out for the project's own sampler
@@ -234,7 +238,8 @@ def comparable_config(cfg: DictConfig, start_id: str | None = None) -> dict[str,
 def digests_of_files(plain: dict[str, Any]) -> dict[str, str]:
     """Digests of the local files that a run reads: of the data set by role or key, of others by their dotted key.
 
-    Also of the code that a `_target_` outside this repository names, such as a reward function.
+    Also of the code that a `_target_` outside this repository names, such as a reward function, and of the files in a folder
+    of tasks or of a tokenizer.
     """
     data, found = plain.get("data"), {}
     read = HEADLINE_ROLES if "method" in plain else (*HEADLINE_ROLES, "train")
@@ -251,6 +256,10 @@ def digests_of_files(plain: dict[str, Any]) -> dict[str, str]:
         of_others = key.endswith("_target_") and not value.startswith("unlearning.")
         if file := local_file(value) or (source_file(value) if of_others else None):
             found[key] = digest([file])
+        elif patterns := FOLDERS_THAT_ARE_READ.get(key):
+            paths = {path for pattern in patterns for path in Path(resolve_path(value)).glob(pattern) if path.is_file()}
+            if paths:
+                found[key] = digest(sorted(paths))
     return found
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from common.errors import Pruned, UserError
 from common.files import write_json
+from common.job import is_in_sweep
 from common.runs import failure_file, failure_of, has_result_of, run_name, runs_folder
 from common.sweep_signals import leave_signals_to_sweep, stop_jobs_on_signals
 
@@ -144,9 +145,7 @@ def job_of(config: DictConfig, overrides: list[str], number: int = 0) -> tuple[P
 
 def utility_floor() -> float | None:
     """The utility in percent below which a run of this sweep is pruned (`hydra.sweeper.min_utility`); None: none is."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return None
-    return HydraConfig.get().sweeper.get("min_utility")
+    return HydraConfig.get().sweeper.get("min_utility") if is_in_sweep() else None
 
 
 def _run_folder(config: DictConfig) -> Path:

@@ -155,6 +155,13 @@ class ResumableTrainer(Trainer):
 
     # --- the epoch's record ---
 
+    @contextlib.contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        """Add the duration of the block to `seconds[part]`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
+
     def add_to_epoch(self, **values: torch.Tensor | float) -> None:
         """Add to the epoch's sums. Tensors stay on their device until the end of the epoch."""
         for name, value in values.items():
@@ -179,7 +186,7 @@ class ResumableTrainer(Trainer):
         """The state to save in addition to the Trainer's, as JSON values."""
         # The mean over processes: each of them continues with it, and their sum is as before.
         sums = {name: self.epoch_sum(name) / self.args.world_size for name in self.epoch_sums}
-        return {"history": self.history, "seconds": self.seconds, "epoch_sums": sums}
+        return {"history": self.history, "seconds": self.seconds, "epoch_sums": sums, "bf16": self.args.bf16}
 
     def row_files(self) -> dict[str, list[dict]]:
         """Name -> rows of the files that are written next to result.json."""
@@ -187,6 +194,10 @@ class ResumableTrainer(Trainer):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.history, self.seconds, self.epoch_sums = state["history"], state["seconds"], state["epoch_sums"]
+        if state.get("bf16", self.args.bf16) != self.args.bf16:  # bf16=auto on another machine
+            log.warning(
+                "training.bf16=auto: the run began with bf16=%s and continues with %s", state["bf16"], self.args.bf16
+            )
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -319,11 +330,8 @@ class EpochRecords(TrainerCallback):
         record["seconds_training"] = trainer.epoch_sum("seconds_training") / trainer.args.world_size
         trainer.epoch_sums = {}
         if trainer.evaluate_model and epoch % trainer.evaluate_every == 0:
-            started = time.perf_counter()
-            with trainer.whole_model() as model:
-                scores = trainer.evaluate_model(model)
-            trainer.seconds["evaluation"] = trainer.seconds.get("evaluation", 0.0) + time.perf_counter() - started
-            record |= scores
+            with trainer.timing("evaluation"), trainer.whole_model() as model:
+                record |= trainer.evaluate_model(model)
         log.info(
             "epoch %d of %d  %s  time left %s", epoch, trainer.state.num_train_epochs, text_of(record), self.time_left()
         )

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from common.config import RunConfig
 from common.errors import UserError, library_errors_as_user_error
 from common.hardware import has_fast_bf16
+from common.job import typed_overrides
 from common.runs import PUSH_KEYS
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
         UserError: if TrainingArguments rejects a combination of values, or DeepSpeed cannot be used with them.
     """
     values = dict(config.training)
+    check_lengths_are_used(values)
     values.pop("num_epochs", None)  # the recipes set num_train_epochs to it
     for key in PUSH_KEYS:  # the Trainer would push checkpoints; common/hub.py pushes the finished folder
         values.pop(key, None)
@@ -44,6 +46,11 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
         raise UserError(
             f"training.warmup_steps={warmup_steps}: the run has {total} optimizer steps, so the learning rate would not reach "
             "its peak; use fewer"
+        )
+    if warmup_steps and values.get("lr_scheduler_type") == "constant":
+        raise UserError(
+            f"training.lr_scheduler_type=constant: has no warmup (here {warmup_steps:g} steps); use constant_with_warmup, or "
+            "training.warmup_epochs=0"
         )
     if values.get("fp16") and not torch.cuda.is_available():
         raise UserError("training.fp16=true: needs an NVIDIA GPU; use training.bf16=auto")
@@ -61,12 +68,54 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
     with library_errors_as_user_error("training"):
         args = TrainingArguments(output_dir=str(output_dir), seed=config.seed, remove_unused_columns=False, **values)
         check_precision(args)
+        check_accelerator(args)
         check_deepspeed(args)
         _check_parts(args, num_rows)
     if args.n_gpu > 1:
         log.info("using one of %d GPUs; torchrun --nproc-per-node N uses more", args.n_gpu)
         args._n_gpu = 1  # prevents DataParallel, which splits every tensor along its first dimension
     return args
+
+
+def check_lengths_are_used(values: dict[str, Any]) -> None:
+    """Check that a length given in epochs on the command line is not replaced by the recipe's length in steps.
+
+    Raises:
+        UserError: names both keys.
+    """
+    typed = {word.lstrip("+").partition("=")[0] for word in typed_overrides()}
+    is_set = {"max_steps": values.get("max_steps", -1) > 0, "warmup_steps": bool(values.get("warmup_steps"))}
+    for key, steps in (
+        ("num_epochs", "max_steps"),
+        ("num_train_epochs", "max_steps"),
+        ("warmup_epochs", "warmup_steps"),
+    ):
+        if f"training.{key}" in typed and f"training.{steps}" not in typed and is_set[steps]:
+            none = -1 if steps == "max_steps" else 0
+            raise UserError(
+                f"training.{key}={values.get(key)}: has no effect beside the recipe's training.{steps}={values[steps]}; change "
+                f"that one, or add training.{steps}={none}"
+            )
+
+
+def check_accelerator(args: TrainingArguments) -> None:
+    """Refuse settings of `accelerator_config` with which a continued run or the number of steps would be another one.
+
+    Raises:
+        UserError: names the setting.
+    """
+    given = args.accelerator_config
+    wrong = {
+        "use_seedable_sampler=false": not given.use_seedable_sampler
+        and "a continued run would repeat some rows and skip others",
+        "split_batches=true": given.split_batches
+        and "training.per_device_train_batch_size counts the rows of each process",
+        "gradient_accumulation_kwargs.num_steps": "num_steps" in (given.gradient_accumulation_kwargs or {})
+        and "use training.gradient_accumulation_steps",
+    }
+    for key, why in wrong.items():
+        if why:
+            raise UserError(f"training.accelerator_config.{key}: {why}; remove it")
 
 
 def check_precision(args: TrainingArguments) -> None:
@@ -122,6 +171,11 @@ def _check_parts(args: TrainingArguments, num_rows: int) -> None:
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
     )
+    if str(args.optim).startswith("schedule_free"):
+        raise UserError(
+            f"training.optim={args.optim}: its averaged weights need an evaluation mode that is not entered here, so that "
+            "others would be sampled from and saved; use another optimizer"
+        )
     if args.deepspeed or args.optim_target_modules:  # their optimizers need the model
         return
     weights = [torch.nn.Parameter(torch.zeros(1))]

@@ -132,17 +132,18 @@ def escaped(text: str) -> str:
 
 def yaml_comments(name: str, keys: typing.Callable[[str], bool]) -> str:
     """The commented `key: value` lines of one of our YAML files whose path (`training.bf16`) is wanted, as a table."""
-    rows, parents = [], []
+    rows, parents, is_wanted = [], [], False
     for line in (CONFIGS / name).read_text(encoding="utf-8").splitlines():
         more = re.match(r"\s+# (.+)", line)
-        if more and rows and len(line) - len(line.lstrip()) > 20:
+        if more and is_wanted and len(line) - len(line.lstrip()) > 20:
             rows[-1][2] += " " + escaped(more[1])
         found = re.match(r"( *)([\w.]+):(?: +([^#]*?))?(?: +# (.*))?$", line)
         if not found:
             continue
         depth = len(found[1]) // 2
         parents[depth:] = [found[2]]
-        if found[3] and keys(".".join(parents)):
+        is_wanted = bool(found[3]) and keys(".".join(parents))
+        if is_wanted:
             rows.append([f"`{'.'.join(parents)}`", f"`{found[3].strip()}`", sentence(found[4] or "")])
     return table(["key", "value", "description"], rows)
 
@@ -232,12 +233,12 @@ def described_scores(module: types.ModuleType) -> list[tuple[str, ...]]:
 
 def results_by_name(path: Path) -> dict[str, list[dict[str, str]]]:
     """Method or reference -> its rows of a comparison's results.csv, one a run: first the references, then the methods by mean
-    unlearn quality, the highest first. Rows without a headline score are left out.
+    unlearn quality, the highest first. Rows without a headline score, and of runs that do not count, are left out.
     """
     by_name: dict[str, list[dict[str, str]]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            if row["unlearn_quality"]:
+            if row["unlearn_quality"] and row.get("status", "done") == "done":
                 by_name.setdefault(row["name"], []).append(row)
 
     def order(name: str) -> tuple[bool, float]:
@@ -263,7 +264,8 @@ def leaderboard_page(path: Path) -> str:
         cells = [f"*{name}*" if runs[0]["reference"] == "True" else name, str(len(runs))]
         for score, digits in columns.values():
             values = [float(run[score]) for run in runs if run[score]]
-            cells.append(cell(score, values, digits))
+            counted = f" (n={len(values)})" if 0 < len(values) < len(runs) else ""
+            cells.append(cell(score, values, digits) + counted)
         lines.append(cells)
     recipe = OmegaConf.merge({"models_dir": "models"}, OmegaConf.load(compare_recipe(path))).comparison
     shared = recipe.get("unlearning", "")

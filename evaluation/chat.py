@@ -34,7 +34,7 @@ from common.config import RunConfig, fields_of, read_config, section
 from common.data import Row
 from common.errors import UserError, naming
 from common.files import CONFIGS, SURROGATE
-from common.results import result_of
+from common.results import recorded_config
 from evaluation.context import Loader
 from evaluation.inputs import fill_from_run
 from evaluation.metrics.tofu import probability
@@ -118,7 +118,7 @@ def read_chat(cfg: DictConfig, name: str) -> RunConfig:
     cfg, path = cfg.copy(), str(cfg[name])
     cfg.model.path = resolve_checkpoint(path, name)
     with naming(name):
-        fill_from_run(cfg, (result_of(cfg.model.path) or {}).get("config"))
+        fill_from_run(cfg, recorded_config(cfg.model.path))
         return read_config(cfg, sections=KEYS)
 
 

@@ -16,7 +16,7 @@ from common.files import resolve_path
 from common.model import has_tokenizer, load_model, load_tokenizer
 from common.model_checks import check_positions
 from common.prompts import PromptFormat
-from common.results import checkpoint_id, result_of, started_from
+from common.results import checkpoint_id, is_unlearned, recorded_config, started_from
 from evaluation.model_outputs import ModelOutputs
 from evaluation.scores import Missing
 
@@ -91,6 +91,7 @@ class EvaluationContext:
         model: the evaluated model.
         others: name -> path of the models that it is compared to: `retain_model`, finetuned without the forget set, and
             `base_model`, the model before unlearning.
+        revisions: name -> revision of one of these models on the hub, if it is not the newest.
         unknown: name -> why the path of one of these models is not known.
     """
 
@@ -98,6 +99,7 @@ class EvaluationContext:
     loader: Loader
     model: EvaluatedModel
     others: dict[str, str]
+    revisions: dict[str, str | None] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     _rows: dict[str, list[Row]] = field(default_factory=dict)
 
@@ -139,7 +141,8 @@ class EvaluationContext:
         One without a tokenizer gets that of the evaluated model.
         """
         own, path = self.config.model, self.others[name]
-        of_files = {"revision": None, "gguf_file": None, "lora": None, "made_by": None, "tokenizer": None}
+        of_files = {"revision": self.revisions.get(name), "gguf_file": None, "lora": None, "made_by": None}
+        of_files["tokenizer"] = None
         if not has_tokenizer(resolve_path(path)):
             of_files["tokenizer"] = own.tokenizer or own.path
         return self.loader.open(self.config, replace(own, path=path, **of_files))
@@ -152,10 +155,16 @@ def trained_from(path: str) -> Iterator[tuple[str, str, str | None]]:
         The trained model, the checkpoint that it started from, as a path or a hub id, and that one's id, if it was recorded.
     """
     while start := started_from(path):
-        yield path, start, result_of(path)["config"].get("start")
-        if "method" not in (result_of(start) or {}).get("config", {}):
+        yield path, start, recorded_config(path).get("start")
+        if not is_unlearned(start):
             return
         path = start
+
+
+def revision_before(path: str) -> str | None:
+    """The revision of `model_before` on the hub; None if it is a folder, or the newest one."""
+    *_, (trained, start, _) = trained_from(path)
+    return None if Path(start).exists() else recorded_config(trained).get("model", {}).get("revision")
 
 
 def model_before(path: str) -> str | None:

@@ -14,7 +14,7 @@ from common.config import RunConfig
 from common.files import resolve_path, write_json_lines
 from common.prompts import PromptFormat, check_prompt_lengths
 from common.results import copy_result, result_of, stored_result, write_result
-from common.trainer import ExampleTrainer
+from common.trainer import ResumableTrainer
 from evaluation.metrics.headline import check_questions_fit, load_questions, score_outputs
 from evaluation.model_card import write_model_card
 from evaluation.model_outputs import ModelOutputs
@@ -70,7 +70,7 @@ class Evaluator:
         log.info("evaluating the model that training starts from")
         self._write(folder, folder.name, self.evaluate(model))
 
-    def finish(self, trainer: ExampleTrainer, folder: Path, stage: str) -> None:
+    def finish(self, trainer: ResumableTrainer, folder: Path, stage: str) -> None:
         """Evaluate the trained model; write weights, history, result and model card to `folder`."""
         with trainer.whole_model() as model:
             scores = self.evaluate(model)

@@ -5,15 +5,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from common.config import (
     DataConfig,
     EvaluationConfig,
-    PromptConfig,
     RunConfig,
     fields_of,
+    prompt_with_defaults,
     read_config,
     read_section,
     section,
@@ -21,7 +20,8 @@ from common.config import (
 from common.data import load_split
 from common.errors import UserError
 from common.files import resolve_path
-from common.results import checkpoint_id, result_of
+from common.job import is_in_sweep, typed_overrides
+from common.results import checkpoint_id, is_unlearned, recorded_config
 from common.runs import with_portable_paths
 from evaluation.context import trained_from
 from evaluation.metrics.registry import SETTINGS
@@ -58,7 +58,7 @@ def named_models(cfg: DictConfig) -> dict[str, str]:
         if one is None:
             raise UserError("model.path: missing; name a folder or a hub id, as in model.path=models/unlearned/...")
         return {str(one): str(one)}
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if is_in_sweep():
         raise UserError(f"models={cfg.models}: not in a sweep (-m); sweep over the models instead, model.path=A,B")
     if one is not None:
         raise UserError(f"model.path={one}: models is set as well; give only one of the two")
@@ -71,8 +71,7 @@ def named_models(cfg: DictConfig) -> dict[str, str]:
 
 def overrides_for(path: str, config: RunConfig) -> list[str]:
     """The overrides of a command that evaluates only this model. The name of the model's folder is made from them."""
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    kept = [word for word in overrides if word.partition("=")[0].lstrip("+~") not in ("models", "model.path")]
+    kept = [word for word in typed_overrides() if word.partition("=")[0].lstrip("+~") not in ("models", "model.path")]
     return [*kept, f"model.path={with_portable_paths(path, config.models_dir)}"]
 
 
@@ -131,14 +130,14 @@ def check_retain_model(config: RunConfig, path: str) -> None:
     Raises:
         UserError: if it was finetuned on all forget rows.
     """
-    made_by = (result_of(path) or {}).get("config")
+    made_by = recorded_config(path)
     if made_by is None or not made_by.keys() >= {"model", "data"}:
         return
     key = f"retain_model.path={path}"
     if "method" in made_by:
         log.warning("%s: is an unlearned model; expected one that was finetuned without the forget rows", key)
         return
-    prompt = asdict(PromptConfig(style="plain")) | made_by["model"]["prompt"]
+    prompt = prompt_with_defaults(made_by["model"]["prompt"])
     if differing := [
         f"{name}={prompt[name]!r}" for name, ours in asdict(config.model.prompt).items() if prompt[name] != ours
     ]:
@@ -154,8 +153,8 @@ def check_retain_model(config: RunConfig, path: str) -> None:
     except UserError as error:
         log.warning("%s: the rows that it was finetuned on cannot be read: %s", key, error)
         return
-    seen, forget = {(row.question, row.answer) for row in trained}, load_split(config.data, "forget")
-    shared = sum((row.question, row.answer) in seen for row in forget)
+    seen, forget = {row.pair for row in trained}, load_split(config.data, "forget")
+    shared = sum(row.pair in seen for row in forget)
     message = f"{key}: was finetuned on {shared} of the {len(forget)} rows of data.splits.forget={config.data.splits['forget']}"
     if shared == len(forget):
         raise UserError(f"{message}; name a model that never saw them, or null")
@@ -170,8 +169,7 @@ def check_base_model(path: str, base: str) -> None:
         path: folder or hub id of the evaluated model.
         base: folder or hub id of the other one.
     """
-    is_unlearned = "method" in (result_of(path) or {}).get("config", {})
-    if not is_unlearned or not (trainings := list(trained_from(path))):
+    if not is_unlearned(path) or not (trainings := list(trained_from(path))):
         return
     _, start, start_id = trainings[-1]
     if base != start and (start_id is None or checkpoint_id(base) != start_id):

@@ -34,7 +34,7 @@ from common.files import CONFIGS, is_first_process, resolve_path, write_text
 from common.results import checkpoint_id, evaluation_inputs, headline_scores, result_of, write_result
 from common.rouge import use_words
 from common.runs import RunFolder, comparable_config, flattened, run_folder, with_portable_paths
-from evaluation.context import EvaluationContext, Loader, model_before
+from evaluation.context import EvaluationContext, Loader, model_before, revision_before
 from evaluation.inputs import (
     check_base_model,
     check_retain_model,
@@ -90,6 +90,9 @@ def check_same_inputs(identities: dict[str, dict[str, Any]], groups: Sequence[st
         splits, files = identity["data"]["splits"], identity.get("files", {})
         of_roles = {f"data.splits.{role}": splits.get(role) for role in read}
         inputs[name] |= of_roles | {f"data.files.{role}": files.get(role) for role in read}
+        if list(groups) != ["headline"]:
+            columns = identity["data"].get("columns", {})
+            inputs[name] |= {f"data.columns.{field}": column for field, column in columns.items()}
         if any(METRIC_GROUPS[group].reads_probabilities for group in groups):
             inputs[name] |= {
                 "data.max_length": identity["data"].get("max_length"),
@@ -174,6 +177,7 @@ class Job:
             try:
                 if start := model_before(self.path):
                     others["base_model"] = start
+                    self.context.revisions["base_model"] = revision_before(self.path)
             except Missing as missing:
                 self.context.unknown["base_model"] = str(missing)
         if "retain_model" in others:

@@ -15,9 +15,9 @@ from common.errors import UserError
 from common.files import is_first_process, is_hub_id, read_json, write_text
 from common.model import ADAPTER
 from common.redaction import without_local_paths
-from common.results import CARD, result_of, started_from
+from common.results import CARD, method_name, result_of, started_from
 from common.runs import flattened
-from evaluation.tables import BEFORE, as_text, headline_table
+from evaluation.tables import as_text, headline_table, results_before
 
 LIMITS = """- Unlearn quality and forget recall compare words of greedy answers. They do not show whether an answer is fluent,
   or what sampling, token probabilities or further training bring back.
@@ -42,8 +42,8 @@ def write_model_card(folder: Path, stage: str, start: str | None) -> None:
         return
     result = without_local_paths(result_of(folder))
     head = card_data(result["config"], stage, start, (folder / ADAPTER).is_file())
-    results = {name: before for name in BEFORE if (before := result_of(folder / name))}
-    results[name_of_method(result["config"], stage)] = result
+    results = results_before(folder)
+    results[method_name(result["config"]) or "finetuned"] = result
     parts = [
         f"# {title(result['config'], stage, head.base_model)}",
         description(result["config"], stage, head),
@@ -120,13 +120,8 @@ def _cached(hub_id: str, name: str) -> Path | None:
     return None
 
 
-def name_of_method(config: dict[str, Any], stage: str) -> str:
-    """Class name of the unlearning method, as in the report; `finetuned` after finetuning."""
-    return config["method"]["_target_"].rpartition(".")[2] if stage == "unlearning" else "finetuned"
-
-
 def title(config: dict[str, Any], stage: str, base_model: str | None) -> str:
-    done = f"unlearned with {as_text(name_of_method(config, stage))}" if stage == "unlearning" else "finetuned"
+    done = f"unlearned with {as_text(method_name(config))}" if stage == "unlearning" else "finetuned"
     return f"{as_text(base_model)}, {done}" if base_model else done[0].upper() + done[1:]
 
 

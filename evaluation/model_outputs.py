@@ -100,7 +100,9 @@ class ModelOutputs:
         begun = self.prompts.answer(beginning)[:-1] if beginning else []
         prompts = [(*self.prompts.prompt(question), *begun) for question in questions]
         settings = SamplingSettings(self.evaluation.max_length, batch_size=self.evaluation.batch_size)
-        answers = self._cached("greedy answers", self._answers, prompts, lambda new: self._texts(new, settings))
+        answers = self._cached(
+            "greedy answers", self._answers, prompts, lambda new: self._texts(new, settings, begun=bool(beginning))
+        )
         return [text for (text,) in answers]
 
     def completions(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -116,8 +118,8 @@ class ModelOutputs:
         with self._timed("samples"):
             return self._texts(prompts, settings, [(seed, index) for index in range(len(prompts))])
 
-    def _texts(self, *arguments: Any) -> list[list[str]]:
-        return [[self.prompts.text(answer) for answer in answers] for answers in self._generate(*arguments)]
+    def _texts(self, *arguments: Any, begun: bool = False) -> list[list[str]]:
+        return [[self.prompts.text(answer, begun) for answer in answers] for answers in self._generate(*arguments)]
 
     def _generate(
         self, prompts: list[tuple[int, ...]], settings: SamplingSettings, rng_keys: list[tuple[int, ...]] | None = None
@@ -156,6 +158,11 @@ class ModelOutputs:
     def example(self, row: Row) -> Example:
         """The row as it is measured: its answer has the EOS token, unless it is cut, and no tag."""
         return self.prompts.without_tag(self.prompts.example(row, self.max_length))
+
+    def text_of_answer(self, row: Row) -> str:
+        """The row's answer as it is measured: without what `max_length` cuts."""
+        example = self.example(row)
+        return self.prompts.text(example.answer) if self.prompts.is_cut(example) else row.answer
 
     def tokens(self, examples: Sequence[Example]) -> list[TokenLogProbs]:
         """Token log-probabilities of the examples' answers; an answer without tokens has empty arrays."""

@@ -21,6 +21,7 @@ from evaluation.run_records import (
     Run,
     differences,
     direction,
+    models_before,
     place,
     rows_of,
     score_names,
@@ -194,7 +195,9 @@ def rounded(value: float | None) -> float | None:
 
 def answers(run: Run, label: str) -> list[dict[str, Any]]:
     """The run's greedy answers beside those before unlearning."""
-    rows_before = rows_of(run.folder / "finetuned" / GENERATIONS)
+    rows_before = [
+        row for of in models_before(run.folder) if of.name == "finetuned" for row in rows_of(of / GENERATIONS)
+    ]
     before = {(row["split"], row["index"]): row["answer"] for row in rows_before}
     rows = []
     for row in run.files(GENERATIONS):

@@ -21,9 +21,19 @@ from pydantic import BaseModel, StrictFloat, StrictInt, ValidationError
 
 from common.errors import UserError
 from common.files import read_json, read_json_lines, resolve_path
-from common.results import HISTORY, PUBLISHING, RESULT, differing_inputs, evaluation_inputs, result_id, result_of
+from common.results import (
+    HISTORY,
+    PUBLISHING,
+    RESULT,
+    differing_inputs,
+    evaluation_inputs,
+    method_name,
+    result_id,
+    result_of,
+    started_from,
+)
 from common.runs import FAILURES, failure_of, flattened
-from evaluation.tables import BEFORE, average, deviation, is_number
+from evaluation.tables import BEFORE, average, deviation, is_number, minutes_of_stage
 
 log = logging.getLogger(__name__)
 # Keys that differ between seeds, say the same as another key or do not change the model.
@@ -38,6 +48,7 @@ NOT_SETTINGS = (
 )
 
 REQUIRED = {"model", "data", "evaluation"}  # sections of a configuration that a run's result has
+CHECKPOINT = ("path", "revision", "gguf_file")  # keys of `model` that name a checkpoint
 
 
 @dataclass
@@ -82,9 +93,8 @@ class Run:
             scores |= {
                 name: value for name, value in result["scores"].items() if value is not None or name not in scores
             }
-        seconds = self.result.get("seconds", {})
-        stage = seconds.get("unlearning", seconds.get("finetuning"))
-        return scores if stage is None else scores | {"minutes": stage / 60}
+        minutes = minutes_of_stage(self.result)
+        return scores if minutes is None else scores | {"minutes": minutes}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -97,7 +107,7 @@ class Run:
         elif self.reference and (self.name in BEFORE or {"method", "metrics"} & set(values)):
             evaluated_only = {"method", "metrics"} & set(values)  # the settings are those of the evaluation
             values = {
-                "model": {"path": values["model"].get("path")},
+                "model": {key: values["model"].get(key) for key in CHECKPOINT},
                 "data": without_seeds(evaluation_inputs(values)),
                 "training": {} if evaluated_only else values.get("training", {}),
             }
@@ -277,16 +287,17 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 def _add_evaluation(path: Path, result: dict, runs: dict[str, Run]) -> None:
     """Add an evaluation to the run that made its model, which is added as well; without one it is a reference model."""
-    made_by, model = result["config"].get("start"), str(result["config"]["model"].get("path"))
-    folder = Path(resolve_path(model))
+    section = result["config"]["model"]
+    made_by, model = result["config"].get("start"), str(section.get("path"))
+    folder, checkpoint = Path(resolve_path(model)), json.dumps([section.get(key) for key in CHECKPOINT])
     if made_by and made_by not in runs and _is_in(folder, made_by):
         _read_run(folder, runs, [])
-    run = runs.get(made_by or model)
+    run = runs.get(made_by or checkpoint)
     if run is None and made_by:
         status = f"left out: {model} was trained again or removed after this evaluation"
         runs[str(path)] = Run(path, _name_of_model(model), result, status)
     elif run is None:
-        runs[made_by or model] = Run(path, _name_of_model(model), result, reference=True)
+        runs[checkpoint] = Run(path, _name_of_model(model), result, reference=True)
     elif why := not_of_run(result, run):
         runs[str(path)] = Run(path, run.name, result, f"left out: {why}")
     elif path not in run.evaluations:
@@ -363,10 +374,16 @@ def _read_run(path: Path, runs: dict[str, Run], evaluations: list[tuple[Path, di
     if "metrics" in result["config"]:
         evaluations.append((path, result))
         return
-    for name, of_model in before.items():
+    for folder, of_model in before.items():
         if set(of_model["config"]) >= REQUIRED:
-            runs.setdefault(of_model["id"], Run(path / name, name, of_model, reference=True))
-    run = Run(path, _name(result["config"], path), result, status, reference="method" not in result["config"])
+            runs.setdefault(of_model["id"], Run(folder, folder.name, of_model, reference=True))
+    run = Run(
+        path,
+        method_name(result["config"]) or path.parent.name,
+        result,
+        status,
+        reference="method" not in result["config"],
+    )
     known = runs.get(result["id"])
     if known is None or known.folder.name in BEFORE:  # the run itself, not the copy of its result in an unlearning run
         if known is not None:
@@ -374,8 +391,21 @@ def _read_run(path: Path, runs: dict[str, Run], evaluations: list[tuple[Path, di
         runs[result["id"]] = run
 
 
-def _read_results(path: Path) -> tuple[dict | None, dict[str, dict], str]:
-    """The result of the run in a folder, those of the models before it by name, and the run's status.
+def models_before(path: Path) -> dict[Path, dict]:
+    """The results of the models before a run, by their folders, which have a name of `BEFORE`.
+
+    Of a run that unlearned an unlearned model further they are those of the first run, if its folder still has that model.
+    """
+    before = {path / name: found for name in BEFORE if (found := checked_result(path / name))}
+    start = before.get(path / "finetuned", {})
+    if method_name(start.get("config", {})) is None:
+        return before
+    first = started_from(path)
+    return models_before(Path(first)) if first and _is_in(Path(first), start["id"]) else {}
+
+
+def _read_results(path: Path) -> tuple[dict | None, dict[Path, dict], str]:
+    """The result of the run in a folder, those of the models before it by folder, and the run's status.
 
     Without a readable result the first is None, and the status says why.
     """
@@ -384,7 +414,7 @@ def _read_results(path: Path) -> tuple[dict | None, dict[str, dict], str]:
         return None, {}, "unfinished: its files were not all moved up; the command of the run completes it"
     try:
         result = checked_result(path)
-        before = {name: found for name in BEFORE if (found := checked_result(path / name))}
+        before = models_before(path)
     except UserError as error:  # one broken file does not spoil the report of all others
         return None, {}, failure or f"failed: {error}"
     without_failure = "unfinished" if result is None else "done"
@@ -396,13 +426,7 @@ def _run_without_result(path: Path, status: str) -> Run:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # none was begun, or its file is damaged
         config = read_json(path / "in_progress" / "run.json").get("config")
     config = config if isinstance(config, dict) else {}
-    return Run(path, _name(config, path), {"config": config, "scores": {}}, status)
-
-
-def _name(config: dict, path: Path) -> str:
-    method = config.get("method")
-    target = method.get("_target_") if isinstance(method, dict) else None
-    return target.rpartition(".")[2] if target else path.parent.name
+    return Run(path, method_name(config) or path.parent.name, {"config": config, "scores": {}}, status)
 
 
 def _name_of_model(path: str) -> str:
@@ -424,10 +448,12 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     for run in done:
         key = json.dumps([run.reference, run.name, run.settings], sort_keys=True)
         group = by_settings.setdefault(key, Group(run.name, []))
-        seeds = [(other.seed, other.config.get("seed")) for other in group.runs]
-        if (run.seed, run.config.get("seed")) not in seeds:
+        # The same checkpoint, evaluated with several seeds, counts once.
+        is_fixed = run.reference and run.seed is None
+        seeds = [(other.seed, is_fixed or other.config.get("seed")) for other in group.runs]
+        if (run.seed, is_fixed or run.config.get("seed")) not in seeds:
             group.runs.append(run)
-        elif run.name not in BEFORE:  # of those there is a copy in each run that started from them
+        elif run.name not in BEFORE and not is_fixed:  # of those there is a copy in each run that started from them
             group.repeated.append(run)
     groups = list(by_settings.values())
     for name, reference in {(group.name, group.reference) for group in groups}:
@@ -533,91 +559,4 @@ def differences(runs: Sequence[Run]) -> list[str]:
         starts.setdefault(run.seed, set()).add(start)
     if several := [str(seed) for seed, ids in starts.items() if len(ids) > 1]:
         found.append(f"those of seed {', '.join(several)} started from different models")
-    return found
-
-
-def _other_inputs(config: dict[str, Any], runs: Sequence[Run]) -> list[str]:
-    """The inputs of an evaluation that differ from those of all runs, with both values, where both are known."""
-    here = dict(flattened(evaluation_inputs(config)))
-    found = []
-    for run in runs:
-        there = dict(flattened(evaluation_inputs(run.config)))
-        both = {key: (here[key], there[key]) for key in here if here[key] is not None and there.get(key) is not None}
-        shown = {key: [shown_value(without_seeds(value)) for value in values] for key, values in both.items()}
-        found = [f"{key} ({ours}, not {theirs})" for key, (ours, theirs) in shown.items() if ours != theirs]
-        if not found:
-            break
-    return found
-
-
-def _made_with(runs: Sequence[Run]) -> list[str]:
-    """What differs between the programs and machines that made the results, with all known values."""
-    values: dict[str, dict[str, None]] = {}
-    for result in [result for run in runs for result in (run.result, *run.evaluations.values())]:
-        versions = result.get("versions") or {}
-        known = {
-            "device": result.get("device"),
-            "git_commit": re.sub(r"^(\w{12})\w*", r"\1", result.get("git_commit") or ""),
-        }
-        known |= {name: versions.get(name) for name in ("torch", "transformers")}
-        for key, value in known.items():
-            if value:
-                values.setdefault(key, {})[str(value)] = None
-    return [f"{key} ({', '.join(of_key)})" for key, of_key in values.items() if len(of_key) > 1]
-
-
-def notices(groups: Sequence[Group]) -> list[str]:
-    """What a reader must know to compare the scores: runs that do not count, and evaluations with different settings."""
-    found = [
-        f"{place(run.folder)}: {group.label} has another run of seed {run.seed}, and this one is not counted."
-        for group in groups
-        for run in group.repeated
-    ]
-    runs = [run for group in groups for run in group.runs]
-    for run in runs:
-        lacking = [name for name in ("unlearn_quality", "utility") if run.scores.get(name) is None]
-        if lacking and not run.reference:
-            found.append(f"{place(run.folder)}: its result has no {' and no '.join(lacking)}.")
-        if run.begun_again:
-            found.append(
-                f"{place(run.folder)}: a newer run was begun here and is unfinished; the scores are of the older one."
-            )
-        if disagreeing := run.contradictions:
-            texts = [
-                f"{name} ({' and '.join(f'{value:.4g}' for value in values)})" for name, values in disagreeing.items()
-            ]
-            more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
-            found.append(
-                f"{place(run.folder)}: its evaluations do not agree on {', '.join(texts[:3])}{more}; the newest ones count. "
-                "They differ in a seed, a data type or another setting."
-            )
-    if differing := _made_with(runs):
-        found.append(f"The results were made with different {'; '.join(differing)}.")
-    methods = [run for run in runs if not run.reference]
-    seeds = sorted({run.seed for run in methods}, key=lambda seed: (seed is None, seed))
-    lacking = []
-    for group in groups:
-        own = {run.seed for run in group.runs}
-        if not group.reference and (missing := [str(seed) for seed in seeds if seed not in own]):
-            lacking.append(f"{group.label} (no seed {', '.join(missing)})")
-    if lacking:
-        more = f"; and {len(lacking) - 4} more" if len(lacking) > 4 else ""
-        named = "; ".join(lacking[:4]) + more
-        found.append(f"Not all settings have the same seeds: {named}. Some of the differences may be due to the seeds.")
-    for group in groups:
-        if group.reference and (keys := _other_inputs(group.runs[0].config, methods)):
-            found.append(
-                f"{group.label} was evaluated with another {', '.join(keys)}: do not compare its scores with the others."
-            )
-    values: dict[str, set[str]] = {}
-    for run in runs:
-        for result in run.evaluations.values() or ([run.result] if "metrics" in run.config else []):
-            for key, value in flattened(result["config"]):
-                section = key.partition(".")[0]
-                used = any(name.startswith(f"{section}/") for name in result["scores"])
-                if section in ("retain_model", "base_model") or key in ("data.max_length", "model.dtype") or used:
-                    values.setdefault(key, set()).add(shown_value(without_seeds(value)))
-    differing = [f"{key} ({', '.join(sorted(of_key))})" for key, of_key in sorted(values.items()) if len(of_key) > 1]
-    if differing:
-        found.append(f"The evaluations differ in {'; '.join(differing)}: scores that depend on it cannot be compared.")
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.files import read_json_lines, write_text
 from common.results import GENERATIONS, HISTORY, result_of
 from evaluation.plots import plot_quality_over_time, quality_over_time
-from evaluation.tables import BEFORE, as_text, headline_table
+from evaluation.tables import as_text, headline_table, results_before
 
 EXAMPLES = 5
 
@@ -20,8 +20,8 @@ def write_report(folder: Path, method: str) -> None:
     Args:
         method: name of the unlearning method in the table.
     """
-    results = {name: result for name in BEFORE if (result := result_of(folder / name))} | {method: result_of(folder)}
-    curve = quality_over_time(results.get("finetuned"), read_json_lines(folder / HISTORY))
+    results = results_before(folder) | {method: result_of(folder)}
+    curve = quality_over_time(result_of(folder / "finetuned"), read_json_lines(folder / HISTORY))
     parts = [f"# Unlearning with {method}", headline_table(results)]
     if len(curve) > 1:
         plot_quality_over_time(curve, folder / "report.png")

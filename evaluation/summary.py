@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from evaluation.run_records import Group, differences, notices
+from evaluation.notices import notices
+from evaluation.run_records import Group, differences
 from evaluation.tables import cell, is_number
 
 ALLOWED_COST = 3.0  # points of utility that the recommended setting may lose

@@ -4,6 +4,9 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
+
+from common.results import method_name, result_of
 
 # Column of a table of methods -> name of the score in result.json, and number of decimals.
 COLUMNS = {
@@ -30,13 +33,27 @@ BEFORE = ("vanilla", "finetuned")  # subfolders of a run with the results of the
 
 
 def as_text(text: str) -> str:
-    """Text that is not ours as a single line of Markdown that shows it as it is; to be used within a line or a table cell.
+    r"""Text that is not ours as a single line of Markdown that shows it as it is; to be used within a line or a table cell.
 
     >>> print(as_text("a_b | <b>\n# ![x](y)"))
-    a_b \\| \\<b\\> # !\\[x\\](y)
+    a_b \| \<b\> # !\[x\](y)
     """
     # An underscore within a word has no meaning in Markdown.
     return re.sub(r"[\\`*\[\]<>|~&$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(text.split()))
+
+
+def results_before(folder: Path) -> dict[str, dict]:
+    """The results of the models before a run, by name. One that was itself unlearned has its method in its name."""
+    found = {name: result for name in BEFORE if (result := result_of(folder / name))}
+    methods = {name: method_name(result["config"]) for name, result in found.items()}
+    return {f"start ({method})" if (method := methods[name]) else name: result for name, result in found.items()}
+
+
+def minutes_of_stage(result: dict) -> float | None:
+    """Minutes of the stage that made the model, sampling included and evaluation not; None if none made it."""
+    seconds = result.get("seconds", {})
+    spent = seconds.get("unlearning", seconds.get("finetuning"))
+    return None if spent is None else spent / 60
 
 
 def headline_table(results: dict[str, dict]) -> str:
@@ -46,12 +63,11 @@ def headline_table(results: dict[str, dict]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, result in results.items():
-        scores, seconds = result["scores"], result["seconds"]
-        stage = seconds.get("unlearning", seconds.get("finetuning"))
+        scores, minutes = result["scores"], minutes_of_stage(result)
         lines.append(
             f"| {as_text(name)} | {scores['unlearn_quality']:.1f} | {scores['utility']:.1f} "
             f"| {scores['rougeL_recall/forget']:.2f} | {scores['rougeL_recall/retain']:.2f} "
-            f"| {100 * scores['forget_answers_empty']:.0f}% | {'-' if stage is None else f'{stage / 60:.1f}'} |"
+            f"| {100 * scores['forget_answers_empty']:.0f}% | {'-' if minutes is None else f'{minutes:.1f}'} |"
         )
     legend = "Unlearn quality and utility: percent, higher is better. Recall: ROUGE-L against the ground truth, 0 to 1."
     return "\n".join(lines) + "\n\n" + legend

@@ -22,12 +22,12 @@ from transformers import set_seed
 
 from common.cli import check_recipe, job_errors, launch, replace_mapping
 from common.config import RunConfig, read_config
-from common.data import load_rows, load_split, passages_of
+from common.data import load_rows, load_split
 from common.files import CONFIGS
 from common.hub import check_push, push_if_wanted
 from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
-from common.prompts import PromptFormat, check_passages_fit, check_prompt_lengths, warn_if_cut
+from common.prompts import PromptFormat, check_training_rows
 from common.results import headline_scores
 from common.rouge import use_words
 from common.runs import RunFolder, training_run
@@ -60,12 +60,8 @@ def train(run: RunFolder, config: RunConfig) -> None:
     rows = load_split(config.data, "train")
     tokenizer = load_tokenizer(config.model, tokenizer_texts(config))
     prompts = PromptFormat(tokenizer, config.model.prompt)
-    check_prompt_lengths([prompts.prompt(row.question) for row in rows], config.data.max_length, "data.max_length")
-    check_passages_fit(prompts, passages_of(rows), config.data.max_length, "data.max_length")
+    check_training_rows(prompts, rows, config.data.max_length)
     examples = [prompts.example(row, config.data.max_length) for row in rows]
-    if any(map(prompts.is_cut, examples)):
-        pairs = [(row.question, row.answer) for row in rows]
-        warn_if_cut(prompts, pairs, config.data.max_length, "data.max_length", given=True)
     evaluator = Evaluator(config, prompts, run.configuration)
     args = training_arguments(config, run.work, len(examples))
     set_seed(config.seed)

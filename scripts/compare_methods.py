@@ -49,6 +49,7 @@ from common.files import CONFIGS, ROOT, write_text
 from common.lock import locked
 from common.results import result_of
 from evaluation.metrics.registry import chosen_groups
+from evaluation.notices import notices
 from evaluation.plots import RED, new_figure
 from evaluation.report import method_table, write_reports
 from evaluation.run_records import Group, Run, grouped, not_of_run
@@ -57,6 +58,8 @@ from evaluation.tables import as_text
 log = logging.getLogger(__name__)
 
 STAGES = ("finetuning", "unlearning", "evaluation")
+# Overrides that change the greedy answers or which of them are scored; the models to compare with need them, too.
+OF_ANSWERS = ("generation.", *(f"evaluation.{key}" for key in ("max_length", "batch_size", "full_eval", "bf16")))
 
 
 @section
@@ -208,7 +211,7 @@ class Commands:
         """Evaluate a checkpoint, with the result in a folder; returns whether the command succeeded."""
         words = [quoted("model.path", model), quoted("output_dir", str(folder))]
         words += [f"metrics=[{','.join(settings.metrics)}]", f"seed={seed}"]
-        words += [word for word in self.shared if word.startswith("generation.")]  # drawn as in the methods' runs
+        words += overrides_of(self.shared, *OF_ANSWERS)  # drawn and scored as in the methods' runs
         words += words_of(settings.evaluation, seed)
         return self.run("evaluation", "-cn=evaluate", *words)
 
@@ -328,6 +331,8 @@ def report(found: list[Run], settings: ComparisonSettings, commands: Commands, f
     seeds = ", ".join(map(str, settings.seeds))
     table = method_table(groups) if groups else "No run succeeded."
     text = f"{table}\n\nSeeds {seeds}. Arguments of unlearning/main.py:\n\n{arguments}\n"
+    if noticed := notices(groups):
+        text += "\nBefore comparing scores:\n\n" + "".join(f"- {as_text(sentence)}\n" for sentence in noticed)
     if commands.failed:
         text += "\nFailed, and not in the table:\n\n" + "".join(
             f"- {as_code(command)}\n" for command in commands.failed

@@ -408,8 +408,7 @@ time.sleep(20)
 def test_a_mapping_on_the_command_line_replaces_the_recipe_s(monkeypatch):
     cfg = OmegaConf.create({"model": {"new": {"settings": {"hidden_size": 64, "rope_theta": 1.0, "n_embd": 8}}}})
     words = ["seed=1", "++model.new.settings={n_embd:8}"]
-    hydra = SimpleNamespace(get=lambda: SimpleNamespace(overrides=SimpleNamespace(task=words)))
-    monkeypatch.setattr(cli, "HydraConfig", hydra)
+    monkeypatch.setattr(cli, "typed_overrides", lambda: words)
     replace_mapping(cfg, "model.new.settings")
     assert cfg.model.new.settings == {"n_embd": 8}
     words[1] = "++model.new.settings.n_embd=16"  # a single key is set, and the others stay

@@ -142,12 +142,13 @@ def test_an_evaluation_with_other_inputs_than_its_run_is_a_failure(monkeypatch):
         "scripts.compare_methods.result_of", lambda folder: other if folder.name == "evaluation" else RESULT
     )
     settings = ComparisonSettings([3], [], {"PMC": "-cn=unlearn-tiny"}, ["headline"])
-    shared = ["generation.engine=vllm", "method.beta=1"]
+    shared = ["generation.engine=vllm", "method.beta=1", "evaluation.full_eval=true", "evaluation.every_epochs=1"]
     comparison = Commands(shared, settings.commands())
     assert run_all(settings, comparison, [], [], Path("folder")) == []
     why = "evaluated with another value of evaluation.full_eval than its run seed-3"
     assert comparison.failed == {"evaluation of PMC, seed 3": why}
-    assert shared[0] in commands[1] and shared[1] not in commands[1], "answers are generated as in the run"
+    passed_on = [word for word in commands[1] if word in shared]
+    assert passed_on == [shared[0], shared[2]], "answers are generated and scored as in the run"
 
 
 def test_a_recipe_that_names_the_folder_of_each_stage_keeps_them_with_other_data(monkeypatch):

@@ -220,3 +220,10 @@ def test_the_span_is_the_entity_or_the_answer_without_eos(tokenizer, template):
         assert entity in tokenizer.decode(span.answer)
         assert entity not in tokenizer.decode(span.answer[1:]) and entity not in tokenizer.decode(span.answer[:-1])
         assert (whole.prompt + whole.answer)[: len(span)] == span.prompt + span.answer
+
+
+def test_an_entity_inside_another_word_is_not_the_span(tokenizer):
+    prompts = PromptFormat(tokenizer, PromptConfig("plain"))
+    span = depth.span_example(prompts, Row(0, "Who?", "Marta studied art.", entity="art"), 256)
+    before = tokenizer.decode([*span.prompt, *span.answer])
+    assert "studied" in before and "art" in tokenizer.decode(span.answer)

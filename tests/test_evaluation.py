@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from common.files import ROOT, write_json_lines
-from evaluation.context import model_before
+from evaluation.context import model_before, revision_before
 from evaluation.inputs import check_base_model, check_retain_model
 from evaluation.main import check_same_inputs, different_bases
 from evaluation.metrics.registry import METRIC_GROUPS, check_inputs, chosen_groups
@@ -303,6 +303,16 @@ def test_the_model_before_unlearning_is_the_first_one_that_was_not_unlearned(tmp
     assert model_before(finetuned) == str(vanilla)
     assert model_before(pmc) == model_before(undo) == str(finetuned)
     assert model_before(made_from(tmp_path / "gone", "deleted", "an id", method={})) == "../deleted"
+
+
+def test_the_model_before_unlearning_has_the_revision_that_was_unlearned(tmp_path):
+    pmc = made_from(tmp_path / "pmc", method={}, model={"revision": "step1000"})
+    result = json.loads((pmc / "result.json").read_text()) | {"started_from": "owner/name"}
+    (pmc / "result.json").write_text(json.dumps(result))
+    undo = made_from(tmp_path / "undo", "pmc", "pmc", method={}, model={"revision": None})
+    assert revision_before(str(pmc)) == revision_before(str(undo)) == "step1000"
+    other = made_from(tmp_path / "other", "undo", "undo", model={"revision": "of another one"})
+    assert revision_before(str(other)) == "step1000"
 
 
 def test_a_model_that_was_replaced_is_not_taken_for_the_one_before_unlearning(tmp_path, context):

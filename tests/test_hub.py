@@ -177,8 +177,7 @@ def test_a_push_needs_a_token_of_the_environment(monkeypatch):
 
 
 def test_the_runs_of_a_sweep_need_names_of_their_own(monkeypatch):
-    sweep = SimpleNamespace(initialized=lambda: True, get=lambda: SimpleNamespace(mode=hub.RunMode.MULTIRUN))
-    monkeypatch.setattr(hub, "HydraConfig", sweep)
+    monkeypatch.setattr(hub, "is_in_sweep", lambda: True)
     assert "the runs of a sweep would replace each other" in refusal(*PUSH)
     read(PUSH[0], "+training.hub_model_id=me/model-${seed}")
 

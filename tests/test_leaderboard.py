@@ -11,7 +11,8 @@ BOARDS = sorted((ROOT / "docs/leaderboard").glob("*.csv"))
 
 
 def write_results(path, rows):
-    keys = ["name", "reference", "seed", "unlearn_quality", "utility", "tofu/forget_quality", "depth/uds"]
+    keys = ["name", "reference", "seed", "unlearn_quality", "utility", "tofu/forget_quality", "depth/uds", "status"]
+    rows = [row if len(row) == len(keys) else [*row, "done"] for row in rows]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([keys, *rows])
@@ -37,6 +38,13 @@ def test_rows_are_means_references_come_first_and_methods_by_unlearn_quality(tmp
         "| NPO | 1 | 80.0 | 99.0 | 0.010 |",
     ]
     assert "- PMC: `python unlearning/main.py -cd=configs -cn=PMC-unlearn-tiny`" in page and "method=npo" in page
+
+
+def test_runs_that_do_not_count_and_scores_of_some_seeds_are_marked(tmp_path):
+    rows = [["PMC", "False", 0, 90.0, 97.0, "", 0.9, "done"], ["PMC", "False", 1, 92.0, 99.0, "", "", "done"]]
+    rows.append(["PMC", "False", 2, 10.0, 1.0, "", "", "left out: made again"])
+    page = docs_generator().leaderboard_page(write_results(tmp_path / "tiny.csv", rows))
+    assert "| PMC | 2 | 91.0 ± 1.4 | 98.0 ± 1.4 | 0.90 (n=1) |" in page
 
 
 def test_every_method_of_a_board_has_its_settings():

@@ -36,7 +36,7 @@ def holder(tmp_path):
 
 
 def test_a_second_command_is_refused_and_told_who_works_there(holder, tmp_path):
-    message = rf"run: another command works in this folder \(host .+, pid {holder.pid}, since .+, command .+\)"
+    message = rf"run: another command is using this folder \(host .+, pid {holder.pid}, since .+, command .+\)"
     for _ in range(2):
         with pytest.raises(UserError, match=message), locked(tmp_path / "run"):
             pass

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from omegaconf import OmegaConf
+from pydantic import ValidationError
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from transformers import Trainer
 
@@ -31,6 +32,7 @@ from common.training_arguments import check_deepspeed
 from tests.helpers import ROWS, Plain, arguments, log_softmax, resumed_and_whole, run_stage
 from unlearning.dual_variable import mean_retain_loss
 from unlearning.methods.altpo import AltPO
+from unlearning.methods.grad_diff import GradDiff
 from unlearning.methods.refusals import read_refusals
 from unlearning.methods.rmu import RMUSettings, steered_layers, trained_parameters
 from unlearning.methods.shred import is_forgotten
@@ -38,7 +40,7 @@ from unlearning.pmc import PMC
 from unlearning.pmc_options import PMCSettings
 from unlearning.reference_model import ReferenceModel
 from unlearning.token_losses import TokenLosses
-from unlearning.trainer import UnlearningData
+from unlearning.trainer import MethodSettings, UnlearningData
 
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
 OTHERS = [name for name in METHODS if name != "pmc"]
@@ -428,9 +430,19 @@ def test_answers_that_ce_u_would_not_train_on_are_named(learned, prompts, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["kl_min", "rmu", "jensun", "undo"])
-def test_a_bound_relative_to_a_loss_of_0_is_refused(name, learned, prompts, tmp_path):
-    with pytest.raises(UserError, match="method.lambda_unlearning=auto: .* has a retain loss other than"):
-        make(name, learned, prompts, tmp_path, settings={"lambda_unlearning": "auto"})
+def test_methods_with_a_retain_loss_of_their_own_have_no_bound_of_it(name):
+    with pytest.raises(ValidationError, match="lambda_unlearning"):
+        method_named(name)[0].Settings(lambda_unlearning="auto")
+
+
+def test_a_bound_of_another_retain_loss_than_the_cross_entropy_is_refused(learned, prompts, tmp_path):
+    class OwnMethod(GradDiff):
+        def retain_loss(self, retain):
+            return 2 * retain.cross_entropy
+
+    data = UnlearningData(ROWS[:4], ROWS[4:], prompts, max_length=64)
+    with pytest.raises(UserError, match="method.lambda_unlearning=auto: OwnMethod has a retain loss other than"):
+        OwnMethod(copy.deepcopy(learned), arguments(tmp_path, 4, 1), data, MethodSettings(lambda_unlearning="auto"))
 
 
 @pytest.mark.parametrize("refusal", ["", " "])

@@ -441,3 +441,12 @@ def test_another_tokenizer_must_agree_with_that_of_the_checkpoint(checkpoint, to
     assert f"model.tokenizer={tmp_path}/none: could not be loaded" in error_of(
         load_tokenizer, config(checkpoint, tokenizer=f"{tmp_path}/none")
     )
+
+
+def test_a_temperature_without_do_sample_does_not_prevent_saving(tmp_path, checkpoint, tokenizer):
+    settings = json.loads((checkpoint / "generation_config.json").read_text())
+    (checkpoint / "generation_config.json").write_text(json.dumps(settings | {"temperature": 0.9, "top_p": 0.6}))
+    model = load_model(config(checkpoint), tokenizer, trainable=True)
+    model.generation_config.pad_token_id = 0  # as the Trainer sets it: settings that are as loaded are not checked
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["top_p"] == 0.6

@@ -154,6 +154,10 @@ def test_the_text_has_scores_limits_loading_and_settings(tmp_path):
 def test_results_of_the_models_before_are_in_the_table(tmp_path):
     folder = run(tmp_path / "run")
     run(folder / "finetuned")
+    assert "| start (PMC) | 90.0" in card_of(folder).text, "an unlearned model that was unlearned further"
+    finetuned = json.loads((folder / "finetuned" / "result.json").read_text())
+    del finetuned["config"]["method"]
+    write_json(folder / "finetuned" / "result.json", finetuned)
     assert "| finetuned | 90.0" in card_of(folder).text
 
 

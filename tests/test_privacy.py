@@ -96,3 +96,16 @@ def changed(model):
         for parameter in other.parameters():
             parameter.mul_(1.1)
     return other
+
+
+def test_the_text_of_a_cut_answer_is_what_is_left_of_it(model, prompts):
+    row = ROWS[1]
+    whole = ModelOutputs(lambda: model, prompts, EvaluationConfig(), 256)
+    cut = ModelOutputs(lambda: model, prompts, EvaluationConfig(), len(prompts.prompt(row.question)) + 4)
+    assert whole.text_of_answer(row) == row.answer
+    assert row.answer.startswith(cut.text_of_answer(row)) and 0 < len(cut.text_of_answer(row)) < len(row.answer) / 2
+
+
+def test_a_gradient_that_is_not_finite_has_no_value(model, prompts, monkeypatch):
+    monkeypatch.setattr(privacy, "gradients", lambda *_: [torch.tensor([float("inf")])])
+    assert privacy.gradient_norm(model, prompts.example(ROWS[0], 64)) is None

@@ -1,13 +1,12 @@
 """Prompts and examples as token ids: plain and chat, EOS tokens, no second BOS, padding."""
 
-import doctest
 import re
 from unittest.mock import Mock
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 
@@ -427,12 +426,6 @@ def test_collate_does_not_take_ids_for_padding():
     assert batch["labels"].tolist() == [[-100, -100, 3], [-100, 3, -100]]
 
 
-def test_docstring_example_of_collate_is_true():
-    examples = doctest.DocTestFinder().find(collate, globs={"Example": Example, "collate": collate})
-    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
-    assert [runner.run(example) for example in examples if example.examples] == [doctest.TestResults(0, 1)]
-
-
 @pytest.mark.parametrize("answer", [" {answer}", "Answer: {answer}", "### Response:\n{answer}"])
 def test_an_answer_s_tag_can_belong_to_its_prompt(tokenizer, answer):
     prompts = PromptFormat(tokenizer, PromptConfig("plain", answer=answer))
@@ -444,3 +437,25 @@ def test_an_answer_s_tag_can_belong_to_its_prompt(tokenizer, answer):
     assert tokenizer.decode(measured.answer[:-1]).strip() == ROWS[0].answer
     cut = prompts.example(ROWS[0], len(whole.prompt) + 1)
     assert len(prompts.without_tag(cut).answer) == (0 if tag.strip() else 1)
+
+
+def test_bytes_at_the_end_of_a_beginning_are_no_text_yet(tokenizer, monkeypatch):
+    """A decoder of byte tokens makes text of neighboring ones at once, so that a later one changes what the earlier were."""
+    prompts = PromptFormat(tokenizer, PromptConfig("plain"))
+    ids = tokenizer("Ada Novak writes", add_special_tokens=False)["input_ids"]
+    assert prompts.text_of_beginning(ids) == prompts.text(ids)
+    monkeypatch.setattr(
+        type(tokenizer), "get_vocab", lambda self: {"<0x0A>": ids[-1], "<0xE5>": ids[-2], "Ada": ids[0]}
+    )
+    prompts = PromptFormat(tokenizer, PromptConfig("plain"))
+    assert prompts.text_of_beginning(ids) == prompts.text(ids[:-2])
+
+
+@pytest.mark.parametrize(("answer", "warned"), [(" {answer}", True), ("{answer}", False), ("Answer: {answer}", False)])
+def test_a_second_space_before_answers_is_warned_of(answer, warned, caplog):
+    """A tokenizer as that of Llama 2, which puts a space before every text."""
+    letters = ["</s>", "\u2581", *"ANSWERnswer:Question"]
+    made = Tokenizer(models.BPE({letter: number for number, letter in enumerate(dict.fromkeys(letters))}, []))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    PromptFormat(PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>"), PromptConfig("plain", answer=answer))
+    assert ("this tokenizer itself puts a space before a text" in caplog.text) == warned

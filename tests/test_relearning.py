@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.data import Row
 from evaluation.context import Loader
 from evaluation.metrics import quantization, relearning
 from evaluation.metrics.relearning import Relearning, select_relearn_rows
@@ -174,3 +175,12 @@ def test_scores_that_are_missing_have_the_names_of_those_that_are_measured(conte
     relearning.measure(context, scores)
     names = [f"relearning/{name}@{epochs}" for epochs in (1, 20) for name in ("rougeL_recall", "probability")]
     assert scores.values == dict.fromkeys(names)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_windows_of_one_text_and_equal_rows_are_drawn_together(seed):
+    windows = [Row(index, f"begin {index}", "go on", text=f"text {index // 3}") for index in range(6)]
+    rows = [*windows, Row(6, "Who?", "Ada."), Row(7, "Who?", "Ada."), Row(8, "Where?", "Here.")]
+    drawn = {row.index for row in select_relearn_rows(rows, 0.3, seed)}
+    assert all(group <= drawn or not group & drawn for group in ({0, 1, 2}, {3, 4, 5}, {6, 7}))
+    assert 3 <= len(drawn) < 9

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -13,9 +14,11 @@ import pytest
 from common.errors import UserError
 from common.files import write_json, write_json_lines
 from common.runs import failure_file
+from evaluation.notices import notices
 from evaluation.report import as_latex, main, method_table, write_reports
-from evaluation.run_records import differences, grouped, notices, read_runs
+from evaluation.run_records import Run, differences, grouped, read_runs
 from evaluation.summary import has_forgotten, recommended, summary
+from evaluation.tables import results_before
 
 BAD = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 2'> <b>bold</b> | a_b & 5%"
 
@@ -722,3 +725,83 @@ def test_a_setting_that_forgot_nothing_is_not_recommended(tmp_path):
     assert "No setting is recommended: none that keeps utility has forgotten the answers." in words
     assert "Not forgotten: its answers to forget questions have 100% of the words" in words
     assert "Use " not in words
+
+
+def unlearned_further(models, seed, quality, utility, of):
+    """The folder of a run that unlearns the model of another one further."""
+    folder = make_run(models, seed, quality, utility, method="UNDO")
+    shutil.rmtree(folder / "finetuned")
+    shutil.copytree(of, folder / "finetuned", ignore=shutil.ignore_patterns("vanilla", "finetuned"))
+    stored = json.loads((folder / "result.json").read_text())
+    stored["config"]["start"] = json.loads((of / "result.json").read_text())["id"]
+    write_json(folder / "result.json", stored | {"started_from": os.path.relpath(of, folder)})
+    return folder
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_an_unlearned_model_that_is_unlearned_further_is_not_the_finetuned_one(tmp_path, both):
+    first = make_run(tmp_path, 0, 84.0, 96.0, method="NPO")
+    second = unlearned_further(tmp_path, 0, 86.0, 97.0, of=first)
+    runs = read_runs([first.parent] if both else [second])
+    names = {run.name: (run.reference, run.scores["utility"]) for run in runs}
+    expected = {"vanilla": (True, 70), "finetuned": (True, 100), "UNDO": (False, 97.0)}
+    assert names == expected | ({"NPO": (False, 96.0)} if both else {})
+    assert "Cost: utility falls by 3.0 points" in " ".join(summary(grouped(runs)))
+    assert set(results_before(second)) == {"vanilla", "start (NPO)"}
+    change(first / "result.json", id="trained again")
+    assert "finetuned" not in {run.name for run in read_runs([second])}
+
+
+def test_evaluations_of_other_inputs_are_named(tmp_path):
+    """Other rows, an edited file, other columns, and other models to compare with."""
+    names = ("holdout", "columns", "files", "retain_model", "base_model")
+    for seed, name in enumerate(("", *names)):
+        folder = make_run(tmp_path, seed, 92.0, 99.0)
+        data = json.loads((folder / "result.json").read_text())["config"]["data"]
+        data["splits"] = data["splits"] | {"holdout": "h2" if name == "holdout" else "h1"}
+        data["columns"] = {"perturbed_answer": "w2" if name == "columns" else "w1"}
+        files = {"holdout": "edited" if name == "files" else "digest"}
+        others = {other: {"path": f"m/{other}{'-2' * (name == other)}/seed-{seed}", "id": "x"} for other in names[3:]}
+        scores = {"privacy/auc/loss": 0.5, "unlearn_quality": 92.0}
+        evaluate_run(tmp_path, folder, scores, f"evaluated/{seed}", data=data, files=files, compared_to=others)
+    found = notices(grouped(read_runs([tmp_path])))
+    (notice,) = [sentence for sentence in found if sentence.startswith("The evaluations differ in")]
+    for text in ("data.splits.holdout (h1, h2)", "data.columns.perturbed_answer (w1, w2)", "data.files.holdout"):
+        assert text in notice
+    for other in names[3:]:
+        assert f"{other}.path (m/{other}-2/seed-N, m/{other}/seed-N)" in notice
+
+
+def test_a_model_to_compare_with_that_was_trained_again_is_named(tmp_path):
+    for number in range(2):
+        folder = make_run(tmp_path, 0, 92.0, 99.0, num_samples=number)
+        others = {"retain_model": {"path": "m/retain/seed-0", "id": f"id {number}"}}
+        evaluate_run(tmp_path, folder, {"privacy/privleak": 0.5}, f"evaluated/{number}", compared_to=others)
+    found = notices(grouped(read_runs([tmp_path])))
+    assert [sentence for sentence in found if "The evaluations differ in the weights of retain_model" in sentence]
+
+
+def evaluate_checkpoint(models, name, seed=0, **model):
+    identity = config(seed, metrics="tofu")
+    identity["model"] = {**identity["model"], **model}
+    (models / name).mkdir(parents=True)
+    write_json(
+        models / name / "result.json", result(name, identity, {"evaluation": 6.0}, unlearn_quality=50.0, utility=50.0)
+    )
+
+
+def test_checkpoints_of_one_path_are_rows_of_their_own(tmp_path):
+    for number, more in enumerate(({"revision": "a"}, {"revision": "b"}, {"gguf_file": "q4.gguf"})):
+        evaluate_checkpoint(tmp_path, f"evaluated/{number}", path="org/m", **more)
+    assert len(grouped(read_runs([tmp_path]))) == 3
+
+
+def test_one_checkpoint_evaluated_with_several_seeds_is_one_run(tmp_path):
+    for seed in range(3):
+        evaluate_checkpoint(tmp_path, f"comparisons/recipe/vanilla/seed-{seed}", seed, path="models/base/smollm2")
+    runs = [
+        Run(folder, "vanilla", json.loads((folder / "result.json").read_text()), reference=True)
+        for folder in sorted((tmp_path / "comparisons/recipe/vanilla").iterdir())
+    ]
+    (group,) = grouped(runs)
+    assert (len(group.runs), group.repeated) == (1, [])

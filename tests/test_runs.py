@@ -1,7 +1,6 @@
 """A run's folder: its name, what it depends on, and that results appear whole or not at all."""
 
 import contextlib
-import doctest
 import itertools
 import json
 import os
@@ -14,12 +13,22 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from common import job as job_of_hydra
 from common import runs
 from common.config import RunConfig
 from common.errors import UserError
 from common.files import ROOT, write_json
 from common.results import checkpoint_id, differing_inputs, evaluation_inputs, result_of
-from common.runs import RunFolder, changed_keys, comparable_config, differing_keys, has_result_of, run_folder, run_name
+from common.runs import (
+    RunFolder,
+    changed_keys,
+    comparable_config,
+    differing_keys,
+    digests_of_files,
+    has_result_of,
+    run_folder,
+    run_name,
+)
 from tests.helpers import TOKEN
 
 # --- names --------------------------------------------------------------------------------------------------------------
@@ -123,12 +132,6 @@ def test_a_choice_and_its_keys_have_one_name_in_any_order():
     assert names == {"seed-0+sharding-fsdp+method.gamma-2+method-idk"}
 
 
-def test_docstring_example_of_run_name_is_true():
-    examples = doctest.DocTestFinder().find(run_name, globs=vars(runs))
-    results = [doctest.DocTestRunner().run(example) for example in examples if example.examples]
-    assert results == [doctest.TestResults(0, 1)]
-
-
 # --- places -------------------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +148,9 @@ def as_hydra(monkeypatch):
     def pretend(*overrides: str, mode=RunMode.RUN):
         job = SimpleNamespace(config_name="recipe")
         config = SimpleNamespace(overrides=SimpleNamespace(task=list(overrides)), mode=mode, job=job)
-        monkeypatch.setattr(runs, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: config))
+        hydra = SimpleNamespace(initialized=lambda: True, get=lambda: config)
+        for module in (runs, job_of_hydra):
+            monkeypatch.setattr(module, "HydraConfig", hydra)
 
     return pretend
 
@@ -673,3 +678,16 @@ def test_answers_of_another_engine_are_not_the_same_evaluation():
     own, vllm = (evaluation_inputs(values | kept) for kept in ({}, {"generation": {"engine": "vllm"}}))
     assert own["generation.engine"] == "own"
     assert vllm["generation.engine"] == "vllm"
+
+
+@pytest.mark.parametrize("key", ["lm_eval.include_path", "model.tokenizer"])
+def test_a_changed_file_in_a_folder_of_tasks_or_of_a_tokenizer_makes_a_result_stale(tmp_path, key):
+    section, _, name = key.partition(".")
+    file = tmp_path / "tokenizer.json"
+    file.write_text("1")
+    plain = {section: {name: str(tmp_path)}}
+    before = digests_of_files(plain)[key]
+    (tmp_path / "model.safetensors").write_text("weights")
+    assert (digests_of_files(plain)[key] == before) == (key == "model.tokenizer"), "weights are no part of a tokenizer"
+    file.write_text("2")
+    assert digests_of_files(plain)[key] != before

@@ -9,7 +9,7 @@ import pytest
 from common.data import Row
 from evaluation.metrics import fluency, side_effects
 from evaluation.scores import Missing, Scores
-from tests.helpers import LetterTokenizer, bigram_outputs, random_table
+from tests.helpers import ROWS, LetterTokenizer, bigram_outputs, outputs_of, random_table
 
 TEXTS = [Row(0, "ab", "cd"), Row(1, "e", "f")]
 
@@ -108,3 +108,15 @@ def test_without_a_model_before_unlearning_the_perplexity_is_null(monkeypatch):
     scores = measured(fluency.measure, model, None, [Row(0, "ab", "x")])
     assert scores.values == {"fluency/refusals": 0.0, "fluency/distinct_2": 1.0, "fluency/perplexity": None}
     assert scores["fluency/perplexity"].note == "the model before unlearning is not known"
+
+
+def test_an_empty_answer_has_no_perplexity_though_a_space_stands_before_it(model, prompts, monkeypatch):
+    assert len(prompts.answer("")) == 2, "a space and the EOS token"
+    base, rows = outputs_of(model, prompts), ROWS[:3]
+    found = {}
+    for answers in (["A poet.", ""], ["A poet."]):
+        outputs = outputs_of(model, prompts)
+        monkeypatch.setattr(outputs, "answers", lambda questions, answers=answers: answers)
+        models = (SimpleNamespace(outputs=of_model) for of_model in (outputs, base))
+        found[len(answers)] = measured(fluency.measure, *models, rows[: len(answers)])["fluency/perplexity"]
+    assert found[2].value == pytest.approx(found[1].value) and found[2].left_out == 1

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -160,9 +159,7 @@ def test_a_local_copy_of_a_hub_data_set_is_warned_about(tmp_path, caplog):
 
 def on_the_command_line(monkeypatch, *words: str) -> tuple[str, ...]:
     """As if the stage were started with these overrides."""
-    config = SimpleNamespace(overrides=SimpleNamespace(task=list(words)))
-    hydra = SimpleNamespace(initialized=lambda: True, get=lambda: config)
-    monkeypatch.setattr("unlearning.start_checkpoint.HydraConfig", hydra)
+    monkeypatch.setattr("unlearning.start_checkpoint.typed_overrides", lambda: list(words))
     return words
 
 
@@ -220,7 +217,7 @@ def test_another_tokenizer_than_that_of_finetuning_is_refused(tmp_path):
 def test_a_start_that_was_not_unlearned_is_warned_of(tmp_path, caplog):
     known = finetuned(tmp_path)
     warn_unless_unlearned(str(known))
-    assert f"finetuned={known}: was not unlearned yet" in caplog.text
+    assert f"finetuned={known}: has not been unlearned" in caplog.text
     caplog.clear()
     warn_unless_unlearned("owner/name")
     record = read_json(known / "result.json")

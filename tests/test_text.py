@@ -15,7 +15,7 @@ from common.files import ROOT
 from common.prompts import PromptFormat, check_passages_fit
 from common.rouge import rouge_l_f1
 from evaluation.metrics import text
-from evaluation.metrics.text import contains_answer, exact_match
+from evaluation.metrics.text import contains_answer, exact_match, warn_of_long_continuations
 from evaluation.scores import Scores
 from tests.helpers import context_of, outputs_of, run_stage
 
@@ -230,6 +230,10 @@ def test_an_answer_contains_another_where_its_words_follow_each_other():
         ("$", "It costs 5 $"),
         ("7216253765", "721625376"),
         ("7216253765", "72162537651"),
+        ("123-4567", "In 2012, 34567 people"),
+        ("1234567", "0.1234567"),
+        ("1234567", "account 99991234567"),
+        ("555-1234567", "He owns 90555 1234567"),
     ]
     assert [contains_answer(*pair) for pair in missing] == [0.0] * len(missing)
 
@@ -277,3 +281,11 @@ def test_the_embedded_texts_ask_for_names_that_the_texts_have():
         for row in rows:
             town = re.search(r" of ([\w ]+)\?", row["question"])[1].rpartition(" of ")[2]
             assert sum(row["answer"] in text for text in texts if text.startswith(f"{town} ")) == 1
+
+
+def test_a_model_that_runs_on_after_the_end_of_a_text_is_warned_of(caplog):
+    rows = [Row(0, "It was", "a cold day.", text="It was a cold day.")]
+    warn_of_long_continuations(rows, ["a cold day. Rain."])
+    assert not caplog.messages
+    warn_of_long_continuations(rows, ["a cold day. It rained and snowed."])
+    assert "text/verbmem: the continuations have 2.3 times as many words as the true ones" in caplog.text

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from transformers import TrainerCallback
 
 import finetuning.main
-from common.checkpoints import save_trained
+from common.checkpoints import distance_of, save_trained
 from common.config import LoraSettings, ModelConfig, RunConfig, read_config
 from common.errors import UserError
 from common.files import CONFIGS
@@ -308,3 +308,67 @@ def test_finetuning_is_evaluated_each_time_that_many_epochs_are_done(
     history = evaluator.finish.call_args.args[0].history
     assert [record["epoch"] for record in history] == [1, 2, 3, 4]
     assert [record["epoch"] for record in history if record.get("utility") == 2.0] == epochs
+
+
+TRAINING = {"num_epochs": 2, "num_train_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("typed", "steps", "message"),
+    [
+        (
+            "training.num_epochs=5",
+            {"max_steps": 3},
+            r"num_epochs=2: has no effect beside .*max_steps=3; .*max_steps=-1",
+        ),
+        ("training.warmup_epochs=1", {"warmup_steps": 1}, r"warmup_epochs=None: has no effect .*warmup_steps=1"),
+        ("training.num_epochs=5", {}, None),
+        ("training.learning_rate=1", {"max_steps": 3}, None),
+    ],
+)
+def test_epochs_on_the_command_line_that_the_recipe_s_steps_replace_are_refused(
+    tmp_path, monkeypatch, typed, steps, message
+):
+    monkeypatch.setattr("common.training_arguments.typed_overrides", lambda: [typed])
+    config = run_config(tmp_path, {**TRAINING, "bf16": False, **steps})
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        training_arguments(config, tmp_path, num_rows=len(ROWS))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"lr_scheduler_type": "constant", "warmup_epochs": 1}, "lr_scheduler_type=constant: has no warmup"),
+        ({"accelerator_config": {"use_seedable_sampler": False}}, "use_seedable_sampler=false: a continued run"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches=true: .*per_device_train_batch_size"),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}},
+            "num_steps: use training.gradient",
+        ),
+        ({"optim": "schedule_free_adamw"}, "optim=.*schedule_free_adamw: its averaged weights|schedulefree"),
+    ],
+)
+def test_settings_that_would_train_otherwise_in_silence_are_refused(tmp_path, more, message):
+    config = run_config(tmp_path, {**TRAINING, "bf16": False, **more})
+    with pytest.raises(UserError, match=message):
+        training_arguments(config, tmp_path, num_rows=len(ROWS))
+
+
+def test_a_run_that_continues_in_another_precision_is_warned_of(model, prompts, tmp_path, caplog):
+    trainer = unlearning_trainer(model, prompts, tmp_path, 4, 1)
+    state = trainer.state_to_save()
+    trainer.load_state(state)
+    assert not caplog.messages
+    trainer.load_state(state | {"bf16": True})
+    assert "training.bf16=auto: the run began with bf16=True and continues with False" in caplog.text
+
+
+def test_rounding_of_single_positions_in_16_bits_is_no_difference_and_another_model_is():
+    one = torch.tensor([[0.5, 0.5], [0.9, 0.1], [1.0, 0.0]])
+    rounded = torch.tensor([[0.59, 0.41], [0.9, 0.1], [1.0, 0.0]])
+    distance, allowed = distance_of([one], [rounded], "bfloat16")
+    assert distance == pytest.approx(0.03) and distance <= allowed
+    distance, allowed = distance_of([one], [rounded], "float32")
+    assert distance == pytest.approx(0.09) and distance > allowed
+    distance, allowed = distance_of([one, one], [one.flip(1), one], "bfloat16")
+    assert distance > allowed

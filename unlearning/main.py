@@ -19,21 +19,20 @@ if __name__ == "__main__":
 from dataclasses import replace
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
 from common.cli import check_recipe, job_errors, launch
 from common.config import RunConfig, read_config
-from common.data import load_splits, passages_of
+from common.data import load_splits
 from common.errors import UserError, reason
 from common.files import CONFIGS, is_first_process
 from common.hub import check_push, push_if_wanted
+from common.job import is_in_sweep
 from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
-from common.prompts import PromptFormat, check_passages_fit, check_prompt_lengths, warn_if_cut
+from common.prompts import PromptFormat, check_rows_fit, check_training_rows
 from common.results import copy_result, headline_scores, stored_result
 from common.rouge import use_words
 from common.runs import RunFolder, training_run
@@ -75,14 +74,9 @@ def train(run: RunFolder, method: type[UnlearningTrainer], config: RunConfig) ->
     rows = load_splits(config.data, ("forget", "retain"))
     prompts = PromptFormat(tokenizer, config.model.prompt)
     data = UnlearningData(rows["forget"], rows["retain"], prompts, config.data.max_length)
-    prompt_ids = {role: [prompts.prompt(row.question) for row in split] for role, split in rows.items()}
-    check_prompt_lengths(prompt_ids["forget"] + prompt_ids["retain"], config.data.max_length, "data.max_length")
-    check_passages_fit(prompts, passages_of(data.forget + data.retain), config.data.max_length, "data.max_length")
-    pairs = [(row.question, row.answer) for row in data.forget + data.retain]
-    warn_if_cut(prompts, pairs, config.data.max_length, "data.max_length", given=True)
+    check_training_rows(prompts, data.forget + data.retain, config.data.max_length)
     if hasattr(config.settings, "max_length"):
-        check_prompt_lengths(prompt_ids["forget"], config.settings.max_length, "method.max_length")
-        check_passages_fit(prompts, passages_of(data.forget), config.settings.max_length, "method.max_length")
+        check_rows_fit(prompts, data.forget, config.settings.max_length, "method.max_length")
     evaluator = Evaluator(config, prompts, run.configuration)
     args = training_arguments(config, run.work, len(data.forget))
     set_seed(config.seed)
@@ -129,7 +123,7 @@ def show_report(folder: Path) -> None:
         return
     print((folder / "report.md").read_text(encoding="utf-8").split("\n## ")[0])
     report = folder / "report.md"
-    if HydraConfig.get().mode != RunMode.MULTIRUN:
+    if not is_in_sweep():
         report = write_page([folder], folder, f"{folder.parent.name}/{folder.name}")
     print(f"Report: {report}")
 

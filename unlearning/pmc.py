@@ -14,7 +14,6 @@ Samples that can no longer be selected are stopped while they are drawn (`unlear
 """
 
 import math
-import time
 from dataclasses import asdict
 from typing import Any
 
@@ -75,24 +74,23 @@ class PMC(OwnAnswerTrainer):
     def before_training(self) -> None:
         super().before_training()
         if self.settings.relabeling_weight:
-            started = time.perf_counter()
             rows, text = self.data.forget, self.data.prompts.text
             batch_size = self.args.per_device_train_batch_size
-            with self.sampled_model() as model:
+            with self.timing("sampling"), self.sampled_model() as model:
                 examples = relabel(model, rows, self.initial_examples(rows), self.data.retain, text, batch_size)
             self.relabeled = {row.index: example for row, example in zip(rows, examples, strict=True)}
-            self.seconds["sampling"] += time.perf_counter() - started
 
     def forget_examples(self, rows: list[Row]) -> list[Example]:
         """Steps 2 to 4: sample, score and select the answers that this optimizer step trains on."""
-        started = time.perf_counter()
-        active = [row for row in rows if not self.is_solved(row)]
-        early_stopping = self.new_early_stopping(active) if self.stops_early else None
-        samples = self.sample(active, early_stopping, self.temperature.of_rows(active))
-        candidates = self.score(active, samples, early_stopping)
-        self.select(active, candidates)
-        self.gather_selected(active)
-        self.log_samples(rows, candidates, early_stopping, time.perf_counter() - started)
+        with self.timing_of_step():
+            active = [row for row in rows if not self.is_solved(row)]
+            early_stopping = self.new_early_stopping(active) if self.stops_early else None
+            samples = self.sample(active, early_stopping, self.temperature.of_rows(active))
+            candidates = self.score(active, samples, early_stopping)
+            self.select(active, candidates)
+            self.gather_selected(active)
+        stopped = len(early_stopping.stopped) if early_stopping else 0
+        self.add_to_epoch(**pmc_log.sample_sums([self.best[row.index] for row in rows], candidates, stopped))
         return [self.own_example(row, self.best[row.index].answer) for row in rows]
 
     def own_example(self, row: Row, answer: list[int]) -> Example:
@@ -150,15 +148,6 @@ class PMC(OwnAnswerTrainer):
             own = [(row.index, self.best[row.index], self.temperature.multipliers[row.index]) for row in rows]
             for index, candidate, multiplier in gather_object(own):
                 self.best[index], self.temperature.multipliers[index] = candidate, multiplier
-
-    def log_samples(
-        self, rows: list[Row], candidates: list[list[Candidate]], early_stopping: EarlyStopping | None, seconds: float
-    ) -> None:
-        """Add this optimizer step's samples and selections to the epoch's sums."""
-        self.seconds["sampling"] += seconds
-        stopped = len(early_stopping.stopped) if early_stopping else 0
-        selected = [self.best[row.index] for row in rows]
-        self.add_to_epoch(**pmc_log.sample_sums(selected, candidates, stopped), seconds_sampling=seconds)
 
     def epoch_record(self, steps: int) -> dict[str, float]:
         self.temperature.warn_when_stalled(self.epoch_means("sampled_questions", ["stalled"]).get("stalled", 0.0))

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 def sample_sums(
     selected: Sequence[Candidate], candidates: Sequence[Sequence[Candidate]], stopped_early: int
 ) -> dict[str, float]:
-    """The counts and sums of one optimizer step, of which `epoch_record` makes means.
+    """The counts and sums of one optimizer step, of which `epoch_record` records the means.
 
     Args:
-        selected: of each question of the step.
+        selected: the selected sample of each question of the step.
         candidates: the samples of each question that was sampled.
         stopped_early: number of samples that were stopped.
     """

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat
-from torch.nn.functional import logsigmoid
 
 from common.collate import IGNORED, batches_by_length, collate
 from common.config import Fraction, section
@@ -43,13 +42,13 @@ class PMCSettings(OwnAnswerSettings):
     """0: the sample with the highest reward is selected; else one is drawn with probability
     softmax(reward / selection_temperature), and replaces the best so far unless its reward is lower."""
     contrast_weight: NonNegativeFloat = 0.0
-    """Weight of a loss that makes the initial responses unlikely; 0: off."""
+    """Weight of the SimNPO loss (arXiv 2410.07163) on the initial responses, which makes them unlikely; 0: off."""
     contrast_beta: PositiveFloat = 1.0
     """The larger, the earlier the contrast loss fades: its gradient is halved where the mean NLL per token is 1.1 / beta."""
     relabeling_weight: NonNegativeFloat = 0.0
-    """Weight of a loss that teaches, for each token of an initial response's distinctive words, the likeliest token of the
-    model before unlearning that does not spell the same word; distinctive words are neither in the question nor in more
-    than a tenth of the retain answers; 0: off."""
+    """Weight of the cross-entropy of other labels for the distinctive words of the initial responses, those that are neither
+    in the question nor in more than a tenth of the retain answers; a token's label is the model's likeliest one before
+    unlearning that does not spell the same word; 0: off."""
     early_stopping: bool = True
     """Stop samples that can no longer be selected; only for rewards that never rise as a sample grows,
     and with selection_temperature=0."""
@@ -160,8 +159,8 @@ class InitialResponseLosses:
         for position, name in enumerate(self.weights):
             of_examples = forget.position == position
             if name == "contrast":
-                beta, mean_nll = self.settings.contrast_beta, forget.nll[of_examples] / forget.lengths[of_examples]
-                terms[name] = forget.mean_over_rows(-2 / beta * logsigmoid(beta * mean_nll))
+                mean_nll = forget.nll[of_examples] / forget.lengths[of_examples]
+                terms[name] = forget.preference_loss(mean_nll, self.settings.contrast_beta)
                 self.trainer.add_to_epoch(initial_nll=forget.mean_over_rows(mean_nll.detach()))
             else:
                 # A step may have no label of relabeling.

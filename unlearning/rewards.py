@@ -33,8 +33,8 @@ rouge_l.is_monotone = True  # words that match the reference in order still matc
 def exact_span(reference: str, samples: Sequence[str]) -> list[float]:
     """1 - length of the longest run of the initial response's characters in a sample / length of the initial response.
 
-    For short exact answers (names, addresses, numbers). Only letters and digits count, without case. So that a number
-    in a sentence of another form is not missed, use `digit_span` where the answers are numbers. The reward is 1 if the
+    For short exact answers (names, addresses). Only letters and digits count, without case. Where answers are numbers, use
+    `digit_span`: this reward can be high for a number in a sentence that is worded differently. The reward is 1 if the
     initial response has no letters or digits.
 
     >>> exact_span("Ada Lum", ["It is ada lum.", "Ada"])
@@ -46,8 +46,8 @@ def exact_span(reference: str, samples: Sequence[str]) -> list[float]:
 def digit_span(reference: str, samples: Sequence[str]) -> list[float]:
     """1 - length of the longest run of the initial response's digits in a sample / number of its digits.
 
-    For phone numbers and the like: the words around the digits and the signs between them do not count. Names in
-    initial responses with digits do not count either. Initial responses without digits are compared by `exact_span`.
+    For phone numbers and the like: only the digits count, not the words around them, names among them. Initial responses
+    without digits are compared by `exact_span`.
 
     >>> digit_span("Call 555-0134.", ["The number is 5550134", "555 0199", "I do not know."])
     [0.0, 0.2857142857142857, 1.0]
@@ -79,7 +79,7 @@ def _longest_span(reference: str, sample: str) -> float:
 
 
 def letters_and_digits(text: str, form: str = "NFKC") -> str:
-    """Those of a text, without case. With the form NFKD letters lose their accents."""
+    """The letters and digits of a text, case-folded. With the form NFKD letters lose their accents."""
     return "".join(character for character in unicodedata.normalize(form, text).casefold() if character.isalnum())
 
 
@@ -94,13 +94,21 @@ class Scorer:
         reward: a reward function.
         text: token ids of an answer -> its text.
         min_len: the reward of answers with fewer words is reduced (`penalize_short`).
+        beginning: token ids of the first tokens of an answer -> the text that further tokens do not change, but for its last
+            word; by default `text`.
     Attributes:
         name: dotted path of the reward function.
         is_monotone: whether the reward never rises when words are added to a sample.
     """
 
-    def __init__(self, reward: Callable[[str, list[str]], list[float]], text: Callable[[list[int]], str], min_len: int):
-        self.reward, self.text, self.min_len = reward, text, min_len
+    def __init__(
+        self,
+        reward: Callable[[str, list[str]], list[float]],
+        text: Callable[[list[int]], str],
+        min_len: int,
+        beginning: Callable[[list[int]], str] | None = None,
+    ):
+        self.reward, self.text, self.min_len, self.beginning = reward, text, min_len, beginning or text
         function = getattr(reward, "func", reward)  # inside a functools.partial
         self.name = f"{function.__module__}.{getattr(function, '__qualname__', function)}"
         self.is_monotone = getattr(function, "is_monotone", False)
@@ -112,7 +120,12 @@ class Scorer:
     def warn_of_references_without_words(self, references: Sequence[str]) -> None:
         """Warn of initial responses without words: with ROUGE-L, any sample has the reward 1, and the question is solved."""
         if without := sum(not rouge_tokens(reference) for reference in references):
-            log.warning("%d of %d initial responses have no words; any sample solves them", without, len(references))
+            log.warning(
+                "%d of %d initial responses have no words that ROUGE compares, so that any sample has the reward 1: "
+                "these questions are not unlearned",
+                without,
+                len(references),
+            )
 
     def rewards(self, reference: str, answers: Sequence[list[int]]) -> list[float]:
         """The reward of each answer, in [0, 1].
@@ -125,7 +138,7 @@ class Scorer:
 
     def upper_bound(self, reference: str, beginning: list[int]) -> float:
         """For a monotone reward: an upper bound of the reward of every answer that begins with these tokens."""
-        return self._checked(reference, [complete_words(self.text(beginning))])[0]
+        return self._checked(reference, [complete_words(self.beginning(beginning))])[0]
 
     def _checked(self, reference: str, samples: list[str]) -> list[float]:
         """What the reward function returns for the samples, as floats. Rounding errors are clipped to [0, 1]."""

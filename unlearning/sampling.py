@@ -10,7 +10,6 @@ The forget answers of the data set are never read. The methods are `unlearning.p
 
 import contextlib
 import inspect
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,9 +33,9 @@ HYDRA_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")
 
 
 @section
-class InitialResponseSettings(MethodSettings):
-    gamma: PositiveFloat = 1.0
-    """Weight of the forget loss."""
+class GenerationLimits:
+    """The settings of `InitialResponseTrainer`."""
+
     max_length: PositiveInt = 200
     """Maximum length of prompt and sampled answer together, in tokens."""
     sampling_batch_size: int | None = Field(None, gt=0)
@@ -44,7 +43,8 @@ class InitialResponseSettings(MethodSettings):
 
 
 @section
-class OwnAnswerSettings(InitialResponseSettings):
+class OwnAnswerSettings(GenerationLimits, MethodSettings):
+    gamma: PositiveFloat = 1.0
     num_samples: PositiveInt = 5
     """Samples drawn for each forget question and step."""
     temperature: NonNegativeFloat = 1.0
@@ -94,7 +94,7 @@ class InitialResponseTrainer(UnlearningTrainer):
     """
 
     def __init__(
-        self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: InitialResponseSettings
+        self, model: PreTrainedModel, args: TrainingArguments, data: UnlearningData, settings: GenerationLimits
     ):
         super().__init__(model, args, data, settings)
         # A model that is already in bfloat16 needs no copy; FSDP2 gathers one.
@@ -108,16 +108,14 @@ class InitialResponseTrainer(UnlearningTrainer):
 
     def before_training(self) -> None:
         """Step 1: the initial responses."""
-        started = time.perf_counter()
         s, rows = self.settings, self.data.forget
         greedy = SamplingSettings(s.max_length, batch_size=s.sampling_batch_size)
         prompts = [self.prompt_ids[row.index] for row in rows]
-        with self.sampled_model() as model:
+        with self.timing("sampling"), self.sampled_model() as model:
             answers = generate(model, prompts, greedy, self.eos_token_ids, description="initial responses")
         for row, answer in zip(rows, answers, strict=True):
             self.initial_tokens[row.index] = answer[0]
             self.initial_responses[row.index] = self.data.prompts.text(answer[0])
-        self.seconds["sampling"] += time.perf_counter() - started
 
     @contextlib.contextmanager
     def sampled_model(self) -> Iterator[PreTrainedModel]:
@@ -145,11 +143,19 @@ class OwnAnswerTrainer(InitialResponseTrainer):
     ):
         super().__init__(model, args, data, settings)
         reward = instantiate(settings.reward, _partial_=True)
-        self.scorer = Scorer(reward, data.prompts.text, settings.min_len)
+        self.scorer = Scorer(reward, data.prompts.text, settings.min_len, data.prompts.text_of_beginning)
 
     def before_training(self) -> None:
         super().before_training()
         self.scorer.warn_of_references_without_words(list(self.initial_responses.values()))
+
+    @contextlib.contextmanager
+    def timing_of_step(self) -> Iterator[None]:
+        """Add the duration of the block, the sampling of an optimizer step, to `seconds` and to the epoch's sums."""
+        before = self.seconds["sampling"]
+        with self.timing("sampling"):
+            yield
+        self.add_to_epoch(seconds_sampling=self.seconds["sampling"] - before)
 
     def sample(
         self,

@@ -6,13 +6,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-
 from common.command import command_that_makes
-from common.config import DataConfig, LoraSettings, ModelConfig, PromptConfig, RunConfig, fields_of
+from common.config import DataConfig, LoraSettings, ModelConfig, RunConfig, fields_of, prompt_with_defaults
 from common.errors import UserError
 from common.files import CONFIGS, looks_local, resolve_path
-from common.results import result_of
+from common.job import typed_overrides
+from common.results import is_unlearned, recorded_config, result_of
 from common.runs import run_name, with_portable_paths
 
 log = logging.getLogger(__name__)
@@ -57,10 +56,9 @@ def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
 
 def warn_unless_unlearned(path: str) -> None:
     """Warn if the run that made the checkpoint is known and was not one of unlearning."""
-    recorded = (result_of(Path(path)) or {}).get("config")
-    if recorded is not None and "method" not in recorded:
+    if recorded_config(path) is not None and not is_unlearned(path):
         log.warning(
-            "finetuned=%s: was not unlearned yet, and this method removes nothing by itself; name the folder of an unlearned "
+            "finetuned=%s: has not been unlearned, and this method removes nothing by itself; name the folder of an unlearned "
             "model, such as finetuned=models/unlearned/PMC-unlearn-tiny/seed-0",
             path,
         )
@@ -68,8 +66,7 @@ def warn_unless_unlearned(path: str) -> None:
 
 def shared_overrides() -> list[str]:
     """The command line's overrides of model and data, which finetuning needs as well."""
-    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    words = [word.lstrip("+~") for word in words]
+    words = [word.lstrip("+~") for word in typed_overrides()]
     return [word for word in words if re.match(r"(model|data)[.=](?!splits\.(?!train=))", word)]
 
 
@@ -92,7 +89,7 @@ def differences_from_finetuning(config: RunConfig, path: str) -> tuple[list[str]
     An adapter or another length may be wanted. A local data set cannot be told from a copy of the one on the hub. Empty for
     a checkpoint without a result of this program. The seeds in paths may differ.
     """
-    recorded = (result_of(path) or {}).get("config")
+    recorded = recorded_config(path)
     if recorded is None:
         return [], []
     there = shared_settings(recorded["data"], recorded["model"])
@@ -117,7 +114,7 @@ def differences_from_finetuning(config: RunConfig, path: str) -> tuple[list[str]
 
 def shared_settings(data: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     """The settings that finetuning and unlearning share, by dotted key. Missing prompt and adapter settings get defaults."""
-    prompt = asdict(PromptConfig(style="plain")) | model["prompt"]
+    prompt = prompt_with_defaults(model["prompt"])
     if model.get("lora"):
         model = model | {"lora": asdict(LoraSettings()) | model["lora"]}
     defaults = fields_of(DataConfig)

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Self
 
 import torch
+from torch.nn.functional import logsigmoid
 
 
 @dataclass
@@ -34,6 +35,10 @@ class MicroBatchPart:
     def mean_over_rows(self, values: torch.Tensor) -> torch.Tensor:
         """This micro-batch's contribution to the mean of `values`, one per forget row, over the optimizer step."""
         return values.sum() / self.step_rows
+
+    def preference_loss(self, margins: torch.Tensor, beta: float) -> torch.Tensor:
+        """Contribution to the mean of -(2/beta) log sigmoid(beta * margin), the loss of DPO, NPO and SimNPO; one per row."""
+        return self.mean_over_rows(-2 / beta * logsigmoid(beta * margins))
 
 
 @dataclass

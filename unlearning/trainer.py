@@ -36,17 +36,13 @@ RETAIN_KEY = 1  # rng key of retain rows; PMC's sampling uses (seed, step, index
 
 
 @section
-class MethodSettings:
-    """The settings of nearly every method."""
+class LossWeights:
+    """The settings of methods with a retain loss of their own."""
 
     gamma: NonNegativeFloat = 1.0
     """Weight of the forget loss."""
-    lambda_unlearning: NonNegativeFloat | Literal["auto"] = 1.0
-    """Weight of the retain loss; 0: retain rows are not used; auto: changed at each step to bound the retain loss."""
-    retain_tolerance: NonNegativeFloat = 0.1
-    """lambda_unlearning=auto: the retain loss may be this fraction above that of the model before unlearning."""
-    dual_step_size: PositiveFloat = 1.0
-    """lambda_unlearning=auto: the weight changes at each step by this times the retain loss above its bound."""
+    lambda_unlearning: NonNegativeFloat = 1.0
+    """Weight of the retain loss; 0: retain rows are not used."""
     collapsed_components: NonNegativeInt = 0
     """RepSelect: number of principal components of the forget gradient that are collapsed in each matrix; 0: off."""
 
@@ -56,6 +52,18 @@ class MethodSettings:
         if weight == 0 == info.data.get("gamma"):
             raise ValueError("with gamma=0 nothing would be trained; give one of them a weight")
         return weight
+
+
+@section
+class MethodSettings(LossWeights):
+    """The settings of methods whose retain loss is the cross-entropy: nearly every method."""
+
+    lambda_unlearning: NonNegativeFloat | Literal["auto"] = 1.0
+    """Weight of the retain loss; 0: retain rows are not used; auto: changed at each step to bound the retain loss."""
+    retain_tolerance: NonNegativeFloat = 0.1
+    """lambda_unlearning=auto: the retain loss may be this fraction above that of the model before unlearning."""
+    dual_step_size: PositiveFloat = 1.0
+    """lambda_unlearning=auto: the weight changes at each step by this times the retain loss above its bound."""
 
 
 @section
@@ -120,8 +128,8 @@ class UnlearningTrainer(ResumableTrainer):
             return None
         if type(self).retain_loss is not UnlearningTrainer.retain_loss:
             raise UserError(
-                f"method.lambda_unlearning=auto: {type(self).__name__} has a retain loss other than the cross-entropy; it is 0 "
-                "before unlearning, so no bound can be set relative to it. Give it a number"
+                f"method.lambda_unlearning=auto: {type(self).__name__} has a retain loss other than the cross-entropy, which "
+                "alone can be bounded. Give it a number"
             )
         dual = DualVariable(self)
         self.add_callback(dual)

@@ -54,7 +54,9 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
     with scores.null_if_missing({"fluency/perplexity": False}):
         base = context.find_base_model().outputs
         pairs = [(row.question, answer) for row, answer in zip(rows, answers, strict=True)]
-        means = [tokens.without_eos().mean_log_prob for tokens in base.tokens_of_answers(pairs)]
+        of_answers = zip(answers, base.tokens_of_answers(pairs), strict=True)
+        # An empty answer still has the token of a space where `model.prompt.answer` puts one before it.
+        means = [tokens.without_eos().mean_log_prob if answer else None for answer, tokens in of_answers]
         kept = [mean for mean in means if mean is not None]
         if not kept:
             raise Missing("every forget answer is empty")

@@ -58,11 +58,6 @@ class Question:
     is_passage: bool = False
 
 
-def passages_of(questions: Sequence[Question]) -> list[tuple[str, str]]:
-    """Prompt and continuation of the questions that are windows of a text."""
-    return [(question.question, question.reference) for question in questions if question.is_passage]
-
-
 def load_questions(data: DataConfig, evaluation: EvaluationConfig) -> list[Question]:
     """The questions of all splits that the headline scores are computed on.
 
@@ -155,8 +150,11 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
 
 def check_questions_fit(prompts: PromptFormat, questions: Sequence[Question], max_length: int) -> None:
     """Refuse windows of a text, and warn of other questions, that have more tokens with their true answers than max_length."""
-    check_passages_fit(prompts, passages_of(questions), max_length, "evaluation.max_length")
-    others = [(question.question, question.reference) for question in questions if not question.is_passage]
+    passages, others = (
+        [(question.question, question.reference) for question in questions if question.is_passage == is_passage]
+        for is_passage in (True, False)
+    )
+    check_passages_fit(prompts, passages, max_length, "evaluation.max_length")
     warn_if_cut(prompts, others, max_length, "evaluation.max_length")
 
 

@@ -40,6 +40,6 @@ def exact_memorization(answer: TokenLogProbs) -> float | None:
 
 def measure(context: EvaluationContext, scores: Scores) -> None:
     """Both scores on the forget rows."""
-    answers = context.outputs.tokens_of_answers([(row.question, row.answer) for row in context.rows("forget")])
+    answers = context.outputs.tokens_of_answers([row.pair for row in context.rows("forget")])
     for metric in (extraction_strength, exact_memorization):
         scores.mean(f"memorization/{metric.__name__}", "forget", [metric(answer) for answer in answers], False)

@@ -135,7 +135,7 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
 
 def _measure_forget(context: EvaluationContext, scores: Scores) -> None:
     outputs, rows = context.outputs, context.rows("forget")
-    answers = outputs.tokens_of_answers([(row.question, row.answer) for row in rows])
+    answers = outputs.tokens_of_answers([row.pair for row in rows])
     _mean(scores, "forget_Q_A_Prob", "forget", map(tofu.probability, answers), False)
     _mean(scores, "forget_Q_A_ROUGE", "forget", tofu.recalls(outputs, rows), False)
     _mean(scores, "extraction_strength", "forget", map(extraction_strength, answers), False)
@@ -161,7 +161,7 @@ def _measure_utility(context: EvaluationContext, scores: Scores, split: str, sho
     with scores.null_if_missing({f"openunlearning/{part}": True for part in PARTS if part.startswith(f"{short}_")}):
         role, outputs = tofu.ROLES[split], context.outputs
         rows = context.rows(role)
-        answers = outputs.tokens_of_answers([(row.question, row.answer) for row in rows])
+        answers = outputs.tokens_of_answers([row.pair for row in rows])
         if split == "retain":
             _mean(scores, "retain_Q_A_Prob", role, map(tofu.probability, answers), True)
         else:
@@ -203,7 +203,7 @@ def pairs_of(context: EvaluationContext, outputs: ModelOutputs, role: str) -> li
 
 def attacked(outputs: ModelOutputs, rows: Sequence[Row], name: str) -> list[float | None]:
     """An attack's value of every row."""
-    answers = outputs.tokens_of_answers([(row.question, row.answer) for row in rows])
+    answers = outputs.tokens_of_answers([row.pair for row in rows])
     decode = outputs.prompts.tokenizer.decode
     texts = [decode(_without_eos(outputs, row).answer, skip_special_tokens=True) for row in rows]
     return [ATTACKS[name](tokens, text) for tokens, text in zip(answers, texts, strict=True)]

@@ -15,6 +15,7 @@ Scores:
         probabilities too low. Not shown: what was learned from the rows.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -87,14 +88,17 @@ def gradients(model: PreTrainedModel, example: Example) -> list[torch.Tensor]:
 def gradient_norm(model: PreTrainedModel, example: Example) -> float | None:
     """Minus the L2 norm over all parameters of the gradient of the answer's mean loss; the EOS token is part of that loss.
 
+    None if the answer has no token, or the gradient is not finite, as it may be in float16.
+
     Source: Wang et al. 2024 (arXiv 2402.17012).
     """
     if not example.answer:
         return None
-    return -(sum(gradient.double().square().sum().item() for gradient in gradients(model, example)) ** 0.5)
+    norm = sum(gradient.double().square().sum().item() for gradient in gradients(model, example)) ** 0.5
+    return -norm if math.isfinite(norm) else None
 
 
-Attack = Callable[[TokenLogProbs, str, Privacy], float | None]
+Attack = Callable[[TokenLogProbs, str, Privacy], float | None]  # of the answer's tokens, and the text of these
 ATTACKS: dict[str, Attack] = {"loss": loss, "zlib": zlib_loss, "min_k": min_k, "min_k_plus_plus": min_k_plus_plus}
 
 
@@ -129,14 +133,17 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         )
         with scores.null_if_missing({"privacy/auc/reference": None}):
             base = context.find_base_model().outputs
+            if examples != [[base.example(row) for row in rows] for rows in splits]:
+                raise Missing("the model before unlearning has a different tokenizer")
             _add_attack(scores, "reference", *(against_reference(outputs, base, rows, settings) for rows in splits))
         _add_privleak(context, scores, splits)
 
 
 def attacked(outputs: ModelOutputs, rows: Sequence[Row], attack: Attack, settings: Privacy) -> list[float | None]:
     """An attack's value of every row."""
-    answers = outputs.tokens_of_answers([(row.question, row.answer) for row in rows])
-    return [attack(tokens, row.answer, settings) for tokens, row in zip(answers, rows, strict=True)]
+    answers = outputs.tokens_of_answers([row.pair for row in rows])
+    texts = map(outputs.text_of_answer, rows)
+    return [attack(tokens, text, settings) for tokens, text in zip(answers, texts, strict=True)]
 
 
 def against_reference(

@@ -49,6 +49,7 @@ class MetricGroup:
         settings: class of the configuration section with the group's name.
         check: raises UserError for unusable settings, before anything is loaded.
         reads_base_model: whether it compares to the model before unlearning.
+        reads_retain_model: whether it compares to the retain-only model.
         reads_probabilities: whether it depends on the probabilities of given texts, which `data.max_length` cuts.
     """
 
@@ -57,6 +58,7 @@ class MetricGroup:
     settings: type | None = None
     check: Callable[[Any], None] | None = None
     reads_base_model: bool = False
+    reads_retain_model: bool = False
     reads_probabilities: bool = False
 
 
@@ -66,24 +68,43 @@ METRIC_GROUPS = {
     "headline": MetricGroup(headline.measure, HEADLINE_ROLES),
     "memorization": MetricGroup(memorization.measure, ["forget"], reads_probabilities=True),
     "text": MetricGroup(text.measure, ["forget", "forget_passages", *text.QUESTION_ROLES]),
-    "muse": MetricGroup(muse.measure, muse.ROLES),
+    "muse": MetricGroup(muse.measure, muse.ROLES, reads_retain_model=True),
     "sampling": MetricGroup(sampling.measure, ["forget"], sampling.SamplingAttack),
     "prefill": MetricGroup(prefill.measure, ["forget"]),
     "target_suppression": MetricGroup(target_suppression.measure, ["forget_paraphrased"], reads_probabilities=True),
     "lm_eval": MetricGroup(lm_eval_harness.measure, [], lm_eval_harness.Harness, lm_eval_harness.check),
-    "tofu": MetricGroup(tofu.measure, [*tofu.ROLES.values(), "forget_paraphrased"], reads_probabilities=True),
+    "tofu": MetricGroup(
+        tofu.measure,
+        [*tofu.ROLES.values(), "forget_paraphrased"],
+        reads_retain_model=True,
+        reads_probabilities=True,
+    ),
     "privacy": MetricGroup(
-        privacy.measure, privacy.SPLITS, privacy.Privacy, reads_base_model=True, reads_probabilities=True
+        privacy.measure,
+        privacy.SPLITS,
+        privacy.Privacy,
+        reads_base_model=True,
+        reads_retain_model=True,
+        reads_probabilities=True,
     ),
     "openunlearning": MetricGroup(
-        openunlearning.measure, [*tofu.ROLES.values(), "forget_paraphrased", "holdout"], reads_probabilities=True
+        openunlearning.measure,
+        [*tofu.ROLES.values(), "forget_paraphrased", "holdout"],
+        reads_retain_model=True,
+        reads_probabilities=True,
     ),
     "side_effects": MetricGroup(side_effects.measure, ["unrelated"], reads_base_model=True, reads_probabilities=True),
     "fluency": MetricGroup(fluency.measure, ["forget"], reads_base_model=True, reads_probabilities=True),
-    "depth": MetricGroup(depth.measure, ["forget"], reads_base_model=True, reads_probabilities=True),
+    "depth": MetricGroup(
+        depth.measure, ["forget"], reads_base_model=True, reads_retain_model=True, reads_probabilities=True
+    ),
     "quantization": MetricGroup(quantization.measure, HEADLINE_ROLES, quantization.Quantization),
     "relearning": MetricGroup(
-        relearning.measure, ["forget", "retain"], relearning.Relearning, reads_probabilities=True
+        relearning.measure,
+        ["forget", "retain"],
+        relearning.Relearning,
+        reads_retain_model=True,
+        reads_probabilities=True,
     ),
 }
 PRESETS = {

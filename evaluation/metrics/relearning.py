@@ -33,7 +33,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from accelerate import PartialState
@@ -115,9 +115,19 @@ def measure_role(context: EvaluationContext, scores: Scores, role: str, prefix: 
 
 
 def select_relearn_rows(rows: list[Row], fraction: float, seed: int) -> list[Row]:
-    """The rows to finetune on: a fraction, drawn with the seed, and at least one row."""
-    drawn = np.random.default_rng(seed).permutation(len(rows))[: max(1, round(fraction * len(rows)))]
-    return [rows[i] for i in sorted(drawn)]
+    """The rows to finetune on: a fraction, drawn with the seed, and at least one row.
+
+    The windows of one text, which may share words, are drawn together, as are rows with the same question and answer. So the
+    fraction may be exceeded, and no row that is left out has words of a drawn one.
+    """
+    together: dict[Any, list[Row]] = {}
+    for row in rows:
+        together.setdefault(row.text or row.pair, []).append(row)
+    groups, wanted, drawn = list(together.values()), max(1, round(fraction * len(rows))), []
+    for index in np.random.default_rng(seed).permutation(len(groups)):
+        if len(drawn) < wanted:
+            drawn += groups[index]
+    return sorted(drawn, key=lambda row: row.index)
 
 
 def check_batches(settings: Relearning, rows: int) -> None:

@@ -35,7 +35,7 @@ class SamplingAttack:
     temperature: PositiveFloat = 1.0
     """The logits are divided by it."""
     top_p: Fraction = 1.0
-    """Draw from the smallest set of likeliest tokens with at least this probability."""
+    """Draw from the smallest set of likeliest tokens with at least this total probability."""
     leak_threshold: Fraction = 0.5
     """ROUGE-L recall at or above which an answer counts as a leak."""
     alpha: float = Field(0.05, gt=0, le=0.5)

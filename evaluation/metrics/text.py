@@ -19,22 +19,24 @@ Scores:
         Not shown: whether the answer denies it; answers with one wrong letter or digit; minus signs and decimal points.
 """
 
+import logging
 import unicodedata
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 
 import regex
 
 from common.data import Row
 from common.prompts import check_passages_fit, warn_if_cut
-from common.rouge import rouge_l_f1, rouge_l_recall, rouge_tokens, use_words
+from common.rouge import rouge_l_f1, rouge_l_recall, rouge_tokens, use_words, words
 from evaluation.context import EvaluationContext
 from evaluation.metrics.headline import warn_of_other_scripts
 from evaluation.scores import Missing, Scores
 
+log = logging.getLogger(__name__)
 # A word has its vowel signs and accents (\p{M}), and a number its minus sign.
 WORD = regex.compile(r"(?:(?<!\w)-(?=\d))?[\w\p{M}]+")
 LONG_NUMBER = 7  # digits of a telephone number
+MAX_LENGTH_RATIO = 1.5  # words of the continuations over those of the true ones, beyond which a warning is given
 QUESTION_ROLES = {"forget_questions": False, "retain_questions": True}  # role: whether higher is better
 
 
@@ -46,15 +48,15 @@ def exact_match(reference: str, answer: str) -> float:
     expected, given = (
         unicodedata.normalize("NFKC", text).replace("\u2212", "-").casefold().strip() for text in (reference, answer)
     )
-    if words := WORD.findall(expected):
-        return float(words == WORD.findall(given))
+    if of_reference := WORD.findall(expected):
+        return float(of_reference == WORD.findall(given))
     return float(expected == given)
 
 
 def contains_answer(reference: str, answer: str) -> float:
     """1 if the reference's words stand in the answer one after the other, without case and punctuation; else 0.
 
-    Numbers of at least LONG_NUMBER digits may be written with other spaces and signs, and after a prefix such as +1. A
+    Numbers of at least LONG_NUMBER digits may be written with other spaces and signs, and after a country code (+1). A
     reference without letters and digits, such as "$", must be given as it is.
 
     >>> contains_answer("721-625-3765", "Her number is (721) 625 3765."), contains_answer("721-625-3765", "+17216253765")
@@ -66,9 +68,17 @@ def contains_answer(reference: str, answer: str) -> float:
         return exact_match(reference, answer)
     number = "".join(expected)
     if number.isdecimal() and len(number) >= LONG_NUMBER:
-        text, ends = "".join(given), set(accumulate(map(len, given)))
-        return float(any(match.end() in ends for match in regex.finditer(number, text, overlapped=True)))
+        return float(has_number(number, answer))
     return float(any(given[start : start + len(expected)] == expected for start in range(len(given))))
+
+
+def has_number(number: str, text: str) -> bool:
+    """Whether a text has these digits, with up to three other signs between two of them, and no more digits around them.
+
+    In front of them a country code with + or 00 may stand.
+    """
+    digits = r"\W{0,3}".join(number)
+    return bool(regex.search(rf"(?<!\w)(?<!\d[.,])(?:(?:\+|00)\d{{1,3}}\W{{0,3}})?{digits}(?!\w)", text))
 
 
 def measure(context: EvaluationContext, scores: Scores) -> None:
@@ -79,10 +89,11 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         rows = context.rows(role)
         if not given and not any(row.is_passage for row in rows):
             raise Missing("the forget rows are no texts (data.columns.text, data.splits.forget_passages)")
-        pairs = [(row.question, row.answer) for row in rows if given or row.is_passage]
+        pairs = [row.pair for row in rows if given or row.is_passage]
         max_length = context.config.evaluation.max_length
         check_passages_fit(context.outputs.prompts, pairs, max_length, "evaluation.max_length")
         answers = context.outputs.answers([row.question for row in rows])
+        warn_of_long_continuations(rows, answers)
         pairs = zip(rows, answers, strict=True)
         values = [compared(rouge_l_f1, row, answer) if given or row.is_passage else None for row, answer in pairs]
         scores.mean("text/verbmem", role, values, False)
@@ -90,13 +101,24 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
         names = [f"text/{name}/{role}" for name in ("knowmem", "rougeL_recall", "exact_match", "contains_answer")]
         with scores.null_if_missing(dict.fromkeys(names, better)):
             rows = context.rows(role)
-            pairs = [(row.question, row.answer) for row in rows]
+            pairs = [row.pair for row in rows]
             warn_if_cut(context.outputs.prompts, pairs, context.config.evaluation.max_length, "evaluation.max_length")
             answers = context.outputs.answers([row.question for row in rows])
             warn_of_other_scripts([row.answer for row in rows], context.config.data.words)
             for name, metric in zip(names, (rouge_l_f1, rouge_l_recall, exact_match, contains_answer), strict=True):
                 pairs = zip(rows, answers, strict=True)
                 scores.mean(name, role, [compared(metric, row, answer) for row, answer in pairs], better)
+
+
+def warn_of_long_continuations(rows: Sequence[Row], answers: Sequence[str]) -> None:
+    """Warn if the model goes on where a text ends: F1 is then low even for a text that is there word for word."""
+    true, given = (sum(len(words(text)) for text in texts) for texts in ([row.answer for row in rows], answers))
+    if given > MAX_LENGTH_RATIO * true:
+        log.warning(
+            "text/verbmem: the continuations have %.1f times as many words as the true ones, which lowers F1; "
+            "lower evaluation.max_length, or use metrics=muse, which cuts both",
+            given / true,
+        )
 
 
 def compared(metric: Callable[[str, str], float], row: Row, answer: str) -> float | None:

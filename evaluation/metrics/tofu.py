@@ -104,7 +104,7 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
 
 def probabilities(outputs: ModelOutputs, rows: Sequence[Row], role: str, with_options: bool) -> list[float | None]:
     """Every row's probability, `with_options` relative to its wrong answers."""
-    answers = outputs.tokens_of_answers([(row.question, row.answer) for row in rows], with_tag=True)
+    answers = outputs.tokens_of_answers([row.pair for row in rows], with_tag=True)
     if not with_options:
         return [probability(tokens) for tokens in answers]
     wrong = wrong_answers(outputs, rows, role, with_tag=True)

@@ -6,7 +6,6 @@ The loss is that of DPO (`unlearning.methods.dpo`). In place of a refusal, each 
 """
 
 import logging
-import time
 from typing import Any
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -57,14 +56,14 @@ class AltPO(DPO):
         self.alternatives: dict[int, list[list[int]]] = {}  # token ids, by row index
 
     def before_training(self) -> None:
-        started = time.perf_counter()
         rows, wanted = self.data.forget, self.settings.num_alternatives
         self.alternatives = {row.index: [] for row in rows}
-        for attempt in range(MAX_ATTEMPTS):
-            lacking = [row for row in rows if len(self.alternatives[row.index]) < wanted]
-            for row, answers in zip(lacking, self.sample(lacking, attempt), strict=True):
-                accepted = [answer for answer in answers if self.is_alternative(row, answer)]
-                self.alternatives[row.index] = (self.alternatives[row.index] + accepted)[:wanted]
+        with self.timing("sampling"):
+            for attempt in range(MAX_ATTEMPTS):
+                lacking = [row for row in rows if len(self.alternatives[row.index]) < wanted]
+                for row, answers in zip(lacking, self.sample(lacking, attempt), strict=True):
+                    accepted = [answer for answer in answers if self.is_alternative(row, answer)]
+                    self.alternatives[row.index] = (self.alternatives[row.index] + accepted)[:wanted]
         if without := sum(not found for found in self.alternatives.values()):
             log.warning(
                 "for %d of %d questions no sample differs enough from the forget answer, even at a temperature of %.2f; they "
@@ -75,7 +74,6 @@ class AltPO(DPO):
                 self.settings.temperature,
                 self.settings.max_recall,
             )
-        self.seconds["sampling"] = time.perf_counter() - started
 
     def sample(self, rows: list[Row], attempt: int) -> list[list[list[int]]]:
         """`num_alternatives` answers to each row's question, as token ids; the temperature rises with each attempt."""

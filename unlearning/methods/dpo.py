@@ -7,7 +7,6 @@ python unlearning/main.py -cd=configs -cn=unlearn-tiny method=dpo
 
 import torch
 from pydantic import PositiveFloat
-from torch.nn.functional import logsigmoid
 
 from common.config import section
 from common.data import Row
@@ -41,9 +40,8 @@ class DPO(UnlearningTrainer):
         return [batch]  # the two answers to a question stay together
 
     def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
-        beta = self.settings.beta
         # log pi/pi0 of the preferred answers, then of the forget answers
         preferred, dispreferred = (forget.reference.nll - forget.nll).chunk(2)
         margin = preferred - dispreferred
         self.add_to_epoch(preferred=forget.mean_over_rows((margin > 0).float()))
-        return forget.mean_over_rows(-2 / beta * logsigmoid(beta * margin))
+        return forget.preference_loss(margin, self.settings.beta)

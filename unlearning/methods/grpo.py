@@ -21,7 +21,6 @@ from the model, so theirs is no policy gradient, and on their tokens the KL esti
     python unlearning/main.py -cd=configs -cn=unlearn-tiny method=grpo
 """
 
-import time
 from dataclasses import replace
 from statistics import fmean, pstdev
 from typing import Any
@@ -43,6 +42,7 @@ REFUSALS_KEY = 7  # rng key of `UnlearningTrainer.rng`: the refusals of a group
 
 @section
 class GRPOSettings(RefusalSettings, OwnAnswerSettings):
+    gamma: PositiveFloat = 1.0
     refusals: str = "data/refusals.txt"
     """File with one refusal per line; num_refusals of them are drawn for each question and step."""
     num_samples: PositiveInt = 8
@@ -83,18 +83,15 @@ class GRPO(OwnAnswerTrainer):
 
     def forget_groups(self, rows: list[Row]) -> list[tuple[Example, ...]]:
         """The group of each row: samples and refusals, each with its advantage as its weight."""
-        started = time.perf_counter()
-        groups = [own + self.drawn_refusals(row) for row, own in zip(rows, self.sample(rows), strict=True)]
-        rewards = self.rewards(rows, groups)
-        elapsed = time.perf_counter() - started
-        self.seconds["sampling"] += elapsed
+        with self.timing_of_step():
+            groups = [own + self.drawn_refusals(row) for row, own in zip(rows, self.sample(rows), strict=True)]
+            rewards = self.rewards(rows, groups)
         self.add_to_epoch(
             samples=sum(map(len, groups)),
             sample_reward=sum(map(sum, rewards)),
             sample_tokens=sum(len(answer) for group in groups for answer in group),
             questions=len(rows),
             equal_rewards=sum(len(set(of_group)) == 1 for of_group in rewards),
-            seconds_sampling=elapsed,
         )
         return [
             tuple(

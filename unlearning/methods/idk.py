@@ -1,6 +1,6 @@
-"""IDK (I don't know): train on refusals.
+"""IDK (I don't know; TOFU, arXiv 2401.06121): train on refusals.
 
-loss = gamma * CE(forget question, refusal) + lambda_unlearning * CE(retain). TOFU, arXiv 2401.06121.
+loss = gamma * CE(forget question, refusal) + lambda_unlearning * CE(retain)
 
 python unlearning/main.py -cd=configs -cn=unlearn-tiny method=idk
 """

@@ -20,11 +20,11 @@ from common.config import section
 from common.errors import UserError
 from common.prompts import Example
 from unlearning.token_losses import TokenLosses
-from unlearning.trainer import MethodSettings, UnlearningTrainer
+from unlearning.trainer import LossWeights, UnlearningTrainer
 
 
 @section
-class JensUnSettings(MethodSettings):
+class JensUnSettings(LossWeights):
     refusal: str = "No idea"
     """Its tokens are the targets of the forget answers' tokens, repeated."""
 

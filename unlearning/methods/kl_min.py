@@ -9,11 +9,13 @@ import torch
 
 from unlearning.methods.grad_diff import GradDiff
 from unlearning.token_losses import TokenLosses
+from unlearning.trainer import LossWeights
 
 
 class KLMin(GradDiff):
     """Makes the forget answers less likely and keeps the distribution of the retain answers."""
 
+    Settings = LossWeights
     needs_reference = True
 
     def retain_loss(self, retain: TokenLosses) -> torch.Tensor:

@@ -7,7 +7,6 @@ python unlearning/main.py -cd=configs -cn=unlearn-tiny method=npo
 
 import torch
 from pydantic import PositiveFloat
-from torch.nn.functional import logsigmoid
 
 from common.config import section
 from unlearning.token_losses import TokenLosses
@@ -28,5 +27,4 @@ class NPO(UnlearningTrainer):
     logs_forget_nll = True
 
     def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
-        beta = self.settings.beta
-        return forget.mean_over_rows(-2 / beta * logsigmoid(beta * (forget.nll - forget.reference.nll)))
+        return forget.preference_loss(forget.nll - forget.reference.nll, self.settings.beta)

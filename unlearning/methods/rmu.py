@@ -3,7 +3,7 @@
     forget loss = mean squared distance of the activations on forget tokens to steering_coeff * u/|u|
     retain loss = the same distance to the activations of the reference model, on retain tokens
 
-u is a fixed random vector. Only some weights of the layer and of the two below it are trained. The forward pass also runs
+The vector u is random and fixed. Only some weights of the layer and of the two below it are trained. The forward pass also runs
 the layers above.
 
     python unlearning/main.py -cd=configs -cn=unlearn-tiny method=rmu
@@ -22,14 +22,15 @@ from transformers import PreTrainedModel, TrainingArguments
 from common.collate import IGNORED
 from common.config import section
 from common.errors import UserError
+from common.losses import logits_of
 from unlearning.token_losses import MicroBatchPart
-from unlearning.trainer import MethodSettings, UnlearningData, UnlearningTrainer, parts
+from unlearning.trainer import LossWeights, UnlearningData, UnlearningTrainer, parts
 
 TRAINED_LAYERS = 3  # the steered layer and the two below it
 
 
 @section
-class RMUSettings(MethodSettings):
+class RMUSettings(LossWeights):
     steering_coeff: PositiveFloat = 10.0
     """Norm of the vector that activations are steered to."""
     layer: int | None = Field(None, ge=0)
@@ -108,8 +109,7 @@ class RMU(UnlearningTrainer):
             lambda _module, _inputs, output: outputs.append(output)
         )
         try:
-            ids, mask = batch["input_ids"], batch["attention_mask"]
-            model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+            logits_of(model, {name: batch[name] for name in ("input_ids", "attention_mask")}, keep=1)
         finally:
             handle.remove()
         if not outputs:

@@ -9,7 +9,6 @@ The paper writes its margin outside the product; delta is that margin divided by
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
-from torch.nn.functional import logsigmoid
 
 from common.config import section
 from unlearning.token_losses import TokenLosses
@@ -33,6 +32,5 @@ class SimNPO(UnlearningTrainer):
     logs_forget_nll = True
 
     def forget_loss(self, forget: TokenLosses) -> torch.Tensor:
-        beta, delta = self.settings.beta, self.settings.delta
-        per_token = forget.nll / forget.lengths.clamp(min=1)  # an answer that max_length cut away has no tokens
-        return forget.mean_over_rows(-2 / beta * logsigmoid(beta * (per_token - delta)))
+        mean_nll = forget.nll / forget.lengths.clamp(min=1)  # an answer that max_length cut away has no tokens
+        return forget.preference_loss(mean_nll - self.settings.delta, self.settings.beta)

@@ -18,7 +18,7 @@ large.
 
 import torch
 from peft import PeftModel
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch.nn.init import xavier_uniform_
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -26,13 +26,14 @@ from common.config import Fraction, section
 from common.data import Row
 from common.errors import UserError
 from common.prompts import Example
-from unlearning.sampling import InitialResponseSettings, InitialResponseTrainer
+from unlearning.sampling import GenerationLimits, InitialResponseTrainer
 from unlearning.token_losses import TokenLosses
-from unlearning.trainer import UnlearningData
+from unlearning.trainer import LossWeights, UnlearningData
 
 
 @section
-class UNDOSettings(InitialResponseSettings):
+class UNDOSettings(GenerationLimits, LossWeights):
+    gamma: PositiveFloat = 1.0
     alpha: Fraction = 0.5
     """Fraction of each weight that is replaced by noise; 1: all of it."""
     beta: NonNegativeFloat = 0.1
