@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers import PreTrainedModel
 
-# The largest difference of equal logits, in standard deviations of the logits.
-TOLERANCE = {torch.float32: 1e-3}
-TOLERANCE_16_BIT = 0.25
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest difference of equal logits, in their standard deviations, and of equal log-probabilities, in nats."""
+    return 1e-3 if dtype == torch.float32 else 0.25
 
 
 def evaluation_mode(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
@@ -42,4 +43,4 @@ def own_forward(model: torch.nn.Module) -> Callable:
 def difference(logits: torch.Tensor, others: torch.Tensor, dtype: torch.dtype) -> float:
     """The largest difference in standard deviations of `logits`; 0 if no more than the dtype's rounding, NaN for NaN."""
     largest = float((logits - others).abs().max() / logits.std())
-    return 0.0 if largest <= TOLERANCE.get(dtype, TOLERANCE_16_BIT) else largest
+    return 0.0 if largest <= tolerance(dtype) else largest

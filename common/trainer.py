@@ -327,7 +327,9 @@ class EpochRecords(TrainerCallback):
     def end_epoch(self, epoch: int) -> None:
         trainer = self.trainer
         record = trainer.epoch_record(int(trainer.epoch_sums["steps"]))
-        record["seconds_training"] = trainer.epoch_sum("seconds_training") / trainer.args.world_size
+        for name in ("seconds_sampling", "seconds_training"):
+            if name in trainer.epoch_sums:
+                record[name] = trainer.epoch_sum(name) / trainer.args.world_size
         trainer.epoch_sums = {}
         if trainer.evaluate_model and epoch % trainer.evaluate_every == 0:
             with trainer.timing("evaluation"), trainer.whole_model() as model:

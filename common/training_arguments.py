@@ -36,22 +36,7 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
     values.pop("num_epochs", None)  # the recipes set num_train_epochs to it
     for key in PUSH_KEYS:  # the Trainer would push checkpoints; common/hub.py pushes the finished folder
         values.pop(key, None)
-    warmup_epochs = values.pop("warmup_epochs", None)
-    if warmup_epochs:
-        values.setdefault("warmup_steps", math.ceil(warmup_epochs * _steps_per_epoch(values, num_rows)))
-    total = values.get("max_steps", -1)
-    if total < 1:
-        total = math.ceil(values["num_train_epochs"] * _steps_per_epoch(values, num_rows))
-    if (warmup_steps := values.get("warmup_steps") or 0) > total:
-        raise UserError(
-            f"training.warmup_steps={warmup_steps}: the run has {total} optimizer steps, so the learning rate would not reach "
-            "its peak; use fewer"
-        )
-    if warmup_steps and values.get("lr_scheduler_type") == "constant":
-        raise UserError(
-            f"training.lr_scheduler_type=constant: has no warmup (here {warmup_steps:g} steps); use constant_with_warmup, or "
-            "training.warmup_epochs=0"
-        )
+    convert_warmup(values, num_rows)
     if values.get("fp16") and not torch.cuda.is_available():
         raise UserError("training.fp16=true: needs an NVIDIA GPU; use training.bf16=auto")
     if values.get("bf16") == "auto":
@@ -96,6 +81,30 @@ def check_lengths_are_used(values: dict[str, Any]) -> None:
                 f"training.{key}={values.get(key)}: has no effect beside the recipe's training.{steps}={values[steps]}; change "
                 f"that one, or add training.{steps}={none}"
             )
+
+
+def convert_warmup(values: dict[str, Any], num_rows: int) -> None:
+    """Replace `warmup_epochs` by `warmup_steps`.
+
+    Raises:
+        UserError: if the warmup is longer than the run, or the schedule has none.
+    """
+    warmup_epochs = values.pop("warmup_epochs", None)
+    if warmup_epochs:
+        values.setdefault("warmup_steps", math.ceil(warmup_epochs * _steps_per_epoch(values, num_rows)))
+    warmup_steps, total = values.get("warmup_steps") or 0, values.get("max_steps", -1)
+    if total < 1:
+        total = math.ceil(values["num_train_epochs"] * _steps_per_epoch(values, num_rows))
+    if warmup_steps > total:
+        raise UserError(
+            f"training.warmup_steps={warmup_steps}: the run has {total} optimizer steps, so the learning rate would not reach "
+            "its peak; use fewer"
+        )
+    if warmup_steps and values.get("lr_scheduler_type") == "constant":
+        raise UserError(
+            f"training.lr_scheduler_type=constant: has no warmup (here {warmup_steps:g} steps); use constant_with_warmup, or "
+            "training.warmup_epochs=0"
+        )
 
 
 def check_accelerator(args: TrainingArguments) -> None:

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -75,6 +76,7 @@ def overrides_for(path: str, config: RunConfig) -> list[str]:
     return [*kept, f"model.path={with_portable_paths(path, config.models_dir)}"]
 
 
+REQUIRED = {"model": ["prompt"], "data": ["path", "splits", "columns"]}  # keys that the run or the command has
 DEFAULTS = {  # of null keys, where no run made the checkpoint, or one of an older version
     "data": {"words": "latin", "max_length": fields_of(DataConfig)["max_length"].default},
     "evaluation": {"max_length": fields_of(EvaluationConfig)["max_length"].default, "full_eval": False, "bf16": "auto"},
@@ -92,34 +94,41 @@ def fill_from_run(cfg: DictConfig, made_by: dict | None) -> None:
     Raises:
         UserError: when a required key is null and there is no such run.
     """
-    needed = {"model": ["prompt"], "data": ["path", "splits", "columns"]}
-    if made_by and cfg.data.path is None:
-        for key in ("splits", "columns"):
-            cfg.data[key] = {**made_by["data"][key], **(cfg.data[key] or {})}
-        with open_dict(cfg):
-            for key in ("windows", "hub_configurations"):
-                if cfg.data.get(key) is None and made_by["data"].get(key) is not None:
-                    cfg.data[key] = made_by["data"][key]
-    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
-    if made_by and OmegaConf.is_dict(cfg.model.get("prompt")) and choices.get("model", "from_run") == "from_run":
-        recorded = made_by["model"]["prompt"]
-        if cfg.model.prompt.get("style", recorded["style"]) == recorded["style"]:
-            cfg.model.prompt = {**recorded, **cfg.model.prompt}
     with open_dict(cfg):
+        if made_by and cfg.data.path is None:
+            _fill_data(cfg.data, made_by["data"])
+        if made_by and OmegaConf.is_dict(cfg.model.get("prompt")):
+            _fill_prompt(cfg.model, made_by["model"]["prompt"])
         for name, defaults in DEFAULTS.items():
             for key, default in defaults.items():
                 if cfg[name].get(key) is None:
                     cfg[name][key] = made_by[name].get(key, default) if made_by else default
-    for name, keys in needed.items():
-        empty = [key for key in keys if cfg[name].get(key) is None]
-        if empty and made_by is None:
-            raise UserError(
-                f"{name}.{', '.join(empty)}: not given, and {cfg.model.path} has no result.json with the value; "
-                "give a model and a data set, for instance model=phi data=tofu"
-            )
-        with open_dict(cfg):
+        for name, keys in REQUIRED.items():
+            empty = [key for key in keys if cfg[name].get(key) is None]
+            if empty and made_by is None:
+                raise UserError(
+                    f"{name}.{', '.join(empty)}: not given, and {cfg.model.path} has no result.json with the value; "
+                    "give a model and a data set, for instance model=phi data=tofu"
+                )
             for key in empty:
                 cfg[name][key] = made_by[name][key]
+
+
+def _fill_data(data: DictConfig, recorded: dict[str, Any]) -> None:
+    """Add the splits and columns of the command to those of the run; its windows are those of the run."""
+    for key in ("splits", "columns"):
+        data[key] = {**recorded[key], **(data[key] or {})}
+    for key in ("windows", "hub_configurations"):
+        if data.get(key) is None and recorded.get(key) is not None:
+            data[key] = recorded[key]
+
+
+def _fill_prompt(model: DictConfig, recorded: dict[str, Any]) -> None:
+    """Add single keys of the command to the prompt of the run, unless they are of another style or another model."""
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    is_of_the_run = choices.get("model", "from_run") == "from_run"
+    if is_of_the_run and model.prompt.get("style", recorded["style"]) == recorded["style"]:
+        model.prompt = {**recorded, **model.prompt}
 
 
 def check_retain_model(config: RunConfig, path: str) -> None:

@@ -1,6 +1,7 @@
 """The common style of all plots, the plot in an unlearning run's report, and that of relearning."""
 
 import re
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,12 +33,18 @@ def quality_over_time(finetuned: dict | None, history: list[dict]) -> list[tuple
     """Points (minutes of sampling and training, unlearn quality, utility); the finetuned model is at 0 minutes."""
     start = finetuned and finetuned["scores"]
     curve = [(0.0, start["unlearn_quality"], start["utility"])] if start else []
-    seconds = 0.0
-    for record in history:
-        seconds += record["seconds_training"] + record.get("seconds_sampling", 0.0)
-        if "unlearn_quality" in record:
-            curve.append((seconds / 60, record["unlearn_quality"], record["utility"]))
-    return curve
+    of_epochs = zip(minutes_of_epochs(history), history, strict=True)
+    return curve + [
+        (minutes, record["unlearn_quality"], record["utility"])
+        for minutes, record in of_epochs
+        if "unlearn_quality" in record
+    ]
+
+
+def minutes_of_epochs(history: list[dict]) -> list[float]:
+    """Minutes of sampling and training from the start of a run to the end of each epoch."""
+    seconds = (record.get("seconds_training", 0.0) + record.get("seconds_sampling", 0.0) for record in history)
+    return [total / 60 for total in accumulate(seconds)]
 
 
 def plot_quality_over_time(curve: list[tuple[float, float, float]], path: Path) -> None:

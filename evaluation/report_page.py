@@ -16,6 +16,7 @@ import jinja2
 
 from common.results import GENERATIONS, PICKS, ROWS
 from common.rouge import rouge_tokens
+from evaluation.plots import minutes_of_epochs
 from evaluation.run_records import (
     Group,
     Run,
@@ -174,16 +175,12 @@ def runs_with_texts(groups: Sequence[Group]) -> list[tuple[str, Run]]:
 
 def curve(run: Run, label: str, group: int) -> dict[str, Any]:
     """All quantities of history.jsonl, by epoch and by the minutes spent on sampling and training."""
-    seconds, minutes = 0.0, []
-    for record in run.history:
-        seconds += record.get("seconds_training", 0.0) + record.get("seconds_sampling", 0.0)
-        minutes.append(rounded(seconds / 60))
     names = dict.fromkeys(name for record in run.history for name in record if name != "epoch")
     return {
         "group": group,
         "label": label,
         "epoch": [record["epoch"] for record in run.history],
-        "minutes": minutes,
+        "minutes": list(map(rounded, minutes_of_epochs(run.history))),
         "values": {name: [rounded(record.get(name)) for record in run.history] for name in names},
     }
 

@@ -30,14 +30,11 @@ from transformers import PreTrainedModel
 from common.config import GenerationConfig
 from common.errors import UserError
 from common.files import is_first_process
-from common.forward import evaluation_mode, own_forward
+from common.forward import evaluation_mode, own_forward, tolerance
 from common.losses import check_finite
 from generation.token_sampling import SamplingSettings
 from generation.vllm_server import FIRST_LOGPROBS, VLLMServer
 
-# The largest difference of equal log-probabilities.
-TOLERANCES = {torch.float32: 1e-3}
-TOLERANCE_16_BIT = 0.25
 CHECKED_PROMPTS = 4  # prompts of a call whose first token's log-probabilities are compared
 IMPOSSIBLE = -9999.0  # a server sends lower log-probabilities as this
 MIN_TEMPERATURE = 0.01  # vLLM raises lower ones to it
@@ -318,8 +315,7 @@ def _check_weights(engine: Engine, model: PreTrainedModel, prompts: list[list[in
         for token, found in of_vllm.items()
         if not (found <= IMPOSSIBLE and of_model[token] <= IMPOSSIBLE)
     ]
-    tolerance = TOLERANCES.get(model.dtype, TOLERANCE_16_BIT)
-    wrong = [one for one in compared if not one[0] <= tolerance]
+    wrong = [one for one in compared if not one[0] <= tolerance(model.dtype)]
     if wrong:
         _, token, of_model, of_vllm = max(wrong)
         dtype = str(model.dtype).removeprefix("torch.")

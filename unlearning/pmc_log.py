@@ -53,7 +53,7 @@ def epoch_record(trainer: "PMC", losses: dict[str, float]) -> dict[str, float]:
         record.pop("stopped_early", None)
     elif "sample_reward" in record:  # a stopped sample counts with its upper bound
         record["sample_reward_upper_bound"] = record.pop("sample_reward")
-    record["seconds_sampling"] = trainer.epoch_sum("seconds_sampling") / trainer.args.world_size
+
     return record
 
 

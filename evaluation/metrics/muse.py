@@ -27,7 +27,7 @@ from common.rouge import rouge_l_f1, rouge_tokens, use_words
 from evaluation.context import EvaluationContext
 from evaluation.metrics.privacy import Privacy, auc, min_k, privleak
 from evaluation.model_outputs import ModelOutputs
-from evaluation.scores import Missing, Scores
+from evaluation.scores import Scores
 
 ROLES = (
     "forget_passages",
@@ -96,11 +96,9 @@ def measure(context: EvaluationContext, scores: Scores) -> None:
             scores.mean(f"muse/{name}", role, values, better)
     with scores.null_if_missing({"muse/privleak": None}):
         sides = [context.rows(role) for role in ("forget_texts", "holdout_texts")]
-        reference = auc_of(context.find_retain_model().outputs, *sides)
-        own = auc_of(outputs, *sides)
-        if own is None or reference in (None, 1.0):
-            raise Missing("requires the AUC by min-k of this model and, below 1, of the retain-only model")
-        scores.add("muse/privleak", privleak(own, reference), None, ideal=0.0, count=sum(map(len, sides)))
+        models = (outputs, context.find_retain_model().outputs)
+        value = privleak(*(auc_of(of_model, *sides) for of_model in models))
+        scores.add("muse/privleak", value, None, ideal=0.0, count=sum(map(len, sides)))
 
 
 def auc_of(outputs: ModelOutputs, members: list[Row], others: list[Row]) -> float | None:

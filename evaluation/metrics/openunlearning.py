@@ -182,11 +182,9 @@ def _measure_privacy(context: EvaluationContext, scores: Scores) -> None:
         examples = [[_without_eos(outputs, row) for row in rows] for rows in splits]
         norms = [outputs.each("gradient norms", each, gradient_norm) for each in examples]
         privacy.add_auc(scores, "openunlearning/mia_gradnorm", *norms)
-        ours = scores["openunlearning/mia_min_k"].value
         theirs = privacy.auc(*(attacked(context.find_retain_model().outputs, rows, "min_k") for rows in splits))
-        if ours is None or theirs is None or theirs == 1:
-            raise Missing("min-k's AUC of the model or of the retain-only model has no value, or the latter is 1")
-        scores.add("openunlearning/privleak", privacy.privleak(ours, theirs), None, ideal=0.0)
+        value = privacy.privleak(scores["openunlearning/mia_min_k"].value, theirs)
+        scores.add("openunlearning/privleak", value, None, ideal=0.0)
 
 
 def pairs_of(context: EvaluationContext, outputs: ModelOutputs, role: str) -> list[tuple[float, float] | None]:

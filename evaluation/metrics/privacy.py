@@ -110,12 +110,17 @@ def auc(members: Sequence[float | None], others: Sequence[float | None]) -> floa
     return float(mannwhitneyu(ours, theirs, method="asymptotic").statistic / (len(ours) * len(theirs)))
 
 
-def privleak(auc_of_model: float, auc_of_retain_model: float) -> float:
+def privleak(auc_of_model: float | None, auc_of_retain_model: float | None) -> float:
     """100 * ((1 - AUC) - (1 - AUC_retain)) / (1 - AUC_retain), AUC by min-k (MUSE, arXiv 2407.06460). 0 is best.
 
     Below 0: the forget rows are recognized more easily than with a model that was never trained on them. Above: their
     probabilities are too low.
+
+    Raises:
+        Missing: if one of them is None, or that of the retain-only model is 1.
     """
+    if auc_of_model is None or auc_of_retain_model in (None, 1.0):
+        raise Missing("requires the AUC by min-k of this model and, below 1, of the retain-only model")
     return 100 * ((1 - auc_of_model) - (1 - auc_of_retain_model)) / (1 - auc_of_retain_model)
 
 
@@ -181,7 +186,5 @@ def _add_privleak(context: EvaluationContext, scores: Scores, splits: list[list[
         reference = auc(*(attacked(retain_model, rows, min_k, settings) for rows in splits))
     except Missing as missing:
         note = f"against an AUC of 0.5: {missing}"
-    own = scores["privacy/auc/min_k"].value
-    if own is None or reference in (None, 1.0):
-        raise Missing("requires the AUC by min-k of this model and, below 1, of the retain-only model")
-    scores.add("privacy/privleak", privleak(own, reference), None, ideal=0.0, note=note)
+    value = privleak(scores["privacy/auc/min_k"].value, reference)
+    scores.add("privacy/privleak", value, None, ideal=0.0, note=note)

@@ -130,8 +130,7 @@ class GRPO(OwnAnswerTrainer):
     def epoch_record(self, steps: int) -> dict[str, float]:
         record = super().epoch_record(steps)
         record |= self.epoch_means("questions", ["equal_rewards"])
-        record |= self.epoch_means("samples", ["sample_reward", "sample_tokens"])
-        return record | {"seconds_sampling": self.epoch_sum("seconds_sampling") / self.args.world_size}
+        return record | self.epoch_means("samples", ["sample_reward", "sample_tokens"])
 
 
 def advantages(rewards: list[float]) -> list[float]:
