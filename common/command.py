@@ -13,7 +13,8 @@ from common.errors import UserError
 from common.files import CONFIGS, ROOT, looks_local, resolve_path
 from common.recipes import is_recipe_of
 from common.redaction import without_local_paths, without_secrets
-from common.runs import settings_of_the_result, with_portable_paths
+from common.run_names import settings_of_the_result
+from common.runs import with_portable_paths
 
 # Folder of a stage's models in models_dir -> the program that creates them.
 PROGRAM_OF_FOLDER = {"finetuned": "finetuning/main.py", "unlearned": "unlearning/main.py"}

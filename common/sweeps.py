@@ -26,7 +26,8 @@ from tqdm import tqdm
 from common.errors import Pruned, UserError
 from common.files import write_json
 from common.job import is_in_sweep
-from common.runs import failure_file, failure_of, has_result_of, run_name, runs_folder
+from common.run_names import run_name
+from common.runs import failure_file, failure_of, has_result_of, runs_folder
 from common.sweep_signals import leave_signals_to_sweep, stop_jobs_on_signals
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from common.config import RunConfig
 from common.errors import UserError, library_errors_as_user_error
 from common.hardware import has_fast_bf16
 from common.job import typed_overrides
-from common.runs import PUSH_KEYS
+from common.run_names import PUSH_KEYS
 
 log = logging.getLogger(__name__)
 

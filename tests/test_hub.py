@@ -13,7 +13,8 @@ from common.config import read_config
 from common.errors import UserError
 from common.files import CONFIGS, ROOT, write_json
 from common.hub import check_push, push_if_wanted
-from common.runs import comparable_config, run_name
+from common.run_names import run_name
+from common.runs import comparable_config
 from common.training_arguments import training_arguments
 from tests.helpers import TOKEN
 

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveFloat
 from common.cli import allow_new_key
 from common.config import section
 from common.files import CONFIGS, ROOT, read_json_lines
-from common.runs import run_name
+from common.run_names import run_name
 from evaluation import report
 from tests.helpers import docs_generator, make_trainer, run_stage
 from unlearning.pmc_options import PMCSettings

@@ -10,7 +10,8 @@ from common.command import command_that_makes
 from common.config import read_config
 from common.errors import UserError
 from common.files import CONFIGS, ROOT, read_json, write_json
-from common.runs import comparable_config, run_name
+from common.run_names import run_name
+from common.runs import comparable_config
 from unlearning.main import method_class
 from unlearning.start_checkpoint import start_checkpoint, warn_unless_unlearned
 

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf, open_dict
 
 from common import sweeps
 from common.files import CONFIGS, write_json
-from common.runs import comparable_config, failure_file, has_result_of, run_name
+from common.run_names import run_name
+from common.runs import comparable_config, failure_file, has_result_of
 from common.sweeps import Sweep, SweepCallback, current_sweep
 from evaluation.report import report_sweep, runs_of_sweep
 from evaluation.run_records import grouped

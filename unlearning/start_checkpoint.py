@@ -12,7 +12,8 @@ from common.errors import UserError
 from common.files import CONFIGS, looks_local, resolve_path
 from common.job import typed_overrides
 from common.results import is_unlearned, recorded_config, result_of
-from common.runs import run_name, with_portable_paths
+from common.run_names import run_name
+from common.runs import with_portable_paths
 
 log = logging.getLogger(__name__)
 # Settings that unlearning may have otherwise than finetuning had them, with a warning.
