@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from common.config import PromptConfig
 from common.errors import UserError
 from common.prompts import PromptFormat
-from evaluation.metrics.lm_eval_harness import Harness, check, measure
+from evaluation.metrics.lm_eval_harness import Harness, check_tasks, measure
 from evaluation.scores import Scores
 from tests.helpers import CHAT_TEMPLATE, evaluate_here
 
@@ -90,13 +90,13 @@ def test_a_chat_has_the_runs_system_message_and_template_options(context, chat_t
 @pytest.mark.slow
 def test_tasks_are_checked_before_anything_is_loaded(task):
     with pytest.raises(UserError, match=r"lm_eval.tasks=\[\]: name tasks"):
-        check(Harness())
+        check_tasks(Harness())
     with pytest.raises(UserError, match="no task 'capitels'; did you mean 'capitals'"):
-        check(Harness(tasks=["capitels"], include_path=str(task)))
-    check(Harness(tasks=["capitals"], include_path=str(task)))
+        check_tasks(Harness(tasks=["capitels"], include_path=str(task)))
+    check_tasks(Harness(tasks=["capitals"], include_path=str(task)))
 
 
 @pytest.mark.slow
 def test_the_tasks_that_wmdp_and_rwku_are_measured_with_exist():
     """Those that docs/data-sets.md names."""
-    check(Harness(tasks=["wmdp", "wmdp_bio", "wmdp_cyber", "wmdp_chem", "mmlu", "bbh", "truthfulqa", "triviaqa"]))
+    check_tasks(Harness(tasks=["wmdp", "wmdp_bio", "wmdp_cyber", "wmdp_chem", "mmlu", "bbh", "truthfulqa", "triviaqa"]))

@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import Field, PositiveInt
 
-from common.config import problem_list, section
+from common.config import RunConfig, problem_list, section
+from common.data import Row
 from common.errors import UserError, did_you_mean
 from evaluation.context import EvaluationContext
 from evaluation.scores import Missing, Scores
@@ -30,7 +31,11 @@ class Harness:
     """Rows in a batch."""
 
 
-def check(settings: Harness) -> None:
+def check_inputs(config: RunConfig, rows: dict[str, list[Row]]) -> None:
+    check_tasks(config.sections["lm_eval"])
+
+
+def check_tasks(settings: Harness) -> None:
     """Check the tasks before anything is loaded.
 
     Raises:

@@ -20,7 +20,8 @@ Scores:
 
 import re
 
-from common.data import Row
+from common.config import RunConfig
+from common.data import Row, check_apart
 from common.model_checks import check_lengths
 from common.prompts import Example
 from common.rouge import rouge_l_f1, rouge_tokens, use_words
@@ -47,6 +48,17 @@ VERBMEM_TOKENS = 128  # new tokens, and tokens of the true continuation
 KNOWMEM_TOKENS = 32  # new tokens
 MIN_K = Privacy(min_k_fraction=0.4)
 END_OF_ANSWER = re.compile(r"\n\n|\nQuestion|Question:")
+
+
+def check_inputs(config: RunConfig, rows: dict[str, list[Row]]) -> None:
+    """Check that roles which must not share rows (`DISJOINT_ROLES`) do not.
+
+    Raises:
+        UserError: if all rows of one are also in the other.
+    """
+    for role, other in DISJOINT_ROLES.items():
+        if role in rows and other in rows:
+            check_apart(rows[role], rows[other], other, role)
 
 
 def ids_of(outputs: ModelOutputs, text: str) -> list[int]:

@@ -25,8 +25,8 @@ from scipy.stats import mannwhitneyu
 from transformers import PreTrainedModel
 
 from common.collate import collate
-from common.config import Fraction, section
-from common.data import Row
+from common.config import Fraction, RunConfig, section
+from common.data import Row, check_apart, load_split
 from common.forward import evaluation_mode
 from common.losses import answer_losses
 from common.prompts import Example
@@ -122,6 +122,17 @@ def privleak(auc_of_model: float | None, auc_of_retain_model: float | None) -> f
     if auc_of_model is None or auc_of_retain_model in (None, 1.0):
         raise Missing("requires the AUC by min-k of this model and, below 1, of the retain-only model")
     return 100 * ((1 - auc_of_model) - (1 - auc_of_retain_model)) / (1 - auc_of_retain_model)
+
+
+def check_inputs(config: RunConfig, rows: dict[str, list[Row]]) -> None:
+    """Check that the model was trained on no holdout row.
+
+    Raises:
+        UserError: if all of them are forget rows or retain rows.
+    """
+    if "holdout" in rows:
+        for role in ("forget", "retain"):
+            check_apart(rows.get(role) or load_split(config.data, role), rows["holdout"], "holdout", role)
 
 
 def measure(context: EvaluationContext, scores: Scores) -> None:

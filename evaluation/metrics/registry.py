@@ -13,7 +13,7 @@ from omegaconf import ListConfig
 from tqdm.auto import tqdm
 
 from common.config import RunConfig, problem_list
-from common.data import HEADLINE_ROLES, check_apart, load_split, load_splits
+from common.data import HEADLINE_ROLES, Row, load_splits
 from common.errors import UserError, did_you_mean
 from evaluation.context import EvaluationContext
 from evaluation.metrics import (
@@ -47,7 +47,7 @@ class MetricGroup:
         measure: adds the scores of the evaluated model.
         roles: roles of the splits that it reads (keys of `data.splits`).
         settings: class of the configuration section with the group's name.
-        check: raises UserError for unusable settings, before anything is loaded.
+        check: raises UserError for unusable settings or rows (role -> its rows), before a model is loaded.
         reads_base_model: whether it compares to the model before unlearning.
         reads_retain_model: whether it compares to the retain-only model.
         reads_probabilities: whether it depends on the probabilities of given texts, which `data.max_length` cuts.
@@ -56,7 +56,7 @@ class MetricGroup:
     measure: Callable[[EvaluationContext, Scores], None]
     roles: Sequence[str]
     settings: type | None = None
-    check: Callable[[Any], None] | None = None
+    check: Callable[[RunConfig, dict[str, list[Row]]], None] | None = None
     reads_base_model: bool = False
     reads_retain_model: bool = False
     reads_probabilities: bool = False
@@ -68,11 +68,11 @@ METRIC_GROUPS = {
     "headline": MetricGroup(headline.measure, HEADLINE_ROLES),
     "memorization": MetricGroup(memorization.measure, ["forget"], reads_probabilities=True),
     "text": MetricGroup(text.measure, ["forget", "forget_passages", *text.QUESTION_ROLES]),
-    "muse": MetricGroup(muse.measure, muse.ROLES, reads_retain_model=True),
+    "muse": MetricGroup(muse.measure, muse.ROLES, check=muse.check_inputs, reads_retain_model=True),
     "sampling": MetricGroup(sampling.measure, ["forget"], sampling.SamplingAttack),
     "prefill": MetricGroup(prefill.measure, ["forget"]),
     "target_suppression": MetricGroup(target_suppression.measure, ["forget_paraphrased"], reads_probabilities=True),
-    "lm_eval": MetricGroup(lm_eval_harness.measure, [], lm_eval_harness.Harness, lm_eval_harness.check),
+    "lm_eval": MetricGroup(lm_eval_harness.measure, [], lm_eval_harness.Harness, lm_eval_harness.check_inputs),
     "tofu": MetricGroup(
         tofu.measure,
         [*tofu.ROLES.values(), "forget_paraphrased"],
@@ -83,6 +83,7 @@ METRIC_GROUPS = {
         privacy.measure,
         privacy.SPLITS,
         privacy.Privacy,
+        privacy.check_inputs,
         reads_base_model=True,
         reads_retain_model=True,
         reads_probabilities=True,
@@ -90,6 +91,7 @@ METRIC_GROUPS = {
     "openunlearning": MetricGroup(
         openunlearning.measure,
         [*tofu.ROLES.values(), "forget_paraphrased", "holdout"],
+        check=privacy.check_inputs,
         reads_retain_model=True,
         reads_probabilities=True,
     ),
@@ -103,6 +105,7 @@ METRIC_GROUPS = {
         relearning.measure,
         ["forget", "retain"],
         relearning.Relearning,
+        relearning.check_inputs,
         reads_retain_model=True,
         reads_probabilities=True,
     ),
@@ -140,24 +143,12 @@ def check_inputs(config: RunConfig, groups: Sequence[str]) -> None:
     Raises:
         UserError: for unusable settings, and for a configured split that does not exist.
     """
-    for name in groups:
-        if check := METRIC_GROUPS[name].check:
-            check(config.sections[name])
     headline.load_questions(config.data, config.evaluation)
     roles = dict.fromkeys(role for name in groups for role in METRIC_GROUPS[name].roles)
-    given = [role for role in roles if config.data.splits.get(role) is not None]
-    others = load_splits(config.data, tuple(role for role in given if role not in HEADLINE_ROLES))
-    if "relearning" in groups and "forget" in given:
-        settings = config.sections["relearning"]
-        rows = relearning.select_relearn_rows(load_split(config.data, "forget"), settings.fraction, config.seed)
-        relearning.check_batches(settings, len(rows))
-    if "holdout" in others:
-        for role in ("forget", "retain"):  # the model was trained on both
-            check_apart(load_split(config.data, role), others["holdout"], "holdout", role)
-    if "muse" in groups:
-        for role, other in muse.DISJOINT_ROLES.items():
-            if role in others and other in others:
-                check_apart(others[role], others[other], other, role)
+    rows = load_splits(config.data, tuple(role for role in roles if config.data.splits.get(role) is not None))
+    for check in dict.fromkeys(METRIC_GROUPS[name].check for name in groups):
+        if check:
+            check(config, rows)
 
 
 def measure_groups(context: EvaluationContext, groups: Sequence[str]) -> Scores:

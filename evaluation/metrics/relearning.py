@@ -40,7 +40,7 @@ from accelerate import PartialState
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from transformers import TrainerCallback, set_seed
 
-from common.config import Fraction, section
+from common.config import Fraction, RunConfig, section
 from common.data import Row
 from common.errors import UserError
 from common.trainer import ExampleTrainer
@@ -128,6 +128,12 @@ def select_relearn_rows(rows: list[Row], fraction: float, seed: int) -> list[Row
         if len(drawn) < wanted:
             drawn += groups[index]
     return sorted(drawn, key=lambda row: row.index)
+
+
+def check_inputs(config: RunConfig, rows: dict[str, list[Row]]) -> None:
+    """Check that the batches can be split over the processes (`check_batches`)."""
+    settings: Relearning = config.sections["relearning"]
+    check_batches(settings, len(select_relearn_rows(rows["forget"], settings.fraction, config.seed)))
 
 
 def check_batches(settings: Relearning, rows: int) -> None:
