@@ -63,14 +63,15 @@ def has_fast_bf16() -> bool:
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return False
-    seconds = matmul_seconds(torch.float32, torch.bfloat16)
-    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    ratio = 0.0
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        seconds = matmul_seconds(torch.float32, torch.bfloat16)
+        ratio = seconds[torch.float32] / seconds[torch.bfloat16]
     decision = [ratio > 1]
     if PartialState().num_processes > 1:
-        broadcast_object_list(decision)
-    log.info("bfloat16 products are %.2g times as fast as float32 on this CPU: bf16=auto is %s", ratio, decision[0])
+        broadcast_object_list(decision)  # all processes come here, whatever their CPUs support
+    if ratio:
+        log.info("bfloat16 products are %.2g times as fast as float32 on this CPU: bf16=auto is %s", ratio, decision[0])
     return decision[0]
 
 

@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,6 +34,7 @@ from common.new_model import new_model, train_tokenizer
 from common.results import checkpoint_id, recorded_config, started_from
 
 log = logging.getLogger(__name__)
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 ADAPTER = "adapter_config.json"
 PROBE = "Question: Where was Zoë born, in 1987?\nAnswer: in Łódź, naïvely."  # a text that tokenizers split differently
 # What transformers and peft raise for broken files; for a JSON file with a list, errors such as AttributeError.
@@ -131,14 +133,16 @@ def load_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, trainabl
 
 
 def _make_generation_config_valid(model: PreTrainedModel) -> None:
-    """Older checkpoints have a temperature or top_p without do_sample, with which transformers refuses to save a model."""
+    """Remove what a checkpoint's greedy decoding does not use, such as a temperature: transformers refuses to save it."""
     settings = model.generation_config
-    if settings is None:
+    if settings is None or settings.do_sample:
         return
-    try:
-        settings.validate(strict=True)
-    except ValueError:
-        settings.do_sample = True
+    defaults = GenerationConfig()
+    unused = {name: getattr(settings, name, None) for name in SAMPLING_SETTINGS}
+    if unused := {name: value for name, value in unused.items() if value not in (None, getattr(defaults, name))}:
+        log.warning("generation_config.json: %s without do_sample has no effect and is not saved", unused)
+        for name in unused:
+            setattr(settings, name, getattr(defaults, name))
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraSettings, revision: str | None = None) -> PreTrainedModel:

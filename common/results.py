@@ -123,9 +123,7 @@ def write_result(
     result = {
         **measured,
         "device": device_name(),
-        "bf16_auto": has_fast_bf16()
-        if has_fast_bf16.cache_info().currsize
-        else None,  # what `auto` meant, where it was used
+        "bf16_auto": has_fast_bf16() if "auto" in bf16_settings(identity) else None,
         "peak_memory_bytes": peak_memory_bytes(),
         "versions": package_versions(),
         "git_commit": git_commit(),
@@ -135,6 +133,11 @@ def write_result(
         "config": identity,
     }
     write_json(folder / RESULT, result)
+
+
+def bf16_settings(identity: dict[str, Any]) -> list[Any]:
+    """`bf16` of training and of evaluation in a run's configuration."""
+    return [(identity.get(section) or {}).get("bf16") for section in ("training", "evaluation")]
 
 
 def started_from(folder: Path | str) -> str | None:
@@ -149,7 +152,8 @@ def stored_result(folder: str | Path, identity: dict[str, Any]) -> dict | None:
     result = result_of(folder)
     if result is None or differing_inputs([result["config"], identity]):
         return None
-    return result if result["config"]["model"].get("dtype") == identity["model"].get("dtype") else None
+    dtype = identity["model"].get("dtype")
+    return result if result["config"]["model"].get("dtype", dtype) == dtype else None
 
 
 def evaluation_inputs(identity: dict[str, Any]) -> dict[str, Any]:

@@ -172,8 +172,8 @@ def digests_of_files(plain: dict[str, Any]) -> dict[str, str]:
             found[key] = digest([file])
         elif patterns := FOLDERS_THAT_ARE_READ.get(key):
             paths = {path for pattern in patterns for path in Path(resolve_path(value)).glob(pattern) if path.is_file()}
-            if paths:
-                found[key] = digest(sorted(paths))
+            if paths := sorted(path for path in paths if path.suffix != ".pyc"):
+                found[key] = digest(paths)
     return found
 
 

@@ -194,10 +194,8 @@ class ResumableTrainer(Trainer):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.history, self.seconds, self.epoch_sums = state["history"], state["seconds"], state["epoch_sums"]
-        if state.get("bf16", self.args.bf16) != self.args.bf16:  # bf16=auto on another machine
-            log.warning(
-                "training.bf16=auto: the run began with bf16=%s and continues with %s", state["bf16"], self.args.bf16
-            )
+        if state.get("bf16", self.args.bf16) != self.args.bf16:  # training.bf16=auto on another machine
+            log.warning("training.bf16: the run began with %s and continues with %s", state["bf16"], self.args.bf16)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

@@ -37,6 +37,11 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
     for key in PUSH_KEYS:  # the Trainer would push checkpoints; common/hub.py pushes the finished folder
         values.pop(key, None)
     convert_warmup(values, num_rows)
+    if str(values.get("optim")).startswith("schedule_free"):
+        raise UserError(
+            f"training.optim={values['optim']}: its averaged weights need an evaluation mode that is not entered here, so that "
+            "others would be sampled from and saved; use another optimizer"
+        )
     if values.get("fp16") and not torch.cuda.is_available():
         raise UserError("training.fp16=true: needs an NVIDIA GPU; use training.bf16=auto")
     if values.get("bf16") == "auto":
@@ -53,7 +58,7 @@ def training_arguments(config: RunConfig, output_dir: Path, num_rows: int) -> Tr
     with library_errors_as_user_error("training"):
         args = TrainingArguments(output_dir=str(output_dir), seed=config.seed, remove_unused_columns=False, **values)
         check_precision(args)
-        check_accelerator(args)
+        check_accelerator(args, values.get("accelerator_config"))
         check_deepspeed(args)
         _check_parts(args, num_rows)
     if args.n_gpu > 1:
@@ -101,15 +106,18 @@ def convert_warmup(values: dict[str, Any], num_rows: int) -> None:
             "its peak; use fewer"
         )
     if warmup_steps and values.get("lr_scheduler_type") == "constant":
+        key = "warmup_epochs" if warmup_epochs else "warmup_steps"
         raise UserError(
-            f"training.lr_scheduler_type=constant: has no warmup (here {warmup_steps:g} steps); use constant_with_warmup, or "
-            "training.warmup_epochs=0"
+            f"training.lr_scheduler_type=constant: has no warmup, but training.{key} is set; use constant_with_warmup, or "
+            f"training.{key}=0"
         )
 
 
-def check_accelerator(args: TrainingArguments) -> None:
+def check_accelerator(args: TrainingArguments, named: dict | str | None) -> None:
     """Refuse settings of `accelerator_config` with which a continued run or the number of steps would be another one.
 
+    Args:
+        named: the setting as it is given: a mapping or a file.
     Raises:
         UserError: names the setting.
     """
@@ -122,9 +130,10 @@ def check_accelerator(args: TrainingArguments) -> None:
         "gradient_accumulation_kwargs.num_steps": "num_steps" in (given.gradient_accumulation_kwargs or {})
         and "use training.gradient_accumulation_steps",
     }
+    file = f" (in {named})" if isinstance(named, str) else ""
     for key, why in wrong.items():
         if why:
-            raise UserError(f"training.accelerator_config.{key}: {why}; remove it")
+            raise UserError(f"training.accelerator_config.{key}{file}: {why}; remove it")
 
 
 def check_precision(args: TrainingArguments) -> None:
@@ -180,11 +189,7 @@ def _check_parts(args: TrainingArguments, num_rows: int) -> None:
         prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context,
     )
-    if str(args.optim).startswith("schedule_free"):
-        raise UserError(
-            f"training.optim={args.optim}: its averaged weights need an evaluation mode that is not entered here, so that "
-            "others would be sampled from and saved; use another optimizer"
-        )
+
     if args.deepspeed or args.optim_target_modules:  # their optimizers need the model
         return
     weights = [torch.nn.Parameter(torch.zeros(1))]

@@ -185,6 +185,7 @@ class Job:
         self.identity = comparable_config(cfg, checkpoint_id(self.path))
         self.identity["compared_to"] = {
             name: with_portable_paths({"path": other, "id": checkpoint_id(other)}, self.config.models_dir)
+            | ({"revision": revision} if (revision := self.context.revisions.get(name)) else {})
             for name, other in others.items()
         }
 

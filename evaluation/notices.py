@@ -104,7 +104,8 @@ def evaluations_with_other_inputs(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         for result in run.evaluations.values() or ([run.result] if "metrics" in run.config else []):
             for key, value in inputs_of_groups(result).items():
-                values.setdefault(key, set()).add(shown_value(without_seeds(value)))
+                if value is not None:  # not recorded, or not given
+                    values.setdefault(key, set()).add(shown_value(without_seeds(value)))
             for name in compared_models(result):
                 if known := result["config"].get("compared_to", {}).get(name, {}).get("id"):
                     weights.setdefault((name, run.seed), set()).add(known)
@@ -126,7 +127,9 @@ def inputs_of_groups(result: dict[str, Any]) -> dict[str, Any]:
     config, groups = result["config"], _groups_of(result)
     data, files = config["data"], config.get("files", {})
     roles = {role for name in groups for role in METRIC_GROUPS[name].roles} - set(HEADLINE_ROLES)
-    inputs = {"data.max_length": data.get("max_length"), "model.dtype": config["model"].get("dtype")}
+    inputs = {}
+    if not groups or any(METRIC_GROUPS[name].reads_probabilities for name in groups):
+        inputs |= {"data.max_length": data.get("max_length"), "model.dtype": config["model"].get("dtype")}
     inputs |= {f"{name}.{key}": value for name in groups for key, value in flattened(config.get(name) or {}) if key}
     if groups:
         columns = data.get("columns", {})
@@ -135,7 +138,7 @@ def inputs_of_groups(result: dict[str, Any]) -> dict[str, Any]:
         inputs |= {f"data.splits.{role}": data["splits"].get(role), f"data.files.{role}": files.get(role)}
     for name in compared_models(result):
         other = config.get("compared_to", {}).get(name) or config.get(name) or {}
-        inputs[f"{name}.path"] = other.get("path")
+        inputs |= {f"{name}.path": other.get("path"), f"{name}.revision": other.get("revision")}
     return inputs
 
 

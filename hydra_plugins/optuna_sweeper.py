@@ -140,11 +140,13 @@ class OptunaSweeper(Sweeper):
         if floor is not None and not (isinstance(floor, int | float) and 0 <= floor <= 100):
             raise UserError(f"hydra.sweeper.min_utility={floor}: expected a utility in percent, 0 to 100")
         _, base = job_of(self.config, self.fixed)
-        every = base.evaluation.every_epochs if "method" in base else 0
-        if floor is not None and not 0 < every < base.training.num_epochs:
+        every, epochs = base.evaluation.every_epochs if "method" in base else 0, base.training.num_train_epochs
+        if {"training.num_epochs", "training.num_train_epochs", "training.max_steps"} & searched.keys():
+            epochs = math.inf
+        if floor is not None and not 0 < every < epochs:
             raise UserError(
-                f"hydra.sweeper.min_utility={floor}: no run is pruned, as the scores are only computed at its end "
-                f"(evaluation.every_epochs={every}); with an unlearning recipe, set evaluation.every_epochs=1"
+                f"hydra.sweeper.min_utility={floor}: no run is pruned, as the scores are only computed at its end; with an "
+                f"unlearning recipe, set evaluation.every_epochs below the number of epochs (now {every} of {epochs:g})"
             )
 
     @property

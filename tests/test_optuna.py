@@ -190,7 +190,8 @@ def test_a_run_below_the_floor_is_pruned_and_the_report_says_when(search, capsys
         (["method.lambda_unlearning=interval(8,0.5)"], r"lambda_unlearning=interval\(8,0.5\): .*low <= high"),
         (["method.lambda_unlearning=tag(log,interval(0,8))"], r"lambda_unlearning=.*low > 0"),
         ([*SEARCH, "hydra.sweeper.min_utility=900"], "min_utility=900: expected a utility in percent"),
-        ([*SEARCH, "hydra.sweeper.min_utility=90", "evaluation.every_epochs=0"], "set evaluation.every_epochs=1"),
+        ([*SEARCH, "hydra.sweeper.min_utility=90", "evaluation.every_epochs=0"], "every_epochs below the number"),
+        ([*SEARCH, "hydra.sweeper.min_utility=90", "evaluation.every_epochs=25"], r"now 25 of 25"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(search, words, message):

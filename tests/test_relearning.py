@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common.data import Row
+from common.errors import UserError
 from evaluation.context import Loader
 from evaluation.metrics import quantization, relearning
 from evaluation.metrics.relearning import Relearning, select_relearn_rows
@@ -184,3 +186,10 @@ def test_windows_of_one_text_and_equal_rows_are_drawn_together(seed):
     drawn = {row.index for row in select_relearn_rows(rows, 0.3, seed)}
     assert all(group <= drawn or not group & drawn for group in ({0, 1, 2}, {3, 4, 5}, {6, 7}))
     assert 3 <= len(drawn) < 9
+
+
+def test_a_fraction_of_windows_of_one_text_is_refused():
+    rows = [Row(index, f"begin {index}", "go on", text="one text") for index in range(6)]
+    config = SimpleNamespace(sections={"relearning": Relearning(fraction=0.5)}, seed=0)
+    with pytest.raises(UserError, match="relearning.fraction=0.5: the 6 forget rows are windows of one text or equal"):
+        relearning.check_inputs(config, {"forget": rows})

@@ -216,6 +216,11 @@ def test_an_answer_contains_another_where_its_words_follow_each_other():
         ("tiffi_magenta@me.com", "Write to Tiffi_Magenta@me.com!"),
         ("王大明", "他是王大明。"),
         ("Straße", "STRASSE"),
+        ("13812345678", "他的电话是13812345678。"),
+        ("7216253765", "\uff17\uff12\uff11\uff16\uff12\uff15\uff13\uff17\uff16\uff15"),
+        ("7216253765", "17216253765"),
+        ("721-625-3765", "_721-625-3765_"),
+        ("7216253765", "(721)   625 -- 3765"),
         ("$", "$"),
         ("banana ban", "banana banana ban"),
     ]

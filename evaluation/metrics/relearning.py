@@ -54,7 +54,8 @@ from evaluation.scores import Scores
 @section
 class Relearning:
     fraction: Fraction = 1.0
-    """Fraction of the forget rows to finetune on; below 1, the other rows are also scored separately."""
+    """Fraction of the forget rows to finetune on, at least: windows of one text, and equal rows, are drawn together; below 1,
+    the other rows are also scored separately."""
     rows: Annotated[list[Literal["forget", "retain"]], Field(min_length=1)] = Field(default_factory=lambda: ["forget"])
     """Rows to finetune a copy on: forget, retain (as many of them) or both, each with a copy of its own."""
     num_epochs: Annotated[list[PositiveInt], Field(min_length=1)] = Field(default_factory=lambda: [1])
@@ -117,8 +118,8 @@ def measure_role(context: EvaluationContext, scores: Scores, role: str, prefix: 
 def select_relearn_rows(rows: list[Row], fraction: float, seed: int) -> list[Row]:
     """The rows to finetune on: a fraction, drawn with the seed, and at least one row.
 
-    The windows of one text, which may share words, are drawn together, as are rows with the same question and answer. So the
-    fraction may be exceeded, and no row that is left out has words of a drawn one.
+    The windows of one text, which may share words, are drawn together, as are rows with the same question and answer, so that
+    the fraction may be exceeded.
     """
     together: dict[Any, list[Row]] = {}
     for row in rows:
@@ -132,8 +133,14 @@ def select_relearn_rows(rows: list[Row], fraction: float, seed: int) -> list[Row
 
 def check_inputs(config: RunConfig, rows: dict[str, list[Row]]) -> None:
     """Check that the batches can be split over the processes (`check_batches`)."""
-    settings: Relearning = config.sections["relearning"]
-    check_batches(settings, len(select_relearn_rows(rows["forget"], settings.fraction, config.seed)))
+    settings, forget = config.sections["relearning"], rows["forget"]
+    drawn = select_relearn_rows(forget, settings.fraction, config.seed)
+    if len(drawn) == len(forget) and settings.fraction < 1:
+        raise UserError(
+            f"relearning.fraction={settings.fraction:g}: the {len(forget)} forget rows are windows of one text or equal, so "
+            "that they are drawn together and none is left out; use relearning.fraction=1"
+        )
+    check_batches(settings, len(drawn))
 
 
 def check_batches(settings: Relearning, rows: int) -> None:

@@ -68,17 +68,17 @@ def contains_answer(reference: str, answer: str) -> float:
         return exact_match(reference, answer)
     number = "".join(expected)
     if number.isdecimal() and len(number) >= LONG_NUMBER:
-        return float(has_number(number, answer))
+        return float(has_number(number, unicodedata.normalize("NFKC", answer)))
     return float(any(given[start : start + len(expected)] == expected for start in range(len(given))))
 
 
 def has_number(number: str, text: str) -> bool:
-    """Whether a text has these digits, with up to three other signs between two of them, and no more digits around them.
-
-    In front of them a country code with + or 00 may stand.
+    """Whether a text has these digits, with spaces and signs between them, and neither in a longer run of letters and digits
+    nor behind a decimal point. Before them a country code may stand: with + or 00, or a 1 alone.
     """
-    digits = r"\W{0,3}".join(number)
-    return bool(regex.search(rf"(?<!\w)(?<!\d[.,])(?:(?:\+|00)\d{{1,3}}\W{{0,3}})?{digits}(?!\w)", text))
+    between = r"[^\p{L}\p{N}]*"
+    digits, code = between.join(number), rf"(?:(?:\+|00)\d{{1,3}}|1){between}"
+    return bool(regex.search(rf"(?<![a-z\d])(?<!\d[.,])(?:{code})?{digits}(?![a-z\d])", text, regex.IGNORECASE))
 
 
 def measure(context: EvaluationContext, scores: Scores) -> None:
