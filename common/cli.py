@@ -207,6 +207,11 @@ def _explain_syntax(error: OverrideParseException) -> str:
 def _explain_override(message: str) -> str:
     """Hydra's message, or for a mistyped override a message with the closest known key."""
     mistyped = re.search(r"Could not override '([^']+)'", message)
+    if merged := re.fullmatch(r"Error merging override (.+)", message):
+        return (
+            f"{merged[1]}: the recipe has a value of another kind for this key, such as a mapping, into which it cannot be "
+            "merged; give one of that kind ({NAME:VALUE}), or use a recipe without it"
+        )
     if not mistyped:
         return message
     known: set[str] = set()

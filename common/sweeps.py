@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
 from common.errors import Pruned, UserError
-from common.files import write_json
+from common.files import looks_local, resolve_path, write_json
 from common.job import is_in_sweep
 from common.run_names import run_name
 from common.runs import failure_file, failure_of, has_result_of, runs_folder
@@ -79,6 +79,7 @@ class SweepCallback(Callback):
         self.jobs = len(jobs) or config.hydra.sweeper.get("n_trials", 0)
         runs = dict(job_of(config, overrides, number) for number, overrides in enumerate(jobs))
         _current = Sweep(_report_folder(config, list(runs)), runs, _run_folder(config).parent)
+        _warn_of_missing_starts(runs)
         if _has_local_processes(config):
             stop_jobs_on_signals(lambda: _current.runs)
 
@@ -113,6 +114,19 @@ class SweepCallback(Callback):
             path.unlink(missing_ok=True)
             if _current:
                 _current.finished.add(folder)
+
+
+def _warn_of_missing_starts(runs: dict[Path, DictConfig]) -> None:
+    """Warn before the first job of jobs that will fail, as the checkpoint that they start from does not exist."""
+    starts = [str(run.get("finetuned") or "") for run in runs.values()]
+    missing = [start for start in starts if looks_local(start) and not Path(resolve_path(start)).exists()]
+    if missing:
+        log.warning(
+            "%d of %d jobs will fail, as finetuned=%s does not exist; finetune with the same seeds first",
+            len(missing),
+            len(runs),
+            ", ".join(dict.fromkeys(missing)),
+        )
 
 
 def _has_local_processes(config: DictConfig) -> bool:

@@ -80,7 +80,9 @@ def check_lengths_are_used(values: dict[str, Any]) -> None:
         ("num_train_epochs", "max_steps"),
         ("warmup_epochs", "warmup_steps"),
     ):
-        if f"training.{key}" in typed and f"training.{steps}" not in typed and is_set[steps]:
+        if f"training.{key}" in typed and f"training.{steps}" in typed and is_set[steps]:
+            log.warning("training.%s: has no effect beside training.%s=%s", key, steps, values[steps])
+        elif f"training.{key}" in typed and is_set[steps]:
             none = -1 if steps == "max_steps" else 0
             raise UserError(
                 f"training.{key}={values.get(key)}: has no effect beside the recipe's training.{steps}={values[steps]}; change "

@@ -209,7 +209,7 @@ def hidden_or_removed(group: Group, groups: Sequence[Group]) -> str:
     if not evidence:
         return (
             "Whether the answers are removed or only hidden was not measured. To measure it: python evaluation/main.py "
-            "-cd=configs -cn=evaluate metrics=[tofu,memorization,relearning] model.path=FOLDER (this run's, and that of a "
+            "-cd=configs -cn=evaluate 'metrics=[tofu,memorization,relearning]' model.path=FOLDER (this run's, and that of a "
             "model that never saw the answers), then python evaluation/report.py models/unlearned models/evaluated."
         )
     verdict = "Hidden rather than removed" if hidden else "Removed, as far as was measured"

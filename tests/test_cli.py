@@ -218,6 +218,11 @@ def test_a_mistyped_override_is_explained_with_the_closest_key(exit_of):
     assert "did you mean 'method.lambda_unlearning'?" in message
 
 
+def test_a_list_in_place_of_a_mapping_is_explained(exit_of):
+    message = exit_of(ConfigCompositionException("Error merging override models=[a,b]"))
+    assert "models=[a,b]: the recipe has a value of another kind for this key, such as a mapping" in message
+
+
 def test_a_renamed_override_is_explained_with_its_new_name(exit_of):
     assert "did you mean 'benchmark.interleaved'?" in exit_of(could_not_override("benchmark.side_by_side"))
 

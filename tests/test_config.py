@@ -494,7 +494,7 @@ def test_a_renamed_key_is_refused_with_its_new_name():
 
 def test_a_reward_that_cannot_be_imported_is_refused_with_the_reason():
     message = error_of("unlearn", "method.reward._target_=nope.x")
-    assert "method.reward._target_=nope.x: no such function (No module named 'nope')" in message
+    assert "method.reward={'_target_': 'nope.x'}: no such function (No module named 'nope'); the folder of a" in message
 
 
 def test_a_mistyped_key_of_an_adapter_is_refused():

@@ -31,6 +31,7 @@ from common.rouge import rouge_l_recall
 from common.training_arguments import check_deepspeed
 from tests.helpers import ROWS, Plain, arguments, log_softmax, resumed_and_whole, run_stage
 from unlearning.dual_variable import mean_retain_loss
+from unlearning.main import check_settings_are_of_the_method, method_class
 from unlearning.methods.altpo import AltPO
 from unlearning.methods.grad_diff import GradDiff
 from unlearning.methods.refusals import read_refusals
@@ -813,3 +814,13 @@ def test_a_wrong_setting_is_named_on_the_command_line(overrides, message, models
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_settings_of_another_method_s_recipe_are_named_together(monkeypatch):
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        cfg = compose("PMC-unlearn-tiny", ["method=npo"])
+    monkeypatch.setattr("unlearning.main.typed_overrides", lambda: ["method=npo", "seed=1"])
+    with pytest.raises(
+        UserError, match="^method: the recipe sets num_samples, temperature, .* which NPO does not have"
+    ):
+        check_settings_are_of_the_method(cfg, method_class(cfg))

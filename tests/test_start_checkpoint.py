@@ -66,6 +66,14 @@ def test_a_missing_folder_that_no_recipe_writes_has_no_command(tmp_path, word):
     assert error_of(tmp_path, f"finetuned={word}").startswith(f"finetuned={word}: no such folder; {FOREIGN}")
 
 
+def test_a_folder_of_runs_is_no_checkpoint(tmp_path):
+    finetuned(tmp_path)
+    message = error_of(tmp_path, f"finetuned={tmp_path}/finetuned")
+    assert (
+        message == f"finetuned={tmp_path}/finetuned: no checkpoint is in this folder; name a run's folder (there: tiny)"
+    )
+
+
 def test_a_hub_id_is_left_to_the_hub(tmp_path):
     assert start(tmp_path, "finetuned=owner/name").path == "owner/name"
 
@@ -147,6 +155,7 @@ def test_what_may_differ_is_accepted(tmp_path, overrides):
 
 def test_a_checkpoint_made_elsewhere_is_not_compared(tmp_path):
     (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").touch()
     assert start(tmp_path, f"finetuned={tmp_path}/theirs", "data.path=/elsewhere").path == f"{tmp_path}/theirs"
 
 
@@ -204,6 +213,7 @@ def test_a_recipe_s_name_is_answered_with_the_folder_that_it_writes(tmp_path):
 def test_a_model_path_beside_a_checkpoint_without_a_record_is_refused(tmp_path, monkeypatch):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
+    (foreign / "config.json").touch()
     assert start(tmp_path, f"finetuned={foreign}").path == str(foreign)
     words = on_the_command_line(monkeypatch, "model.path=some/other", f"finetuned={foreign}")
     message = error_of(tmp_path, *words)

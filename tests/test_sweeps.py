@@ -57,6 +57,12 @@ def test_the_jobs_of_a_sweep_have_the_folders_of_single_commands(swept, tmp_path
     assert {folder.parent for folder in sweep.runs} == {tmp_path / "unlearned" / "PMC-unlearn-tiny"}
 
 
+def test_checkpoints_that_do_not_exist_are_named_before_the_first_job(swept, tmp_path, caplog):
+    (tmp_path / "finetuned/tiny/seed-0").mkdir(parents=True)
+    swept("PMC-unlearn-tiny", f"models_dir={tmp_path}", "seed=0,1", "method.temperature=1,2")
+    assert f"2 of 4 jobs will fail, as finetuned={tmp_path}/finetuned/tiny/seed-1 does not exist" in caplog.text
+
+
 def test_the_log_counts_jobs_not_folders(swept, tmp_path):
     sweep = swept("PMC-unlearn-tiny", f"models_dir={tmp_path}", "seed=0,0,1")
     assert len(sweep.runs) == 2 and swept.callback.jobs == 3

@@ -24,12 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import set_seed
 
 from common.cli import check_recipe, job_errors, launch
-from common.config import RunConfig, read_config
+from common.config import RunConfig, fields_of, read_config
 from common.data import load_splits
 from common.errors import UserError, reason
 from common.files import CONFIGS, is_first_process
 from common.hub import check_push, push_if_wanted
-from common.job import is_in_sweep
+from common.job import is_in_sweep, typed_overrides
 from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
 from common.prompts import PromptFormat, check_rows_fit, check_training_rows
@@ -53,6 +53,7 @@ def unlearn(cfg: DictConfig) -> Path:
         UserError: for an error in the configuration, the data or the model; before training starts.
     """
     method = method_class(cfg)
+    check_settings_are_of_the_method(cfg, method)
     config = read_config(cfg, method.Settings, also=("finetuned",))
     use_engine(config.generation)
     config = replace(config, model=start_checkpoint(config, str(cfg.finetuned)))
@@ -115,6 +116,22 @@ def method_class(cfg: DictConfig) -> type[UnlearningTrainer]:
     if not (issubclass(found, UnlearningTrainer) and hasattr(found, "Settings")):
         raise UserError(f"method._target_={target}: not a subclass of UnlearningTrainer with a Settings dataclass")
     return found
+
+
+def check_settings_are_of_the_method(cfg: DictConfig, method: type[UnlearningTrainer]) -> None:
+    """Check that the recipe does not set keys of another method than the command line chose.
+
+    Raises:
+        UserError: names the keys.
+    """
+    typed = [word.lstrip("+~").partition("=")[0] for word in typed_overrides()]
+    known = fields_of(method.Settings)
+    others = [key for key in cfg.method if key != "_target_" and key not in known and f"method.{key}" not in typed]
+    if others and "method" in typed:
+        raise UserError(
+            f"method: the recipe sets {', '.join(others)}, which {method.__name__} does not have; use a recipe without "
+            "settings of another method, such as -cn=unlearn-tiny"
+        )
 
 
 def show_report(folder: Path) -> None:

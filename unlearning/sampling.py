@@ -75,7 +75,9 @@ class OwnAnswerSettings(GenerationLimits, MethodSettings):
         try:
             function = get_method(target)
         except (ValueError, ImportError, TypeError, AttributeError) as error:
-            raise ValueError(f"method.reward._target_={target}: no such function ({reason(error)})") from error
+            raise ValueError(
+                f"no such function ({reason(error)}); the folder of a module of your own must be on PYTHONPATH"
+            ) from error
         arguments = {key: value for key, value in reward.items() if key not in HYDRA_KEYS}
         try:
             inspect.signature(function).bind("reference", ["sample"], **arguments)

@@ -11,7 +11,8 @@ from common.config import DataConfig, LoraSettings, ModelConfig, RunConfig, fiel
 from common.errors import UserError
 from common.files import CONFIGS, looks_local, resolve_path
 from common.job import typed_overrides
-from common.results import is_unlearned, recorded_config, result_of
+from common.model import ADAPTER
+from common.results import RESULT, is_unlearned, recorded_config, result_of
 from common.run_names import run_name
 from common.runs import with_portable_paths
 
@@ -37,6 +38,11 @@ def start_checkpoint(config: RunConfig, finetuned: str) -> ModelConfig:
         )
     if looks_local(finetuned) and not path.exists():
         raise UserError(f"finetuned={finetuned}: no such folder; {remedy(config, finetuned, overrides)}{existing}")
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", ADAPTER, RESULT)):
+        inside = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir())) or "nothing"
+        raise UserError(
+            f"finetuned={finetuned}: no checkpoint is in this folder; name a run's folder (there: {inside})"
+        )
     if any(override.startswith("model.path=") for override in overrides) and result_of(path) is None:
         raise UserError(
             f"model.path: unlearning starts from finetuned={finetuned}, which has no record of the model it was finetuned "
