@@ -234,7 +234,7 @@ def test_a_second_command_in_the_same_folder_is_refused(models_dir, tmp_path):
         (
             "unlearning",
             ["-cn=PMC-unlearn-tiny", "method.reward._target_=a.b"],
-            ["method.reward._target_=a.b", "No module named"],
+            ["method.reward={'_target_': 'a.b'}: no such function (No module named"],
         ),
         ("unlearning", ["-cn=PMC-unlearn-tiny", "data.splits.forget=forgot"], ["forgot", "did you mean 'forget'"]),
         ("unlearning", ["-cn=PMC-unlearn-tiny", "method.max_length=10"], ["method.max_length=10", "longest prompt"]),

@@ -193,3 +193,4 @@ def test_a_fraction_of_windows_of_one_text_is_refused():
     config = SimpleNamespace(sections={"relearning": Relearning(fraction=0.5)}, seed=0)
     with pytest.raises(UserError, match="relearning.fraction=0.5: the 6 forget rows are windows of one text or equal"):
         relearning.check_inputs(config, {"forget": rows})
+    relearning.check_inputs(config, {"forget": rows[:1]})

@@ -124,18 +124,23 @@ def select_relearn_rows(rows: list[Row], fraction: float, seed: int) -> list[Row
     together: dict[Any, list[Row]] = {}
     for row in rows:
         together.setdefault(row.text or row.pair, []).append(row)
-    groups, wanted, drawn = list(together.values()), max(1, round(fraction * len(rows))), []
+    groups, drawn = list(together.values()), []
     for index in np.random.default_rng(seed).permutation(len(groups)):
-        if len(drawn) < wanted:
+        if len(drawn) < wanted_rows(rows, fraction):
             drawn += groups[index]
     return sorted(drawn, key=lambda row: row.index)
+
+
+def wanted_rows(rows: list[Row], fraction: float) -> int:
+    """The number of rows that this fraction is, at least one."""
+    return max(1, round(fraction * len(rows)))
 
 
 def check_inputs(config: RunConfig, rows: dict[str, list[Row]]) -> None:
     """Check that the batches can be split over the processes (`check_batches`)."""
     settings, forget = config.sections["relearning"], rows["forget"]
     drawn = select_relearn_rows(forget, settings.fraction, config.seed)
-    if len(drawn) == len(forget) and settings.fraction < 1:
+    if len(drawn) == len(forget) > wanted_rows(forget, settings.fraction):
         raise UserError(
             f"relearning.fraction={settings.fraction:g}: the {len(forget)} forget rows are windows of one text or equal, so "
             "that they are drawn together and none is left out; use relearning.fraction=1"
