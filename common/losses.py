@@ -45,9 +45,8 @@ def answer_logits(
 
 def next_token_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     """The logits after rows of equal length, without a cache: from shape (rows, length) to shape (rows, vocabulary)."""
-    return logits_of(own_forward(model), {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}, 1)[
-        :, -1
-    ]
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    return logits_of(own_forward(model), inputs, keep=1)[:, -1]
 
 
 def logits_of(forward: Callable, inputs: dict[str, torch.Tensor], keep: int | torch.Tensor) -> torch.Tensor:

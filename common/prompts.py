@@ -327,12 +327,6 @@ def special_tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
     )
 
 
-def check_training_rows(prompts: PromptFormat, rows: Sequence[Row], max_length: int) -> None:
-    """`check_rows_fit` for rows with their answers; warns of answers that are cut."""
-    check_rows_fit(prompts, rows, max_length, "data.max_length")
-    warn_if_cut(prompts, [row.pair for row in rows], max_length, "data.max_length", given=True)
-
-
 def check_rows_fit(prompts: PromptFormat, rows: Sequence[Row], max_length: int, key: str) -> None:
     """Check that every question leaves room for an answer, and that no passage is cut off.
 

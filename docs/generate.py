@@ -32,7 +32,7 @@ from omegaconf import MISSING, OmegaConf
 from common.config import StageConfig, fields_of, type_name
 from common.files import CONFIGS, write_text
 from evaluation.metrics import registry
-from evaluation.tables import COLUMNS, cell
+from evaluation.tables import COLUMNS, cell_with_count
 
 DOCS = Path(__file__).resolve().parent
 REQUIRED = "required"
@@ -264,8 +264,7 @@ def leaderboard_page(path: Path) -> str:
         cells = [f"*{name}*" if runs[0]["reference"] == "True" else name, str(len(runs))]
         for score, digits in columns.values():
             values = [float(run[score]) for run in runs if run[score]]
-            counted = f" (n={len(values)})" if 0 < len(values) < len(runs) else ""
-            cells.append(cell(score, values, digits) + counted)
+            cells.append(cell_with_count(score, values, digits, len(runs)))
         lines.append(cells)
     recipe = OmegaConf.merge({"models_dir": "models"}, OmegaConf.load(compare_recipe(path))).comparison
     shared = recipe.get("unlearning", "")

@@ -141,8 +141,8 @@ class EvaluationContext:
         One without a tokenizer gets that of the evaluated model.
         """
         own, path = self.config.model, self.others[name]
-        of_files = {"revision": self.revisions.get(name), "gguf_file": None, "lora": None, "made_by": None}
-        of_files["tokenizer"] = None
+        of_files = dict.fromkeys(("gguf_file", "lora", "made_by", "tokenizer"))
+        of_files["revision"] = self.revisions.get(name)
         if not has_tokenizer(resolve_path(path)):
             of_files["tokenizer"] = own.tokenizer or own.path
         return self.loader.open(self.config, replace(own, path=path, **of_files))

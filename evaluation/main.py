@@ -43,7 +43,7 @@ from evaluation.inputs import (
     overrides_for,
     read_evaluation,
 )
-from evaluation.metrics.registry import METRIC_GROUPS, check_inputs, chosen_groups, measure_groups
+from evaluation.metrics.registry import METRIC_GROUPS, check_inputs, chosen_groups, inputs_of_groups, measure_groups
 from evaluation.plots import plot_relearning, relearning_curves
 from evaluation.report import report_sweep
 from evaluation.run_records import shown_value
@@ -87,17 +87,7 @@ def check_same_inputs(identities: dict[str, dict[str, Any]], groups: Sequence[st
     read = {role for name in groups for role in METRIC_GROUPS[name].roles}
     inputs = {name: dict(flattened(evaluation_inputs(identity))) for name, identity in identities.items()}
     for name, identity in identities.items():
-        splits, files = identity["data"]["splits"], identity.get("files", {})
-        of_roles = {f"data.splits.{role}": splits.get(role) for role in read}
-        inputs[name] |= of_roles | {f"data.files.{role}": files.get(role) for role in read}
-        if list(groups) != ["headline"]:
-            columns = identity["data"].get("columns", {})
-            inputs[name] |= {f"data.columns.{field}": column for field, column in columns.items()}
-        if any(METRIC_GROUPS[group].reads_probabilities for group in groups):
-            inputs[name] |= {
-                "data.max_length": identity["data"].get("max_length"),
-                "model.dtype": identity["model"].get("dtype"),
-            }
+        inputs[name] |= inputs_of_groups(identity, groups)
     problems, of_splits = [], re.compile(r"data\.(splits|files)\.")
     for key in sorted({key for of_model in inputs.values() for key in of_model}):
         values = {name: shown_value(of_model.get(key)) for name, of_model in inputs.items()}

@@ -4,10 +4,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from common.data import HEADLINE_ROLES
-from common.results import HEADLINE_FIELDS, evaluation_inputs
+from common.results import evaluation_inputs
 from common.runs import flattened
-from evaluation.metrics.registry import METRIC_GROUPS
+from evaluation.metrics.registry import METRIC_GROUPS, inputs_of_groups, lengths_and_type
 from evaluation.run_records import Group, Run, place, shown_value, without_seeds
 
 
@@ -103,7 +102,7 @@ def evaluations_with_other_inputs(runs: Sequence[Run]) -> Iterator[str]:
     weights: dict[tuple[str, int | None], set[str]] = {}  # name of a model to compare with, and seed -> its ids
     for run in runs:
         for result in run.evaluations.values() or ([run.result] if "metrics" in run.config else []):
-            for key, value in inputs_of_groups(result).items():
+            for key, value in inputs_of_scores(result).items():
                 if value is not None:  # not recorded, or not given
                     values.setdefault(key, set()).add(shown_value(without_seeds(value)))
             for name in compared_models(result):
@@ -122,20 +121,11 @@ def compared_models(result: dict[str, Any]) -> list[str]:
     return [name for name in ("retain_model", "base_model") if any(getattr(group, f"reads_{name}") for group in groups)]
 
 
-def inputs_of_groups(result: dict[str, Any]) -> dict[str, Any]:
+def inputs_of_scores(result: dict[str, Any]) -> dict[str, Any]:
     """The settings that the scores of an evaluation depend on, apart from `evaluation_inputs`: dotted key -> value."""
     config, groups = result["config"], _groups_of(result)
-    data, files = config["data"], config.get("files", {})
-    roles = {role for name in groups for role in METRIC_GROUPS[name].roles} - set(HEADLINE_ROLES)
-    inputs = {}
-    if not groups or any(METRIC_GROUPS[name].reads_probabilities for name in groups):
-        inputs |= {"data.max_length": data.get("max_length"), "model.dtype": config["model"].get("dtype")}
+    inputs = inputs_of_groups(config, groups) if groups else lengths_and_type(config)
     inputs |= {f"{name}.{key}": value for name in groups for key, value in flattened(config.get(name) or {}) if key}
-    if groups:
-        columns = data.get("columns", {})
-        inputs |= {f"data.columns.{field}": column for field, column in columns.items() if field not in HEADLINE_FIELDS}
-    for role in roles:
-        inputs |= {f"data.splits.{role}": data["splits"].get(role), f"data.files.{role}": files.get(role)}
     for name in compared_models(result):
         other = config.get("compared_to", {}).get(name) or config.get(name) or {}
         inputs |= {f"{name}.path": other.get("path"), f"{name}.revision": other.get("revision")}

@@ -44,7 +44,7 @@ from evaluation.run_records import (
     varied_keys,
 )
 from evaluation.summary import summary
-from evaluation.tables import COLUMNS, P_VALUES, as_text, cell
+from evaluation.tables import COLUMNS, P_VALUES, as_text, cell_with_count
 
 DIGITS = 4  # significant digits of a setting in tables; results.csv has all
 
@@ -136,9 +136,7 @@ def method_table(groups: Sequence[Group]) -> str:
 
 def with_count(group: Group, score: str, digits: int) -> str:
     """The score's mean and deviation; with the number of runs if some of the group lack it."""
-    values = group.values(score)
-    text = cell(score, values, digits)
-    return f"{text} (n={len(values)})" if values and len(values) < len(group.runs) else text
+    return cell_with_count(score, group.values(score), digits, len(group.runs))
 
 
 def _measured(groups: Sequence[Group]) -> dict[str, tuple[str, int]]:

@@ -44,9 +44,12 @@ def as_text(text: str) -> str:
 
 def results_before(folder: Path) -> dict[str, dict]:
     """The results of the models before a run, by name. One that was itself unlearned has its method in its name."""
-    found = {name: result for name in BEFORE if (result := result_of(folder / name))}
-    methods = {name: method_name(result["config"]) for name, result in found.items()}
-    return {f"start ({method})" if (method := methods[name]) else name: result for name, result in found.items()}
+    found = {}
+    for name in BEFORE:
+        if result := result_of(folder / name):
+            method = method_name(result["config"])
+            found[f"start ({method})" if method else name] = result
+    return found
 
 
 def minutes_of_stage(result: dict) -> float | None:
@@ -142,6 +145,12 @@ def cell(score: str, values: Sequence[float | None], digits: int) -> str:
     if spread is None:
         return mean
     return f"{mean} ± {spread:.1e}" if "e" in mean else f"{mean} ± {spread:.{digits}f}"
+
+
+def cell_with_count(score: str, values: Sequence[float], digits: int, runs: int) -> str:
+    """`cell`, with the number of values if some of this number of runs have none."""
+    text = cell(score, values, digits)
+    return f"{text} (n={len(values)})" if 0 < len(values) < runs else text
 
 
 def number(value: float, digits: int) -> str:

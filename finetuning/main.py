@@ -27,7 +27,7 @@ from common.files import CONFIGS
 from common.hub import check_push, push_if_wanted
 from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
-from common.prompts import PromptFormat, check_training_rows
+from common.prompts import PromptFormat, check_rows_fit, warn_if_cut
 from common.results import headline_scores
 from common.rouge import use_words
 from common.runs import RunFolder, training_run
@@ -60,8 +60,10 @@ def train(run: RunFolder, config: RunConfig) -> None:
     rows = load_split(config.data, "train")
     tokenizer = load_tokenizer(config.model, tokenizer_texts(config))
     prompts = PromptFormat(tokenizer, config.model.prompt)
-    check_training_rows(prompts, rows, config.data.max_length)
+    check_rows_fit(prompts, rows, config.data.max_length, "data.max_length")
     examples = [prompts.example(row, config.data.max_length) for row in rows]
+    if any(map(prompts.is_cut, examples)):  # without the check, thousands of rows would be tokenized a second time
+        warn_if_cut(prompts, [row.pair for row in rows], config.data.max_length, "data.max_length", given=True)
     evaluator = Evaluator(config, prompts, run.configuration)
     args = training_arguments(config, run.work, len(examples))
     set_seed(config.seed)

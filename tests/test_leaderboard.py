@@ -5,6 +5,7 @@ import csv
 from omegaconf import OmegaConf
 
 from common.files import ROOT
+from evaluation.tables import cell
 from tests.helpers import docs_generator
 
 BOARDS = sorted((ROOT / "docs/leaderboard").glob("*.csv"))
@@ -62,13 +63,13 @@ def test_readme_s_figures_are_the_boards():
     smollm2 = [generator.results_by_name(path) for path in BOARDS if path.name.startswith("smollm2-cpu.")]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text.partition("| method | tiny: unlearn quality |")[2].partition("\n\n")[0]
-    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    rows = [[text.strip(" *") for text in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     assert {name for name, *_ in rows} >= {"PMC", "PMC-relabeling", "PMC-contrast"}
     for name, *cells in rows:
         # Of several boards the one with the most seeds.
         boards = [tiny] + sorted((board for board in smollm2 if name in board), key=lambda board: -len(board[name]))[:1]
         scores = [
-            generator.cell(score, [float(run[score]) for run in board[name]], 1)
+            cell(score, [float(run[score]) for run in board[name]], 1)
             for board in boards
             for score in ("unlearn_quality", "utility")
         ]

@@ -32,7 +32,7 @@ from common.hub import check_push, push_if_wanted
 from common.job import is_in_sweep, typed_overrides
 from common.model import load_model, load_tokenizer
 from common.model_checks import check_positions
-from common.prompts import PromptFormat, check_rows_fit, check_training_rows
+from common.prompts import PromptFormat, check_rows_fit, warn_if_cut
 from common.results import copy_result, headline_scores, stored_result
 from common.rouge import use_words
 from common.runs import RunFolder, training_run
@@ -75,7 +75,9 @@ def train(run: RunFolder, method: type[UnlearningTrainer], config: RunConfig) ->
     rows = load_splits(config.data, ("forget", "retain"))
     prompts = PromptFormat(tokenizer, config.model.prompt)
     data = UnlearningData(rows["forget"], rows["retain"], prompts, config.data.max_length)
-    check_training_rows(prompts, data.forget + data.retain, config.data.max_length)
+    check_rows_fit(prompts, data.forget + data.retain, config.data.max_length, "data.max_length")
+    pairs = [row.pair for row in data.forget + data.retain]
+    warn_if_cut(prompts, pairs, config.data.max_length, "data.max_length", given=True)
     if hasattr(config.settings, "max_length"):
         check_rows_fit(prompts, data.forget, config.settings.max_length, "method.max_length")
     evaluator = Evaluator(config, prompts, run.configuration)

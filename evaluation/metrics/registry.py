@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from common.config import RunConfig, problem_list
 from common.data import HEADLINE_ROLES, Row, load_splits
 from common.errors import UserError, did_you_mean
+from common.results import HEADLINE_FIELDS
 from evaluation.context import EvaluationContext
 from evaluation.metrics import (
     depth,
@@ -149,6 +150,28 @@ def check_inputs(config: RunConfig, groups: Sequence[str]) -> None:
     for check in dict.fromkeys(METRIC_GROUPS[name].check for name in groups):
         if check:
             check(config, rows)
+
+
+def inputs_of_groups(config: dict[str, Any], groups: Sequence[str]) -> dict[str, Any]:
+    """What the scores of these groups depend on in a recorded configuration, apart from `evaluation_inputs` and from the
+    groups' own settings: dotted key -> value.
+    """
+    data, others = config["data"], [METRIC_GROUPS[name] for name in groups if name != "headline"]
+    inputs: dict[str, Any] = {}
+    for role in {role for group in others for role in group.roles} - set(HEADLINE_ROLES):
+        inputs[f"data.splits.{role}"] = data["splits"].get(role)
+        inputs[f"data.files.{role}"] = config.get("files", {}).get(role)
+    if others:
+        columns = data.get("columns", {}).items()
+        inputs |= {f"data.columns.{field}": column for field, column in columns if field not in HEADLINE_FIELDS}
+    if any(group.reads_probabilities for group in others):
+        inputs |= lengths_and_type(config)
+    return inputs
+
+
+def lengths_and_type(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a recorded configuration that token probabilities depend on: dotted key -> value."""
+    return {"data.max_length": config["data"].get("max_length"), "model.dtype": config["model"].get("dtype")}
 
 
 def measure_groups(context: EvaluationContext, groups: Sequence[str]) -> Scores:
